@@ -1,0 +1,39 @@
+# source launch/environment.sh [extra]
+#
+# Sets `python` to the interpreter of the repository's own .venv, which is made and filled when it is
+# missing. VENV names another environment; PYTHON chooses the interpreter that makes it; `extra` is an
+# optional dependency group (dev).
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${VENV:-$root/.venv}"
+python="$venv/bin/python"
+extra="${1:-}"
+
+if [ ! -x "$venv/bin/stream-engine" ]; then
+    echo "Making $venv (once; this downloads PyTorch) ..." >&2
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$python" -m pip install --quiet --editable "$root${extra:+[$extra]}"
+elif [ "$extra" = dev ] && ! "$python" -c 'import pytest, ruff, trl' 2>/dev/null; then
+    echo "Adding the development tools to $venv ..." >&2
+    "$python" -m pip install --quiet --editable "$root[dev]"
+fi
+
+# Cores that this shell may use, and CUDA devices that torch can see.
+num_cores() { "$python" -c 'import os; print(len(os.sched_getaffinity(0)))'; }
+num_gpus() { "$python" -c 'import torch; print(torch.cuda.device_count())'; }
+
+# value_of NAME DEFAULT ARGUMENTS...: the value of flag --NAME among the arguments, else DEFAULT.
+value_of() {
+    local name="$1" value="$2" previous=""
+    shift 2
+    for word in "$@"; do
+        case "$word" in
+            --"$name"=* | --"${name//_/-}"=*) value="${word#*=}" ;;
+        esac
+        case "$previous" in
+            --"$name" | --"${name//_/-}") value="$word" ;;
+        esac
+        previous="$word"
+    done
+    printf '%s\n' "$value"
+}

@@ -1,0 +1,23 @@
+"""stream_engine builds DPO preference datasets for vision-language models."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "run"]
+
+if TYPE_CHECKING:
+    from stream_engine.config import RunConfig
+    from stream_engine.runner import run
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names on first use, so that `import stream_engine` stays instant."""
+    if name == "RunConfig":
+        from stream_engine.config import RunConfig
+
+        return RunConfig
+    if name == "run":
+        from stream_engine.runner import run
+
+        return run
+    raise AttributeError(f"module 'stream_engine' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""python -m stream_engine: the same as the command stream-engine."""
+
+import sys
+
+from stream_engine.cli import main
+
+sys.exit(main())

@@ -1,0 +1,310 @@
+"""RunConfig: every setting of a run, from flags and files, checked once.
+
+Flags and file keys have the same names; flags win. Each part below is what one piece of the code
+needs: `config.part(RankingConfig)` picks it out, so that no function takes the whole.
+A stage's fingerprint is a hash of the settings that shape its results, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from stream_engine.errors import ConfigError
+
+PartT = TypeVar("PartT", bound=msgspec.Struct)
+
+
+Stage = Literal["rollouts", "rewards"]
+
+
+class ModelRole(msgspec.Struct, frozen=True):
+    """A model that a pipeline needs, and the stage that needs it."""
+
+    name: str
+    """"instruct", "reward", "split" ..."""
+    path: str
+    stage: Stage
+    hint: str | None = None
+    """The --*_model_name given for it."""
+    sampling: SamplingConfig | None = None
+    """How this role draws text; None: as the run's settings say."""
+
+
+class InputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where samples come from and how they are cut into shards."""
+
+    dataset_path: tuple[str, ...] = ()
+    """Files, folders, globs or fsspec URLs: parquet, jsonl, a `datasets` directory, tars."""
+    image_root: str | None = None
+    """When given, an `image_path` that leaves this folder is rejected."""
+    samples_per_shard: int = 128
+    max_samples: int | None = None
+    """Read at most this many samples of each input (for trials)."""
+    max_image_pixels: int = 178_956_970
+    """Images with more pixels are rejected as decompression bombs (Pillow's own limit)."""
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which checkpoints, and where they run."""
+
+    instruct_model_path: str | None = None
+    instruct_model_name: str | None = None
+    """A hint; the family is read from the checkpoint, and a contradiction is an error."""
+    reward_model_path: str | None = None
+    """divide_and_conquer: `auto_check,question_change,split`, three paths."""
+    reward_model_name: str | None = None
+    reward_model_python_path: str | None = None
+    """Another interpreter, or a conda environment's name, for the reward stage."""
+    vision_tower_path: str | None = None
+    """CLIP weights for checkpoints that hold none."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's own on an accelerator, float32 on CPU."""
+    max_batch_tokens: int | None = None
+    """Upper bound of tokens in one forward; None lets the engine choose."""
+    max_rows: int | None = None
+    """Upper bound of rows in a decode batch; None lets the engine choose."""
+    placement: Literal["auto", "together", "staged"] = "auto"
+    """Models side by side, or one at a time; auto: together where they fit."""
+    tensor_parallel: int = 1
+    """Ranks that hold each model together and act as one worker (DeepSpeed tensor parallelism)."""
+    offload: Literal["cpu", "nvme"] | None = None
+    """Keep the language models' weights in host memory, or on a local drive, and stream them
+    through the GPU (DeepSpeed ZeRO-Inference)."""
+    offload_path: str | None = None
+    """A folder on a local drive, for --offload nvme."""
+
+
+class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How answers are drawn. None: the checkpoint's generation_config.json, then the default."""
+
+    sample_k: int = 10
+    temperature: float = 0.7
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+class RankingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How scored answers become pairs."""
+
+    rank: int = 3
+    distance: int = 25
+    """A pair's answers differ by fewer words than this."""
+    strict_follow_rank: bool = False
+    """Pair the i-th best with the i-th worst only."""
+    max_pairs_per_sample: int = 3
+    similarity_threshold: float = 0.9
+    """Answers whose Jaccard similarity over word n-grams exceeds this count as one."""
+    max_length_bias: float = 0.5
+    """Length balance stops when mean(words of chosen - words of rejected) is at most this."""
+    compat: Literal["rlaifv"] | None = None
+    """rlaifv: the ancestor's exact selection rules."""
+
+
+class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is written at the end."""
+
+    format: tuple[str, ...] = ("rlaifv",)
+    max_part_bytes: int = 400_000_000
+    debug: bool = False
+    """Also write readable intermediate files under debug/."""
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How workers share shards."""
+
+    max_shard_retries: int = 2
+    retry_backoff_s: float = 2.0
+    lease_timeout_s: float = 60.0
+    """A lease without a heartbeat for this long may be taken over."""
+    max_bad_fraction: float = 0.5
+    """Stop early when more than this share of the first 200 or more records is bad."""
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every setting of a run. The parts above document their fields; names are the same.
+
+    Raises:
+        ConfigError: from `RunConfig.create` and `validate`, with the value and the rule.
+    """
+
+    pipeline_name: str = "dpo_reward"
+    work_dir: str = "work"
+    run_stage: Literal[0, 1, 2] | None = None
+    """0 sample, 1 reward, 2 pairs; None runs all."""
+    overwrite: bool = False
+    """Discard results that other settings made, instead of refusing."""
+    beta: float = 0.1
+    """The DPO beta of the implicit reward."""
+    pipeline_options: dict[str, Any] = {}
+    """Settings of the chosen pipeline alone, checked against its own Config."""
+
+    dataset_path: tuple[str, ...] = ()
+    image_root: str | None = None
+    samples_per_shard: int = 128
+    max_samples: int | None = None
+    max_image_pixels: int = 178_956_970
+
+    instruct_model_path: str | None = None
+    instruct_model_name: str | None = None
+    reward_model_path: str | None = None
+    reward_model_name: str | None = None
+    reward_model_python_path: str | None = None
+    vision_tower_path: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_batch_tokens: int | None = None
+    max_rows: int | None = None
+    placement: Literal["auto", "together", "staged"] = "auto"
+    tensor_parallel: int = 1
+    offload: Literal["cpu", "nvme"] | None = None
+    offload_path: str | None = None
+
+    sample_k: int = 10
+    temperature: float = 0.7
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+    rank: int = 3
+    distance: int = 25
+    strict_follow_rank: bool = False
+    max_pairs_per_sample: int = 3
+    similarity_threshold: float = 0.9
+    max_length_bias: float = 0.5
+    compat: Literal["rlaifv"] | None = None
+
+    format: tuple[str, ...] = ("rlaifv",)
+    max_part_bytes: int = 400_000_000
+    debug: bool = False
+
+    max_shard_retries: int = 2
+    retry_backoff_s: float = 2.0
+    lease_timeout_s: float = 60.0
+    max_bad_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def create(cls, settings: dict[str, Any]) -> RunConfig:
+        """Build from plain names and values; unknown names are refused with the nearest known."""
+        for name in settings:
+            if name not in cls.__struct_fields__:
+                raise ConfigError(f"unknown setting {name!r}{nearest(name, cls.__struct_fields__)}")
+        settings = dict(settings)
+        for name in ("dataset_path", "format"):
+            if isinstance(settings.get(name), str):
+                settings[name] = tuple(part for part in settings[name].split(",") if part)
+        try:
+            return msgspec.convert(settings, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"bad setting: {error}") from error
+
+    def validate(self) -> None:
+        """Check every rule that needs no file."""
+        if self.sample_k < 1:
+            raise ConfigError(f"sample_k must be at least 1, it is {self.sample_k}")
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, it is {self.rank}")
+        if 2 * self.rank > self.sample_k:
+            raise ConfigError(
+                f"rank {self.rank} needs at least {2 * self.rank} answers, "
+                f"sample_k is {self.sample_k}"
+            )
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be 0 (greedy) or more, it is {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], it is {self.top_p}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError(f"top_k must be 0 (off) or more, it is {self.top_k}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, it is {self.max_new_tokens}")
+        if self.tensor_parallel > 1 and self.offload:
+            raise ConfigError(
+                f"tensor_parallel {self.tensor_parallel} and offload {self.offload} are two ways "
+                "to run a model that one GPU cannot hold; give one of them"
+            )
+        if self.tensor_parallel > 1 and self.reward_model_python_path:
+            raise ConfigError(
+                f"tensor_parallel {self.tensor_parallel} and reward_model_python_path do not go "
+                "together; run the rewards as --run_stage 1 with that interpreter's own launcher"
+            )
+        if self.offload == "nvme" and not self.offload_path:
+            raise ConfigError("offload nvme needs --offload_path, a folder on a local drive")
+        for name in (
+            "samples_per_shard",
+            "tensor_parallel",
+            "distance",
+            "max_pairs_per_sample",
+            "max_part_bytes",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        if self.beta <= 0:
+            raise ConfigError(f"beta must be positive, it is {self.beta}")
+
+    def part(self, kind: type[PartT]) -> PartT:
+        """The settings of one part, as that part's type."""
+        return kind(**{name: getattr(self, name) for name in kind.__struct_fields__})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain builtins, as stored in run.json; `RunConfig.create` reads them back."""
+        return msgspec.to_builtins(self)
+
+
+def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """`'; did you mean ...?'` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or TOML file of settings.
+
+    Raises:
+        ConfigError: when the file is missing, has another suffix or does not parse.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            settings = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+    elif path.suffix == ".toml":
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        try:
+            settings = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+    else:
+        raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold names and values, not {type(settings).__name__}")
+    return settings
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Hash of plain settings, whatever their order: 16 hex digits."""
+    encoded = msgspec.json.encode(settings, order="deterministic")
+    return hashlib.blake2b(encoded, digest_size=8).hexdigest()

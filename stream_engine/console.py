@@ -1,0 +1,180 @@
+"""What a person sees while a run goes on: log files, a live view, or one line every few seconds.
+
+Knows no files and no shards: it is handed numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import msgspec
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.live import Live
+
+LOGGER_NAME = "stream_engine"
+LINE_INTERVAL_S = 5.0
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker does now. Rates are None where they are not known."""
+
+    name: str
+    doing: str
+    since_s: float
+    questions_per_s: float | None = None
+    tokens_per_s: float | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run stands. Counts are of the whole run, rates of this launch."""
+
+    doing: str
+    samples_done: int = 0
+    samples_total: int = 0
+    shards_done: int = 0
+    shards_total: int = 0
+    shards_failed: int = 0
+    quarantined: int = 0
+    questions_per_s: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    workers: tuple[WorkerRow, ...] = ()
+
+
+class ScreenHandler(logging.Handler):
+    """Prints to whatever sys.stderr is now, which a live view replaces while it stands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger:
+    """Log everything of this package to `log_file`, and to stderr when `echo` (else warnings)."""
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(log_file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {worker} %(message)s"))
+    to_screen = ScreenHandler()
+    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    to_screen.setLevel(logging.INFO if echo else logging.ERROR)
+    logger.addHandler(to_file)
+    logger.addHandler(to_screen)
+    return logger
+
+
+def line(progress: Progress) -> str:
+    """Progress in one line."""
+    parts = [progress.doing]
+    if progress.samples_total:
+        share = progress.samples_done / progress.samples_total
+        parts.append(f"{progress.samples_done}/{progress.samples_total} questions ({share:.0%})")
+    parts.append(f"shards {progress.shards_done}/{progress.shards_total}")
+    if progress.questions_per_s is not None:
+        parts.append(f"{progress.questions_per_s:.2f} questions/s")
+    if progress.tokens_per_s is not None:
+        parts.append(f"{progress.tokens_per_s:.0f} tokens/s")
+    if progress.eta_s is not None:
+        parts.append(f"ETA {duration(progress.eta_s)}")
+    if progress.workers:
+        parts.append(f"{len(progress.workers)} at work")
+    if progress.quarantined:
+        parts.append(f"{progress.quarantined} quarantined")
+    if progress.shards_failed:
+        parts.append(f"{progress.shards_failed} shards failed")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: `1h 05m`, `2m 10s`, `12s`."""
+    whole = max(0, round(seconds))
+    if whole >= 86400:
+        return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    if whole >= 60:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole}s"
+
+
+class ProgressView:
+    """Shows Progress: a live table on a terminal, a line every few seconds elsewhere.
+
+    `silent` shows nothing (ranks other than the first). A context manager; `update` is cheap and
+    may be called often.
+    """
+
+    def __init__(self, *, silent: bool = False, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.silent = silent
+        self.live: Live | None = None
+        self._last_line = 0.0
+        self._last_text = ""
+        if not silent and self.stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(
+                console=Console(file=self.stream), refresh_per_second=4, transient=True
+            )
+
+    def __enter__(self) -> ProgressView:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def is_due(self) -> bool:
+        """Whether an update would show, so that numbers are gathered only when needed."""
+        interval = 0.25 if self.live else LINE_INTERVAL_S
+        return not self.silent and time.monotonic() - self._last_line >= interval
+
+    def update(self, progress: Progress) -> None:
+        """Show `progress` if it is time to."""
+        if not self.is_due():
+            return
+        self._last_line = time.monotonic()
+        if self.live:
+            self.live.update(table(progress))
+        elif (text := line(progress)) != self._last_text:
+            self._last_text = text
+            print(f"[{time.strftime('%H:%M:%S')}] {text}", file=self.stream, flush=True)
+
+
+def table(progress: Progress) -> Group:
+    """Progress as a rich renderable: the totals, a bar, and a row a worker."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("worker", "doing", "for", "questions/s", "tokens/s"):
+        rows.add_column(title, justify="left" if title in ("worker", "doing") else "right")
+    for worker in progress.workers:
+        rows.add_row(
+            worker.name,
+            worker.doing,
+            duration(worker.since_s),
+            "" if worker.questions_per_s is None else f"{worker.questions_per_s:.2f}",
+            "" if worker.tokens_per_s is None else f"{worker.tokens_per_s:.0f}",
+        )
+    bar = Table.grid()  # in a grid, since a bar alone does not end its line
+    bar.add_row(
+        ProgressBar(total=max(1, progress.samples_total), completed=progress.samples_done, width=60)
+    )
+    return Group(Text(line(progress)), bar, rows)

@@ -1,0 +1,205 @@
+"""Decode steps: one token for every row of the batch, eagerly or by replaying a CUDA graph.
+
+A step is launch-bound on a GPU (some hundred small kernels for a few milliseconds of work), so
+there the whole step, sampling included, is captured once per size of the batch and replayed. The
+graph feeds its own tokens back, and the host reads several steps at once: rows that end in between
+waste at most STEPS_PER_READ - 1 tokens. The random numbers depend on seed and position only, so
+neither changes what is drawn.
+
+The module knows nothing of requests: it is handed rows as plain numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from stream_kernels import HostLayout, sample, uniforms
+from torch import Tensor
+
+from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.prefix_cache import DecodeStep, active
+
+if TYPE_CHECKING:
+    from stream_engine.engine.engine import Engine
+
+STEPS_PER_READ = 8
+ROW_BUCKET = 32
+
+
+@dataclass
+class DecodeInput:
+    """The batch as the host knows it. One entry a row, in the batch's order."""
+
+    tokens: list[int]  # the last token drawn, to be fed
+    positions: list[int]  # its rotary position
+    seeds: list[int]
+    counts: list[int]  # tokens drawn so far: the position of the next random number
+    layout: HostLayout  # suffix lengths count the fed token
+
+
+def decode_eagerly(engine: Engine, batch: DecodeInput) -> Tensor:
+    """One step; hidden states [R, D] from which the next tokens are drawn."""
+    device, model = engine.model.device, engine.model
+    step = DecodeStep.from_host(engine.cache, batch.layout, device)
+    tokens = torch.tensor(batch.tokens, device=device)
+    positions = torch.tensor(batch.positions, device=device)
+    with active(step):
+        return model.forward(model.embed(tokens), positions)
+
+
+class CaptureError(RuntimeError):
+    """A decode step of this model cannot be captured; it can still run eagerly."""
+
+
+def can_capture(engine: Engine) -> bool:
+    """Whether decode steps of this engine may be CUDA graphs."""
+    model = engine.model
+    return (
+        model.device.type == "cuda"
+        and engine.sampling.repetition_penalty == 1.0
+        and model.tensor_parallel == 1
+        and model.offload is None
+    )
+
+
+class GraphDecoder:
+    """Captured decode steps of one engine, one graph per bucket of rows and groups."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.generation = -1
+        self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
+
+    def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
+        """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
+        if self.generation != self.engine.cache.generation:
+            self.graphs.clear()
+        num_rows, layout = len(batch.tokens), batch.layout
+        widest = max(len(rows) for rows in layout.groups)
+        widest = _round_up(widest, 4)
+        num_spare_groups = -(-ROW_BUCKET // widest)
+        size = (
+            _round_up(num_rows, ROW_BUCKET),
+            _round_up(len(layout.groups), 4) + num_spare_groups,
+            widest,
+        )
+        captured = self.graphs.get(size)
+        if captured is None:
+            try:
+                captured = self.graphs[size] = _CapturedStep(self.engine, *size)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise CaptureError(str(error)) from error
+        self.generation = self.engine.cache.generation
+        captured.load(batch)
+        captured.replay(num_steps)
+        tokens = captured.history_tokens[:num_steps, :num_rows].tolist()
+        logps = captured.history_logps[:num_steps, :num_rows].tolist()
+        return tokens, logps
+
+
+class _CapturedStep:
+    """One graph and its static buffers. Spare rows have empty prefixes; none reads their draws."""
+
+    def __init__(self, engine: Engine, rows: int, groups: int, widest: int) -> None:
+        self.engine = engine
+        device = engine.model.device
+        widest = max(widest, 1)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.num_rows, self.num_groups, self.widest = rows, groups, widest
+        self.tokens = zeros(rows, dtype=torch.int64)
+        self.positions = zeros(rows, dtype=torch.int64)
+        self.seeds = zeros(rows, dtype=torch.int64)
+        self.counts = zeros(rows, dtype=torch.int64)
+        self.spans = zeros(groups, 2)
+        self.group_rows = zeros(groups, widest) - 1
+        self.slots = zeros(rows)
+        self.lengths = zeros(rows) + 1
+        self.history_tokens = zeros(STEPS_PER_READ, rows, dtype=torch.int64)
+        self.history_logps = zeros(STEPS_PER_READ, rows, dtype=torch.float32)
+        self.cursor = zeros(1, dtype=torch.int64)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self.capture(device)
+
+    def capture(self, device: torch.device) -> None:
+        """Record one step; what it computes meanwhile goes to the spare slot."""
+        self.slots.fill_(self.engine.cache.num_slots - 1)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile kernels and warm workspaces outside of the capture
+                self.cursor.zero_()
+                self.step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.cursor.zero_()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.graph = graph
+
+    def step(self) -> None:
+        """Feed the tokens, draw the next, note them, and move every row one place on."""
+        engine, model, sampling = self.engine, self.engine.model, self.engine.sampling
+        decode = DecodeStep(
+            engine.cache, self.spans, self.group_rows, self.slots, self.lengths, None
+        )
+        with active(decode):
+            hidden = model.forward(model.embed(self.tokens), self.positions)
+        tokens, logps = sample(
+            engine.logits(hidden),
+            uniforms(self.seeds, self.counts),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            suppress=engine.suppressed,
+            vocab_size=model.vocab_size,
+        )
+        place = self.cursor[None].expand(1, self.num_rows)
+        self.history_tokens.scatter_(0, place, tokens[None])
+        self.history_logps.scatter_(0, place, logps[None])
+        self.tokens.copy_(tokens)
+        for moving in (self.positions, self.counts, self.lengths, self.cursor):
+            moving += 1
+
+    def load(self, batch: DecodeInput) -> None:
+        """Copy a batch into the static buffers; spare rows feed token 0 into the spare slot."""
+        layout, spare = batch.layout, self.num_rows - len(batch.tokens)
+        spare_slot = self.engine.cache.num_slots - 1
+        rows = list(range(self.num_rows))
+        spare_rows = rows[self.num_rows - spare :]
+        members = [*layout.groups]
+        for start in range(0, spare, self.widest):
+            members.append(spare_rows[start : start + self.widest])
+        members += [[]] * (self.num_groups - len(members))
+        groups = [group + [-1] * (self.widest - len(group)) for group in members]
+        spans = [list(span) for span in layout.spans]
+        spans += [[0, 0]] * (self.num_groups - len(spans))
+        for buffer, values in (
+            (self.tokens, batch.tokens + [0] * spare),
+            (self.positions, batch.positions + [0] * spare),
+            (self.seeds, batch.seeds + [0] * spare),
+            (self.counts, batch.counts + [0] * spare),
+            (self.spans, spans),
+            (self.group_rows, groups),
+            (self.slots, layout.slots + [spare_slot] * spare),
+            (self.lengths, layout.suffix_lengths + [1] * spare),
+        ):
+            buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
+        self.cursor.zero_()
+
+    def replay(self, num_steps: int) -> None:
+        """Run the step `num_steps` times, as a graph where there is one."""
+        step = self.step if self.graph is None else self.graph.replay
+        for _ in range(num_steps):
+            step()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

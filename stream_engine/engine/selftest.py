@@ -1,0 +1,133 @@
+"""What is checked of every model right after loading, on a dozen random tokens.
+
+Future leak: cutting the end of a sequence must not change what stands before. (A configuration
+object shared between two models can silently switch a language model to bidirectional attention.)
+Shared prefix: prefill + extension + decoding through the cache must give what transformers' own
+attention gives for the whole sequence, and a question about a picture must give through the cache
+what the model's own code gives (image tokens may see each other in both directions, say). A model
+that fails this, or never calls the engine's attention, is run through the plain path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from stream_kernels import HostLayout
+from torch import Tensor
+
+from stream_engine.engine.plain import plain_states
+from stream_engine.engine.prefix_cache import (
+    ATTENTION_NAME,
+    DecodeStep,
+    ExtendStep,
+    PrefillStep,
+    UnsupportedAttentionError,
+    active,
+)
+from stream_engine.errors import CheckpointError, RecordError
+
+if TYPE_CHECKING:
+    from stream_engine.engine.engine import Engine
+
+# Largest difference of hidden states, relative to their largest entry, that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+PREFIX, SUFFIX = 9, 4
+
+
+@torch.no_grad()
+def check_model(engine: Engine) -> dict[str, float | str]:
+    """Run both checks; clears `model.shares_prefix` when the second fails.
+
+    Raises:
+        CheckpointError: when the model sees the future, or computes NaN or infinity.
+    """
+    model = engine.model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (PREFIX + SUFFIX,), generator=generator)
+    positions = torch.arange(PREFIX + SUFFIX, device=model.device)
+    embeds = model.embed(ids.to(model.device))
+    model.set_attention(model.own_attention)
+    whole = model.forward(embeds, positions)
+    cut = model.forward(embeds[:PREFIX], positions[:PREFIX])
+    model.set_attention(ATTENTION_NAME)
+    if not torch.isfinite(whole).all():
+        raise CheckpointError(
+            f"{model.checkpoint} computes NaN or infinity in {model.dtype}; try --dtype float32"
+        )
+    tolerance = TOLERANCE.get(model.dtype, 1e-4)
+    leak = _difference(cut, whole[:PREFIX])
+    if leak > tolerance:
+        raise CheckpointError(
+            f"{model.checkpoint} sees future tokens: cutting the end of a sequence changed its "
+            f"start by {leak:.2g} (relative); its language model is not causal as loaded"
+        )
+    report: dict[str, float | str] = {"future_leak": leak}
+    if model.shares_prefix:
+        try:
+            differences = {
+                "shared_prefix": _difference(_through_cache(engine, embeds, positions), whole)
+            }
+            if (pictured := _difference_with_picture(engine)) is not None:
+                differences["shared_picture"] = pictured
+        except UnsupportedAttentionError as error:
+            report["unsupported"] = str(error)
+            model.shares_prefix = False
+        else:
+            report |= differences
+            model.shares_prefix = max(differences.values()) <= tolerance
+    if not model.shares_prefix:
+        model.set_attention(model.own_attention)
+    return report
+
+
+def _through_cache(engine: Engine, embeds: Tensor, positions: Tensor) -> Tensor:
+    """The same hidden states by way of prefill, extension and one decode step."""
+    model, cache = engine.model, engine.cache
+    span = (cache.allocate_span(PREFIX), PREFIX)
+    slot = cache.allocate_slot()
+    cache.reserve_slot_tokens(SUFFIX)
+    with active(PrefillStep(cache, [span])):
+        parts = [model.forward(embeds[:PREFIX], positions[:PREFIX])]
+    if PREFIX and not cache.layers:
+        raise UnsupportedAttentionError("the model never calls the registered attention")
+    with active(ExtendStep(cache, [(span, [SUFFIX - 1])], slots=[slot])):
+        parts.append(model.forward(embeds[PREFIX:-1], positions[PREFIX:-1]))
+    host = HostLayout(spans=[span], groups=[[0]], slots=[slot], suffix_lengths=[SUFFIX])
+    with active(DecodeStep.from_host(cache, host, model.device)):
+        parts.append(model.forward(embeds[-1:], positions[-1:]))
+    cache.release_slot(slot)
+    cache.release_span(*span)
+    return torch.cat(parts)
+
+
+def _difference_with_picture(engine: Engine) -> float | None:
+    """Cache against the model's own code, for a question about a picture and tokens after it.
+
+    None for models that take no pictures.
+    """
+    model, cache = engine.model, engine.cache
+    picture = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
+    try:
+        prompt = model.prompt("What is this?", [picture])
+    except RecordError:
+        return None
+    ids = list(range(1, SUFFIX))
+    span = (cache.allocate_span(len(prompt)), len(prompt))
+    with active(PrefillStep(cache, [span])):
+        last = model.prefill([prompt], model.encode_images([prompt]))
+    start = prompt.next_position
+    positions = torch.arange(start, start + len(ids), device=model.device)
+    with active(ExtendStep(cache, [(span, [len(ids)])])):
+        hidden = model.forward(model.embed(torch.tensor(ids, device=model.device)), positions)
+    cache.release_span(*span)
+    model.set_attention(model.own_attention)
+    whole = plain_states(engine, prompt, ids)
+    model.set_attention(ATTENTION_NAME)
+    return _difference(torch.cat([last, hidden]), whole)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference, relative to the largest entry of `b`."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-9)).item()

@@ -1,0 +1,73 @@
+"""Every error this package raises on purpose.
+
+    StreamEngineError                  base; str(error) is one line that says what to change
+    ├── ConfigError                    a setting, flag or path is wrong (exit status 1)
+    │   └── SettingsChangedError       settings differ from those that made the existing results
+    ├── MissingStageError              an earlier stage has not been run; says which command runs it
+    ├── CheckpointError                a model directory cannot be loaded as it is
+    ├── ParallelError                  the ranks that share a model were lost or fell out of step
+    ├── RecordError                    one record is bad: quarantined by reason, the rest goes on
+    ├── ShardError                     one shard is bad: retried, then recorded as failed
+    │   ├── ShardReadError             the tar is short, torn or does not match its checksum
+    │   └── LeaseLostError             another worker took the shard over
+    └── ConservationError              the counts of a merge do not add up; nothing is written
+
+Errors of the outside world (OSError, PIL's, pyarrow's) are translated once, at the edge, with the
+cause kept (`raise ShardReadError(...) from error`).
+"""
+
+
+class StreamEngineError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(StreamEngineError):
+    """A setting is wrong; the message names the value and the rule."""
+
+
+class SettingsChangedError(ConfigError):
+    """Settings differ from those that made the results already present."""
+
+
+class MissingStageError(StreamEngineError):
+    """An earlier stage has no complete results; the message says what to run."""
+
+
+class CheckpointError(StreamEngineError):
+    """A checkpoint cannot be loaded as it is; the message names the file or tensor."""
+
+
+class ParallelError(StreamEngineError):
+    """Ranks that hold a model together cannot go on together; a rerun resumes."""
+
+
+class RecordError(StreamEngineError):
+    """One record is bad. `reason` is a short snake_case name that is counted and reported."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class ShardError(StreamEngineError):
+    """One shard cannot be processed now."""
+
+
+class ShardReadError(ShardError):
+    """A shard's tar is unreadable or is not what the manifest says."""
+
+    def __init__(self, path: object, detail: str, member: str = "") -> None:
+        where = f"{path}, member {member}" if member else f"{path}"
+        super().__init__(f"{where}: {detail}")
+        self.path = str(path)
+        self.member = member
+        self.detail = detail
+
+
+class LeaseLostError(ShardError):
+    """The lease on a shard is no longer this worker's."""
+
+
+class ConservationError(StreamEngineError):
+    """Counts in and counts out differ; the message names both sides."""

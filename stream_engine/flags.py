@@ -1,0 +1,269 @@
+"""Command-line flags, made from the fields of RunConfig, so that neither can drift from the other.
+
+A field's docstring is its help. Every name is accepted with underscores or dashes. Only flags that
+were given become settings: what is absent is left to the config file, the run or the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NoReturn
+
+import msgspec
+
+from stream_engine import config as config_module
+from stream_engine.config import (
+    InputConfig,
+    ModelConfig,
+    OutputConfig,
+    RankingConfig,
+    RunConfig,
+    SamplingConfig,
+    WorkerConfig,
+    load_config_file,
+    nearest,
+)
+from stream_engine.errors import ConfigError
+from stream_engine.pipelines import known_pipelines, pipeline_class
+
+GROUPS: dict[str, type[msgspec.Struct]] = {
+    "the run": RunConfig,
+    "input": InputConfig,
+    "models": ModelConfig,
+    "sampling": SamplingConfig,
+    "pairs": RankingConfig,
+    "output": OutputConfig,
+    "workers": WorkerConfig,
+}
+ALIASES = {"output_dir": "work_dir"}
+NOT_FLAGS = ("pipeline_options",)
+
+
+class LineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ConfigErrors, so that they end as one line, status 1."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Write every flag one way: underscores, and booleans with their value attached.
+
+    `--sample-k=4` becomes `--sample_k=4`; `--debug` and `--debug True` become `--debug=true`;
+    `--no-debug` becomes `--debug=false`. What follows a bare `--` is left alone.
+    """
+    booleans = boolean_flags()
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*words, word, *rest]
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in booleans and not equals:
+            spelled = rest and rest[0].lower() in ("true", "false")
+            value, equals = (rest.pop(0).lower() if spelled else "true"), "="
+        elif name.startswith("no_") and name[3:] in booleans and not equals:
+            name, equals, value = name[3:], "=", "false"
+        words.append(f"--{name}{equals}{value}")
+    return words
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting, and for each pipeline's own options."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings from a YAML or TOML file; flags win"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers add it
+    in_parts = {
+        name for part in GROUPS.values() if part is not RunConfig for name in names_of(part)
+    }
+    for title, part in GROUPS.items():
+        group = parser.add_argument_group(title)
+        skipped = in_parts.union(NOT_FLAGS) if part is RunConfig else frozenset()
+        for field in msgspec.structs.fields(part):
+            if field.name not in skipped:
+                _add_flag(group, field, field_docs(part).get(field.name, ""))
+    added: set[str] = set()
+    for pipeline in known_pipelines():
+        options = pipeline_class(pipeline).Options
+        new = [field for field in own_fields(options) if field.name not in added]
+        added.update(field.name for field in new)
+        if new:
+            group = parser.add_argument_group(f"only with --pipeline_name {pipeline}")
+            for field in new:
+                _add_flag(group, field, field_docs(options).get(field.name, ""))
+
+
+def read_settings(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Settings from `base`, then the config file, then the flags; later ones win.
+
+    Raises:
+        ConfigError: for an unknown name in the file, a value that does not fit, or an option of
+            another pipeline than the chosen one.
+    """
+    settings: dict[str, Any] = dict(base or {})
+    given = load_config_file(args.config) if args.config else {}
+    given = {str(name).replace("-", "_"): value for name, value in given.items()}
+    given = {ALIASES.get(name, name): value for name, value in given.items()}
+    given |= given.pop("pipeline_options", None) or {}
+    name = args.pipeline_name or given.get("pipeline_name") or settings.get("pipeline_name")
+    settings["pipeline_name"] = name or RunConfig.__struct_defaults__[0]
+    options = {f.name: f for f in own_fields(pipeline_class(settings["pipeline_name"]).Options)}
+    chosen = {k: v for k, v in settings.get("pipeline_options", {}).items() if k in options}
+    for name, value in given.items():
+        if name in RunConfig.__struct_fields__:
+            settings[name] = value
+        elif name in options:
+            chosen[name] = value
+        else:
+            known = [*RunConfig.__struct_fields__, *options]
+            raise ConfigError(
+                f"{args.config}: unknown setting {name!r}{elsewhere(name) or nearest(name, known)}"
+            )
+    for field in msgspec.structs.fields(RunConfig):
+        if (text := getattr(args, field.name, None)) is not None:
+            settings[field.name] = convert_flag(field.name, text, field.type)
+    for name in option_names():
+        if (text := getattr(args, name, None)) is None:
+            continue
+        if name not in options:
+            raise ConfigError(
+                f"--{name} is no option of {settings['pipeline_name']}{elsewhere(name)}"
+            )
+        chosen[name] = convert_flag(name, text, options[name].type)
+    return settings | {"pipeline_options": chosen}
+
+
+def convert_flag(name: str, text: str | list[str], kind: Any) -> Any:
+    """A flag's text as its field's type.
+
+    Raises:
+        ConfigError: naming the flag, the value and what was expected.
+    """
+    value: Any = text
+    if isinstance(text, list):
+        value = [part for item in text for part in item.split(",") if part]
+    elif text.lower() == "none" and type(None) in typing.get_args(kind):
+        value = None
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        choices = _choices(kind)
+        expected = f"choose from {', '.join(map(str, choices))}" if choices else str(error)
+        raise ConfigError(f"--{name} {text!r}: {expected}") from error
+
+
+def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise ConfigError for the first argument nobody knows, with the nearest known flag."""
+    if not unknown:
+        return
+    word = unknown[0].partition("=")[0]
+    if not word.startswith("-"):
+        raise ConfigError(
+            f"unexpected argument {word!r}; give several values in one flag, separated by commas, "
+            "and put a glob in quotes"
+        )
+    known = [option for action in parser._actions for option in action.option_strings]
+    raise ConfigError(f"unknown flag {word}{nearest(word, known)} (see `{parser.prog} --help`)")
+
+
+def elsewhere(name: str) -> str:
+    """`"; it belongs to --pipeline_name x"` when another pipeline has an option of that name."""
+    for pipeline in known_pipelines():
+        if name in names_of(pipeline_class(pipeline).Options):
+            return f"; it belongs to --pipeline_name {pipeline}"
+    return ""
+
+
+def names_of(part: type[msgspec.Struct]) -> tuple[str, ...]:
+    return part.__struct_fields__
+
+
+def own_fields(options: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+    """A pipeline's options that are not also settings of the run."""
+    fields = msgspec.structs.fields(options)
+    return [field for field in fields if field.name not in RunConfig.__struct_fields__]
+
+
+def option_names() -> list[str]:
+    """The own options of every pipeline."""
+    parts = (pipeline_class(name).Options for name in known_pipelines())
+    return list(dict.fromkeys(field.name for part in parts for field in own_fields(part)))
+
+
+def boolean_flags() -> frozenset[str]:
+    """Names of the settings, and of every pipeline's options, that are true or false."""
+    parts: list[type[msgspec.Struct]] = [RunConfig]
+    parts += [pipeline_class(name).Options for name in known_pipelines()]
+    fields = (field for part in parts for field in msgspec.structs.fields(part))
+    return frozenset(field.name for field in fields if field.type is bool)
+
+
+@cache
+def field_docs(part: type[msgspec.Struct]) -> dict[str, str]:
+    """The string that stands below each field in the source: its documentation."""
+    module = config_module if part.__module__ == config_module.__name__ else None
+    source = inspect.getsource(module or sys.modules[part.__module__])
+    docs: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.ClassDef) and node.name == part.__name__):
+            continue
+        for field, text in zip(node.body, node.body[1:]):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def _add_flag(group: Any, field: msgspec.structs.FieldInfo, doc: str) -> None:
+    default = field.default if field.default is not msgspec.NODEFAULT else None
+    names = [f"--{field.name}", *(f"--{a}" for a, name in ALIASES.items() if name == field.name)]
+    text = doc.replace("%", "%%")
+    if default not in (None, (), False, ""):
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        text = f"{text} (default {shown})".strip()
+    kind: dict[str, Any] = {"metavar": _metavar(field.type)}
+    if typing.get_origin(field.type) is tuple:
+        kind["action"] = "append"
+    group.add_argument(*names, dest=field.name, help=text or " ", **kind)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        choices = tuple(c for part in typing.get_args(kind) for c in _choices(part))
+        return (*choices, "N") if choices and int in typing.get_args(kind) else choices
+    return ()
+
+
+def _metavar(kind: Any) -> str:
+    if choices := _choices(kind):
+        return "{" + ",".join(map(str, choices)) + "}"
+    if kind is bool:
+        return "{true,false}"
+    if typing.get_origin(kind) is tuple:
+        return "A,B,..."
+    parts = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+    return {int: "N", float: "X"}.get(parts[0], "TEXT")

@@ -1,0 +1,176 @@
+"""Checkpoints that transformers itself can load: strictly, and with errors in one line.
+
+`load_native` is for models whose stored names only transformers can map (it renames and merges
+tensors on load); families with formats of their own use `checkpoints.load_into`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_accelerate_available
+from transformers.utils import logging as hf_logging
+
+from stream_engine.config import ModelConfig
+from stream_engine.errors import CheckpointError
+from stream_engine.models.base import VisionLanguageModel
+from stream_engine.models.checkpoints import WeightFiles, read_json, resolve_device, resolve_dtype
+
+CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose past is keys and values, which the engine's attention can share."""
+
+SHORT_WINDOW = 2000
+"""Tokens; about the longest picture, question and answer together."""
+
+logger = logging.getLogger(__name__)
+
+# What transformers raises for a checkpoint that is not what its class expects.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+
+
+def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
+    """A model of `auto_class` with every tensor of the checkpoint used and none missing.
+
+    Remote code is never run. Attention is "sdpa" where the architecture allows it.
+
+    Raises:
+        CheckpointError: for broken files, missing, unexpected or misshapen tensors.
+    """
+    weights = WeightFiles(checkpoint)  # reads every file's table of contents, and refuses pickles
+    if (checkpoint / "adapter_config.json").is_file():
+        raise CheckpointError(f"{checkpoint} holds a LoRA adapter beside its weights; merge it")
+    stated = read_json(checkpoint / "config.json")
+    device = resolve_device(config)
+    straight = device.type != "cpu" and is_accelerate_available()
+    try:
+        with _quiet():
+            model, report = auto_class.from_pretrained(
+                checkpoint,
+                dtype=resolve_dtype(config, stated, weights),
+                device_map={"": device} if straight else None,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+            )
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"cannot load {checkpoint}: {one_line(error)}") from error
+    for what, names in (
+        ("lacks", report["missing_keys"]),
+        ("has unexpected", report["unexpected_keys"]),
+        ("has misshapen", [name for name, *_ in report["mismatched_keys"]]),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            noun = "tensor" if len(names) == 1 else "tensors"
+            raise CheckpointError(f"{checkpoint} {what} {len(names)} {noun}: {shown}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint, local_files_only=True, trust_remote_code=False
+        )
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"cannot load the tokenizer of {checkpoint}: {one_line(error)}"
+        ) from error
+
+
+def logit_rules(text: PreTrainedConfig) -> tuple[float, float | None]:
+    """(scale, soft cap) that an architecture puts on its logits, by the names in its config.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma caps.
+    """
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return scale, getattr(text, "final_logit_softcapping", None)
+
+
+def has_shareable_layers(text: PreTrainedConfig) -> bool:
+    """Whether every layer's past is keys and values that a question's answers can share.
+
+    A sliding window counts as unlimited from SHORT_WINDOW on: the engine refuses the questions
+    that exceed it. Below, the model's own cache is the way.
+    """
+    layers = getattr(text, "layer_types", None)
+    slides = layers is None or "sliding_attention" in layers
+    window = getattr(text, "sliding_window", None) if slides else None
+    return set(layers or ()) <= CAUSAL_LAYERS and (window is None or window >= SHORT_WINDOW)
+
+
+def end_token_ids(tokenizer: Any, text: PreTrainedConfig) -> frozenset[int]:
+    """End tokens of tokenizer and language model; generation_config.json's join them later."""
+    stated = getattr(text, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    return frozenset(i for i in ids if i is not None)
+
+
+@torch.no_grad()
+def adopt_own_logits(model: VisionLanguageModel, own: PreTrainedModel) -> None:
+    """Set the logit rules under which `forward` and the head give what the model's class computes.
+
+    They are the configuration's, or none: some wrappers of transformers leave their language
+    model's rule out, and then generate without it. This follows them, with a warning.
+
+    Raises:
+        CheckpointError: when the architecture does to logits or embeddings what is not known here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (7,), generator=generator)
+    for placeholder in model.suppressed_token_ids:
+        ids[ids == placeholder] = 0
+    ids = ids.to(model.device)
+    expected = own(input_ids=ids[None], use_cache=False).logits[0].float()
+    hidden = model.forward(model.embed(ids), torch.arange(len(ids), device=model.device))
+    plain = model.lm_head(hidden).float()
+    stated = logit_rules(own.config.get_text_config())
+    differences = []
+    for scale, softcap in (stated, (1.0, None)):
+        logits = plain * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        difference = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-9)
+        if difference <= (1e-3 if model.dtype == torch.float32 else 5e-2):
+            model.logit_scale, model.logit_softcap = scale, softcap
+            if (scale, softcap) != stated:
+                logger.warning(
+                    "%s: config.json states logit scale %g and soft cap %s, but %s applies neither",
+                    model.checkpoint,
+                    *stated,
+                    type(own).__name__,
+                )
+            return
+        differences.append(f"{difference:.2g}")
+    raise CheckpointError(
+        f"{model.checkpoint}: {type(own).__name__} changes its logits or embeddings in a way that "
+        f"is not supported (relative difference {' or '.join(differences)})"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and tables: what matters is raised."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,50 @@
+"""Where pictures stand in a question, and which ids of a tokenised prompt their features fill.
+
+Questions of LLaVA-style datasets may already hold `<image>`: a mark for each picture is replaced
+where it stands; any other number of marks says nothing, so they are dropped and the pictures come
+first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from stream_engine.errors import RecordError
+from stream_engine.models.base import IMAGE_SLOT
+
+IMAGE_MARK = "<image>"
+
+
+def place_images(question: str, blocks: Sequence[str]) -> str:
+    """The user's turn: each picture's block at its mark, or all of them in front, a line each."""
+    chunks = question.split(IMAGE_MARK)
+    if blocks and len(chunks) == len(blocks) + 1:
+        filled = [chunk + block for chunk, block in zip(chunks, blocks)]
+        return "".join([*filled, chunks[-1]])
+    return "\n".join([*blocks, drop_marks(question)])
+
+
+def drop_marks(question: str) -> str:
+    """The question without marks; a line that held nothing else goes with its mark."""
+    return re.sub(rf"{IMAGE_MARK}\n?", "", question)
+
+
+def fill_slots(
+    ids: Sequence[int], *, starts: Collection[int], filler: int, length: int, num_blocks: int
+) -> list[int]:
+    """Put IMAGE_SLOT in place of the `length` fillers that follow each start token.
+
+    Raises:
+        RecordError: "image_placeholder", when that does not find `num_blocks` blocks, because the
+            question itself spells the tokens that announce a picture.
+    """
+    filled, found = list(ids), 0
+    for position, token in enumerate(ids):
+        run = ids[position + 1 : position + 1 + length]
+        if token in starts and len(run) == length and all(other == filler for other in run):
+            filled[position + 1 : position + 1 + length] = [IMAGE_SLOT] * length
+            found += 1
+    if found != num_blocks:
+        raise RecordError("image_placeholder", f"{found} image blocks for {num_blocks}")
+    return filled

@@ -1,0 +1,95 @@
+"""What a pipeline is: how samples get answers, how answers get scores, how scores become pairs.
+
+A pipeline knows no cache, no file and no shard: it is handed engines and records, and yields
+records. Its module imports torch nowhere at the top, so that merging and `--help` stay light.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import msgspec
+
+from stream_engine.config import ModelRole, RunConfig, Stage
+from stream_engine.errors import ConfigError
+from stream_engine.records import (
+    Failure,
+    PreferencePair,
+    Sample,
+    SampleRewards,
+    SampleRollouts,
+)
+
+if TYPE_CHECKING:
+    from stream_engine.engine import Engine
+
+STAGES: tuple[Stage, ...] = ("rollouts", "rewards")
+
+
+class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For pipelines without settings of their own."""
+
+
+class Pipeline(ABC):
+    """One way to build preference pairs. Instances hold settings only."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[msgspec.Struct]] = NoOptions
+    length_balance: ClassVar[Literal["mean", "ratio"] | None] = "mean"
+    """How the merger keeps chosen answers from being simply the longer ones; see balance.py."""
+    judge_rates: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Rates for stats.json: name -> (numerator, denominator) among `SampleRewards.judge`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises ConfigError when a path is missing or an option is unknown."""
+        self.config = config
+        try:
+            self.options: Any = msgspec.convert(config.pipeline_options, self.Options, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{self.name}: bad option: {error}") from error
+
+    def required_path(self, setting: str) -> str:
+        """The value of a path setting. Raises ConfigError when it was not given."""
+        path = getattr(self.config, setting)
+        if not path:
+            raise ConfigError(f"{self.name} needs --{setting}")
+        return path
+
+    def instruct_role(self) -> ModelRole:
+        """The model that draws the answers, the same in every pipeline."""
+        path = self.required_path("instruct_model_path")
+        return ModelRole("instruct", path, "rollouts", self.config.instruct_model_name)
+
+    def planned_calls(self, num_samples: int) -> dict[str, int]:
+        """Replies that a judge will be asked for, by role, where their number is a choice."""
+        return {}
+
+    @abstractmethod
+    def roles(self) -> tuple[ModelRole, ...]:
+        """The models by role, each with its stage. Paths are checked here."""
+
+    @abstractmethod
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """The settings that shape a stage's results, besides its models and the stage before."""
+
+    @abstractmethod
+    def rollouts(
+        self, engines: Mapping[str, Engine], samples: Sequence[Sample]
+    ) -> Iterator[SampleRollouts | Failure]:
+        """Stage 0: answers for every sample, or the failure that sets it aside; in any order."""
+
+    @abstractmethod
+    def rewards(
+        self,
+        engines: Mapping[str, Engine],
+        samples: Sequence[tuple[Sample, SampleRollouts]],
+    ) -> Iterator[SampleRewards | Failure]:
+        """Stage 1: scores for every sample's answers, or the failure that sets it aside."""
+
+    @abstractmethod
+    def candidate_pairs(
+        self, sample: SampleRollouts, rewards: SampleRewards
+    ) -> list[PreferencePair]:
+        """Stage 2: candidate pairs of one sample, best first. Filters and balance come after."""

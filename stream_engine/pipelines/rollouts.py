@@ -1,0 +1,60 @@
+"""Stage 0, the same for every pipeline: k sampled answers a question, with their log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stream_engine.records import Answer, Failure, PromptDigest, Sample, SampleRollouts
+
+if TYPE_CHECKING:
+    from stream_engine.engine import Engine, GeneratedRow, GenerateRequest
+
+
+def sample_answers(
+    engine: Engine, samples: Sequence[Sample], *, sample_k: int, seed: int
+) -> Iterator[SampleRollouts | Failure]:
+    """Draw `sample_k` answers to every sample; answer j's randomness is of (seed, key, j) alone."""
+    from stream_engine.engine import GenerateRequest, RequestFailure, RowRequest, row_seed
+    from stream_engine.errors import RecordError
+
+    by_key = {sample.key: sample for sample in samples}
+    prompts: dict[str, tuple[PromptDigest, int]] = {}  # digest, number of tokens
+    refused: list[Failure] = []
+
+    def failure(key: str, reason: str, detail: str) -> Failure:
+        idx = by_key[key].idx
+        return Failure(reason=reason, detail=detail, stage="rollouts", key=key, idx=idx)
+
+    def requests() -> Iterator[GenerateRequest]:
+        questions = ((s.key, s.question, s.images) for s in samples)
+        for key, prompt in engine.prepare(questions):
+            if isinstance(prompt, RecordError):
+                refused.append(failure(key, prompt.reason, prompt.detail))
+            else:
+                prompts[key] = (prompt.digest, len(prompt))
+                rows = tuple(RowRequest(row_seed(seed, key, j)) for j in range(sample_k))
+                yield GenerateRequest(key, prompt, rows)
+
+    for result in engine.generate(requests()):
+        if isinstance(result, RequestFailure):
+            yield failure(result.key, result.reason, result.detail)
+        else:
+            answers = [_answer(engine, j, row) for j, row in enumerate(result.rows)]
+            digest, num_tokens = prompts[result.key]
+            yield SampleRollouts(
+                key=result.key, prompt=digest, answers=answers, num_prompt_tokens=num_tokens
+            )
+    yield from refused
+
+
+def _answer(engine: Engine, index: int, row: GeneratedRow) -> Answer:
+    return Answer(
+        index=index,
+        text=engine.model.decode(row.token_ids),
+        token_ids=row.token_ids,
+        token_logps=row.token_logps,
+        finish_reason=row.finish_reason,
+        end_token_id=row.end_token_id,
+        end_logp=row.end_logp,
+    )

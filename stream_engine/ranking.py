@@ -1,0 +1,199 @@
+"""Scored answers of one sample -> candidate preference pairs. Pure functions, no torch.
+
+    rank_by_reward         dpo_reward: answers that are best (worst) by `sum` and by `avg` alike
+    rank_by_denied_facts   divide_and_conquer: any two answers at least one denied fact apart
+    rank_by_wins           llava_critic: the top against the bottom, position by position
+
+Answers are found by their index and samples by their key, never by a position in a list: an
+answer without a score takes no part and shifts nothing. Ties are broken by the answer's index,
+so the same records give the same pairs. Candidates come best first (largest margin), since a
+later filter keeps the first few of each sample.
+
+`compat="rlaifv"` follows the rules of RLAIF-V's data engine where they are well defined; each
+function says where that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from stream_engine.records import Answer, AnswerScore, PreferencePair, SampleRewards
+
+Compat = Literal["rlaifv"] | None
+
+NGRAM = 10  # words; the n of the near-duplicate test
+
+# Chinese and Japanese are written without spaces: each of their characters counts as a word.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: runs without white space, or single Chinese or Japanese characters."""
+    return WORD.findall(text)
+
+
+def count_words(text: str) -> int:
+    """`len(words(text))`."""
+    return len(words(text))
+
+
+def similarity(a: Sequence[str], b: Sequence[str], *, n: int | None = None) -> float:
+    """Jaccard similarity of two texts' sets of word n-grams, from 0 to 1.
+
+    Without `n` it is min(10, words of the shorter text), so that texts of fewer than 10 words are
+    compared too; two texts without any word are equal. With `n` a text shorter than n has no
+    n-grams, and is similar to nothing.
+    """
+    if n is None:
+        n = min(NGRAM, len(a), len(b))
+        if n == 0:
+            return float(len(a) == len(b))
+    grams_a = {tuple(a[i : i + n]) for i in range(len(a) - n + 1)}
+    grams_b = {tuple(b[i : i + n]) for i in range(len(b) - n + 1)}
+    union = len(grams_a | grams_b)
+    return len(grams_a & grams_b) / union if union else 0.0
+
+
+def drop_near_duplicates(
+    scores: Iterable[AnswerScore],
+    texts: dict[int, list[str]],
+    *,
+    threshold: float,
+    n: int | None = None,
+) -> list[AnswerScore]:
+    """Keep each answer that is not too similar to one kept before it; the order stays.
+
+    Args:
+        texts: the words of each answer, by its index.
+    """
+    kept: list[AnswerScore] = []
+    for score in scores:
+        text = texts[score.index]
+        if all(similarity(text, texts[other.index], n=n) <= threshold for other in kept):
+            kept.append(score)
+    return kept
+
+
+def rank_by_reward(
+    answers: Sequence[Answer],
+    rewards: SampleRewards,
+    *,
+    rank: int,
+    distance: int,
+    strict_follow_rank: bool = False,
+    similarity_threshold: float = 0.9,
+    compat: Compat = None,
+) -> list[PreferencePair]:
+    """dpo_reward: pair the answers that both `sum` and `avg` call best with those both call worst.
+
+    Near-duplicates are removed first; the one with the highest `sum` stays. The best are the top
+    `rank` of both orders, the worst the bottom `rank` of both. When fewer than 2 * rank answers
+    survive, rank is survivors // 2, so that no answer is both. Pairs are the best with the worst,
+    the second best with the second worst and so on (`strict_follow_rank`), or any of the best with
+    any of the worst whose word counts differ by less than `distance`. The chosen answer's `sum`
+    is strictly higher.
+
+    `compat="rlaifv"`: near-duplicates are removed from each order by itself, over 10-grams only
+    (answers under 10 words always stay); rank is not lowered; strict pairs go down both lists in
+    `sum` order (1st with 8th, 2nd with 9th, ...); pairs come in that order, not by margin; equal
+    sums are paired, though never a lower with a higher.
+    """
+    texts = {answer.index: words(answer.text) for answer in answers}
+    by_sum = sorted(rewards.scores, key=lambda score: (-score.scores["sum"], score.index))
+    by_avg = sorted(rewards.scores, key=lambda score: (-score.scores["avg"], score.index))
+    if compat == "rlaifv":
+        place = {score.index: i for i, score in enumerate(by_sum)}
+        by_sum = drop_near_duplicates(by_sum, texts, threshold=similarity_threshold, n=NGRAM)
+        by_avg = drop_near_duplicates(by_avg, texts, threshold=similarity_threshold, n=NGRAM)
+    else:
+        by_sum = drop_near_duplicates(by_sum, texts, threshold=similarity_threshold)
+        survivors = {score.index for score in by_sum}
+        by_avg = [score for score in by_avg if score.index in survivors]
+        rank = min(rank, len(by_sum) // 2)
+    if rank == 0:
+        return []
+    top_by_avg = {score.index for score in by_avg[:rank]}
+    bottom_by_avg = {score.index for score in by_avg[-rank:]}
+    best = [score for score in by_sum[:rank] if score.index in top_by_avg]
+    worst = [score for score in by_sum[-rank:] if score.index in bottom_by_avg]
+    if strict_follow_rank:
+        matches = list(zip(best, worst if compat == "rlaifv" else reversed(worst)))
+    else:
+        matches = [
+            (chosen, rejected)
+            for chosen in best
+            for rejected in worst
+            if abs(len(texts[chosen.index]) - len(texts[rejected.index])) < distance
+        ]
+    if compat == "rlaifv":
+        return [
+            _pair(rewards.key, chosen, rejected, component="sum")
+            for chosen, rejected in matches
+            if place[chosen.index] < place[rejected.index]
+        ]
+    return _best_first(
+        _pair(rewards.key, chosen, rejected, component="sum")
+        for chosen, rejected in matches
+        if chosen.scores["sum"] > rejected.scores["sum"]
+    )
+
+
+def rank_by_denied_facts(
+    rewards: SampleRewards, *, seed: int, num_pairs: int = 2, min_difference: float = 1.0
+) -> list[PreferencePair]:
+    """divide_and_conquer: draw `num_pairs` of the pairs whose scores are far enough apart.
+
+    A score is -(number of denied facts). The draw depends on (seed, sample key) and on nothing
+    else. RLAIF-V's data engine has the same rule with an unseeded draw.
+    """
+    scores = sorted(rewards.scores, key=lambda score: (-score.score, score.index))
+    eligible = [
+        _pair(rewards.key, chosen, rejected)
+        for i, chosen in enumerate(scores)
+        for rejected in scores[i + 1 :]
+        if chosen.score - rejected.score >= min_difference
+    ]
+
+    def lot(pair: PreferencePair) -> bytes:
+        text = f"{seed}/{pair.key}/{pair.chosen}/{pair.rejected}"
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    return _best_first(sorted(eligible, key=lot)[:num_pairs])
+
+
+def rank_by_wins(
+    rewards: SampleRewards, *, rank: int, compat: Compat = None
+) -> list[PreferencePair]:
+    """llava_critic: the i-th of the top `rank` with the i-th of the bottom `rank`.
+
+    Both lists run from better to worse. With fewer than 2 * rank scored answers, rank is half
+    their number. The chosen answer's score is strictly higher; `compat="rlaifv"` pairs equal
+    scores too, and keeps the order of the positions.
+    """
+    scores = sorted(rewards.scores, key=lambda score: (-score.score, score.index))
+    rank = min(rank, len(scores) // 2)
+    top, bottom = scores[:rank], scores[len(scores) - rank :]
+    pairs = [_pair(rewards.key, chosen, rejected) for chosen, rejected in zip(top, bottom)]
+    if compat == "rlaifv":
+        return pairs
+    return _best_first(pair for pair in pairs if pair.margin > 0)
+
+
+def _pair(
+    key: str, chosen: AnswerScore, rejected: AnswerScore, *, component: str | None = None
+) -> PreferencePair:
+    return PreferencePair(
+        key=key,
+        chosen=chosen.index,
+        rejected=rejected.index,
+        chosen_score=chosen.score if component is None else chosen.scores[component],
+        rejected_score=rejected.score if component is None else rejected.scores[component],
+    )
+
+
+def _best_first(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
+    return sorted(pairs, key=lambda pair: (-pair.margin, pair.chosen, pair.rejected))

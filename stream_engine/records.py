@@ -1,0 +1,167 @@
+"""The typed records that flow through a run, and are stored in its result files.
+
+    Sample ──rollouts──▶ SampleRollouts ──rewards──▶ SampleRewards ──rank──▶ PreferencePair
+       │                     │                           │                       │
+       └─────────────────────┴────── Failure ────────────┘                   dropped: reason
+
+Foreign formats are converted to `Sample` once, by the reader. Fields are only ever added, with a
+default; a change of meaning raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class EncodedImage(msgspec.Struct, frozen=True):
+    """An image as its original encoded bytes; decoded only when a batch needs it."""
+
+    data: bytes
+    path: str = ""
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One question about zero or more images.
+
+    `key` is 32 hex digits, `sample_key(idx, question, images)`; `idx` is the user's own id as a
+    string (the key where the input had none). The remaining fields are carried through.
+    """
+
+    key: str
+    idx: str
+    question: str
+    images: tuple[EncodedImage, ...] = ()
+    ds_name: str = ""
+    origin_dataset: str = ""
+    origin_split: str = ""
+    image_path: str = ""
+    metainfos: str = ""
+
+
+def sample_key(idx: str, question: str, images: tuple[EncodedImage, ...]) -> str:
+    """Content hash of a sample: BLAKE2b-128 over id, question and every image's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (idx.encode(), question.encode(), *(image.data for image in images)):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A record set aside: where it came from, and why. One line of a quarantine file."""
+
+    reason: str
+    detail: str = ""
+    stage: str = "input"
+    source: str = ""
+    row: int = -1
+    key: str = ""
+    idx: str = ""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """One sampled answer.
+
+    `token_ids` and `token_logps` hold the answer's tokens without the end token. Log-probs are
+    natural logs of the untempered, unfiltered distribution in float32. `end_token_id` and
+    `end_logp` are set only when the end token was generated (`finish_reason == "stop"`).
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    token_logps: list[float]
+    finish_reason: str  # "stop" | "length"
+    end_token_id: int | None = None
+    end_logp: float | None = None
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """Answer tokens, then the end token when it was generated: what a reward model scores."""
+        return self.token_ids if self.end_token_id is None else [*self.token_ids, self.end_token_id]
+
+    @property
+    def scored_logps(self) -> list[float]:
+        """Log-probs of `scored_ids` under the instruct model."""
+        return self.token_logps if self.end_logp is None else [*self.token_logps, self.end_logp]
+
+
+class PromptDigest(msgspec.Struct, frozen=True):
+    """What a model saw before the answer. Log-probs are subtracted only between equal digests."""
+
+    ids: str  # hash of the expanded prompt ids
+    pixels: str  # hash of the images' encoded bytes and of the preprocessing settings
+    tokenizer: str  # hash of the vocabulary
+
+
+class SampleRollouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Stage 0 for one sample: its answers, in order of `Answer.index`.
+
+    `num_prompt_tokens` counts the positions before the first answer token, images expanded; the
+    stored reference log-probs are aligned by it.
+    """
+
+    key: str
+    prompt: PromptDigest
+    answers: list[Answer]
+    num_prompt_tokens: int = 0
+
+
+class AnswerScore(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer's score. `score` orders the answers; higher is better.
+
+    `scores` holds the named components (for dpo_reward: sum, avg, min, orm); `token_logps` the
+    reward model's log-probs of `Answer.scored_ids` where the pipeline computes them; `details`
+    whatever else a person wants to read (facts, verdicts, reasoning).
+    """
+
+    index: int
+    score: float
+    scores: dict[str, float] = {}
+    token_logps: list[float] = []
+    details: dict[str, Any] = {}
+
+
+class SampleRewards(msgspec.Struct, frozen=True, kw_only=True):
+    """Stage 1 for one sample: a score for each answer that could be scored.
+
+    `unscored` maps a reason to the indices of answers without a score. `judge` holds per-sample
+    counters that `stats.json` sums over the run (verdicts, ties, flips ...). `details` is for a
+    person to read: what judges said of the sample as a whole, and replies that could not be read.
+    """
+
+    key: str
+    scores: list[AnswerScore]
+    unscored: dict[str, list[int]] = {}
+    judge: dict[str, float] = {}
+    details: dict[str, Any] = {}
+
+
+class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate row of the dataset: indices into the sample's answers, and the scores."""
+
+    key: str
+    chosen: int
+    rejected: int
+    chosen_score: float
+    rejected_score: float
+
+    @property
+    def margin(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard, as its line in the manifest says. `sha256` is of the tar's bytes."""
+
+    index: int
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    keys: list[str]
+    ids: list[str]

@@ -1,0 +1,61 @@
+"""retry-failed: put failed shards and quarantined records back among what is left to do.
+
+A result file is written again without its quarantined records: it then covers a part of its shard,
+which is a state that every worker knows how to complete. So a retry may be interrupted, and may be
+finished by any number of workers, like any other work.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from stream_engine.errors import ConfigError
+from stream_engine.failures import clear_failure
+from stream_engine.pipelines.base import STAGES
+from stream_engine.run_state import RunState, shard_lease
+from stream_engine.shard_work import RECORD_TYPES
+from stream_engine.storage.leases import Lease
+from stream_engine.storage.results import read_results, write_results
+
+
+class Requeued(msgspec.Struct, frozen=True):
+    """What was put back, and what cannot be: rejected input has to be corrected first."""
+
+    shards: int
+    records: int
+    rejected: int
+
+
+def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
+    """Put back every failed shard, and every record that a stage set aside.
+
+    Raises:
+        ConfigError: when a worker is at one of these shards.
+    """
+    num_shards = num_records = 0
+    for shard in state.refresh().shards:
+        failed = state.failure(shard) is not None
+        headers = {
+            stage: header
+            for stage in STAGES
+            if (header := state.header(stage, shard)) and header.num_quarantined
+        }
+        if not failed and not headers:
+            continue
+        name = shard_lease(shard.index)
+        lease = Lease.acquire(state.run_dir, name, worker_id=worker, timeout_s=timeout_s)
+        if lease is None:
+            raise ConfigError(f"a worker is at shard {shard.index}; retry when the run has ended")
+        with lease:
+            for stage, header in headers.items():
+                path = state.run_dir.result(stage, shard.index)
+                records = list(read_results(path, RECORD_TYPES[stage]))
+                part = msgspec.structs.replace(
+                    header, num_samples=header.num_results, num_quarantined=0
+                )
+                write_results(state.run_dir, part, records, [])
+                num_records += header.num_quarantined
+            if failed:
+                clear_failure(state.run_dir, shard.index)
+                num_shards += 1
+    return Requeued(num_shards, num_records, state.num_rejected())

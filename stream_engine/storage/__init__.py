@@ -1,0 +1,1 @@
+"""Everything that knows bytes and paths: inputs, shards, results, leases, exports."""

@@ -1,0 +1,164 @@
+"""Images of an input row: found, fenced in, and checked by decoding them once.
+
+Their bytes are kept as they are. Every problem is a RecordError with one of the reasons
+missing_image_file, path_outside_root, bad_base64, image_too_large, truncated_image,
+undecodable_image.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import posixpath
+import stat
+import struct
+import warnings
+import zlib
+
+import fsspec
+from PIL import Image
+
+from stream_engine.errors import RecordError
+from stream_engine.storage.inputs import is_url
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's other formats are refused: some of them run programs (EPS) or are no pictures."""
+
+MAX_BYTES_PER_PIXEL = 8
+"""No encoding of a picture needs more: 16 bits in four channels."""
+
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,  # Pillow's for broken PNG chunks
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders raise on hostile bytes."""
+
+
+def check_image(data: bytes, max_pixels: int) -> None:
+    """Decode an image completely, and raise RecordError when that fails or it is too large.
+
+    The size is read from the header first, so that a bomb is refused before it is decoded. JPEG
+    is decoded at an eighth of its size: all of its data is read, in a fraction of the time.
+    """
+    is_identified = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                is_identified = True
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise RecordError(
+                        "image_too_large", f"{width} x {height} pixels, the limit is {max_pixels}"
+                    )
+                if image.format == "PNG":
+                    image.verify()  # checksums and the end chunk, which decoding skips
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                image.draft("RGB", (1, 1))
+                image.load()
+    except Image.DecompressionBombError as error:
+        raise RecordError("image_too_large", str(error)) from error
+    except DECODE_ERRORS as error:
+        is_cut = looks_cut(data, error, is_identified)
+        reason = "truncated_image" if is_cut else "undecodable_image"
+        detail = "not an image in a known format" if not is_identified else str(error)
+        raise RecordError(reason, detail) from error
+
+
+def looks_cut(data: bytes, error: Exception, is_identified: bool) -> bool:
+    """Whether a decoding error means that the end of the image is missing."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    message = str(error).lower()
+    return is_identified and (
+        isinstance(error, (EOFError, struct.error))
+        or any(sign in message for sign in ("truncated", "broken data stream", "unexpected end"))
+    )
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of a base64 string, with or without a `data:` prefix and line breaks."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RecordError("bad_base64", str(error)) from error
+
+
+def read_image_file(path: str, folder: str, image_root: str | None, max_pixels: int) -> bytes:
+    """The bytes of the image that a row in `folder` names.
+
+    A relative path is looked up in `image_root` first, when there is one, then in `folder`. The
+    file that is found must lie in `image_root`, after all links and `..` are followed.
+    """
+    if is_url(folder):
+        return read_remote_image(path, folder, image_root)
+    if is_url(path):
+        raise RecordError("missing_image_file", f"{path} is in another store than its row")
+    if "\0" in path:
+        raise RecordError("missing_image_file", "the path holds a null character")
+    candidates = [os.path.join(base, path) for base in (image_root, folder) if base is not None]
+    found = next((name for name in candidates if os.path.lexists(name)), candidates[0])
+    if image_root is not None and not is_inside(os.path.realpath(found), image_root):
+        raise RecordError("path_outside_root", f"{path} is not inside {image_root}")
+    try:
+        status = os.stat(found)
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError("missing_image_file", f"{found} is not a regular file")
+        if status.st_size > max_pixels * MAX_BYTES_PER_PIXEL:
+            raise RecordError("image_too_large", f"{found} has {status.st_size} bytes")
+        with open(found, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise RecordError("missing_image_file", f"{found}: {error.strerror}") from error
+
+
+def is_inside(real_path: str, root: str) -> bool:
+    """Whether a path without links lies in a folder."""
+    real_root = os.path.realpath(root)
+    return os.path.commonpath([real_path, real_root]) == real_root
+
+
+def read_remote_image(path: str, folder: str, image_root: str | None) -> bytes:
+    """The bytes of an image in the store of the file that names it; stores have no links."""
+    protocol, _, _ = folder.partition("://")
+    if is_url(path) and not path.startswith(f"{protocol}://"):
+        raise RecordError("missing_image_file", f"{path} is in another store than its row")
+    candidates = [join_url(base, path) for base in (image_root, folder) if base is not None]
+    if image_root is not None:
+        if not is_url(image_root):
+            raise RecordError("path_outside_root", f"{path} is not inside {image_root}")
+        fence = join_url(image_root, "") + "/"
+        candidates = [url for url in candidates if url.startswith(fence)]
+        if not candidates:
+            raise RecordError("path_outside_root", f"{path} is not inside {image_root}")
+    for url in candidates:
+        fs, name = fsspec.core.url_to_fs(url)
+        try:
+            return fs.cat_file(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RecordError("missing_image_file", f"{url}: {error}") from error
+    raise RecordError("missing_image_file", f"{candidates[0]} does not exist")
+
+
+def join_url(base: str, path: str) -> str:
+    """A path below a URL, `.` and `..` followed."""
+    if is_url(path):
+        base, path = path, ""
+    protocol, _, rest = base.partition("://")
+    return f"{protocol}://" + posixpath.normpath(posixpath.join("/", rest, path)).lstrip("/")

@@ -1,0 +1,235 @@
+"""Ingest: inputs become shards, once, and new inputs become new shards.
+
+    for each input not yet read:   read ─▶ reject | known | new ─▶ shard, manifest line
+                                   quarantine file, then the input's own manifest line
+
+A kill at any moment leaves whole shards and a manifest that lists them; the next ingest reads the
+interrupted input again from its start, finds what is already there, and goes on where it ended.
+Shards are not shared by two inputs, so that inputs given together or one by one give the same.
+The caller holds the lease "ingest": there is one ingest at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+
+import msgspec
+
+from stream_engine.config import InputConfig
+from stream_engine.errors import ConservationError
+from stream_engine.records import Failure, Sample
+from stream_engine.storage.atomic import fsync_folder, remove_leftovers, temporary_path
+from stream_engine.storage.inputs import canonical_source, input_fingerprint
+from stream_engine.storage.known import KnownSamples
+from stream_engine.storage.manifest import InputInfo, Manifest, reading_settings
+from stream_engine.storage.readers import InputRow, read_rows
+from stream_engine.storage.run_dir import RunDir
+from stream_engine.storage.shards import write_shard
+
+ROWS_PER_PROGRESS = 50
+
+OnProgress = Callable[["IngestReport"], object]
+
+
+class IngestReport(msgspec.Struct, kw_only=True):
+    """Rows of the inputs that were read: read = added + known + the rejected, by reason.
+
+    What an interrupted ingest of the same input had added counts as added again.
+    """
+
+    read: int = 0
+    added: int = 0
+    known: int = 0
+    rejected: dict[str, int] = {}
+    num_shards: int = 0
+    """Shards written by this call."""
+    skipped_inputs: list[str] = []
+    """Inputs that were read to their end before and have not changed."""
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+
+def ingest(
+    run_dir: RunDir,
+    sources: Sequence[str],
+    config: InputConfig,
+    *,
+    on_progress: OnProgress | None = None,
+) -> IngestReport:
+    """Cut what is new in the sources into shards.
+
+    `on_progress` gets the report so far, every 50 rows, before each shard is put in place and at
+    the end of each input; it may raise to stop, and the rejects up to there are in the quarantine
+    file then. An input with a file that could not be read is read again by the next call.
+
+    Raises:
+        ConfigError: when a source does not exist or its format is unknown.
+        ConservationError: when the counts do not add up.
+    """
+    report = IngestReport()
+    states = {canonical_source(source): input_fingerprint(source) for source in sources}
+    manifest = Manifest.load(run_dir)
+    to_read = {
+        source: state
+        for source, state in states.items()
+        if not manifest.is_read(source, state, config)
+        or manifest.inputs[source].rejected.get("unreadable_file")
+    }
+    report.skipped_inputs = [source for source in states if source not in to_read]
+    if not to_read:
+        return report
+    remove_leftovers(run_dir.shards_dir, older_than_s=0.0)
+    with KnownSamples(manifest.shards) as known:
+        for source, state in to_read.items():
+            InputReading(run_dir, manifest, known, source, config, report, on_progress).run(state)
+    return report
+
+
+class InputReading:
+    """One pass over one input."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        manifest: Manifest,
+        known: KnownSamples,
+        source: str,
+        config: InputConfig,
+        report: IngestReport,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.manifest = manifest
+        self.known = known
+        self.source = source
+        self.config = config
+        self.total = report
+        self.counts = IngestReport()
+        self.num_written = 0
+        self.num_resumed = 0
+        self.on_progress = on_progress or (lambda report: None)
+
+    def run(self, fingerprint: str) -> None:
+        """Write the input's shards, its quarantine file and its line in the manifest."""
+        self.known.set_pending(self.manifest.unfinished_shards(self.source))
+        with QuarantineWriter(self.run_dir, self.source) as self.quarantine:
+            self.write_shards(self.new_samples())
+            self.on_progress(self.total)
+        self.known.clear_pending()
+        self.check_conservation()
+        self.manifest.append_input(
+            InputInfo(
+                source=self.source,
+                fingerprint=fingerprint,
+                settings=reading_settings(self.config),
+                read=self.counts.read,
+                added=self.counts.added,
+                known=self.counts.known,
+                rejected=self.counts.rejected,
+            )
+        )
+
+    def write_shards(self, samples: Iterator[Sample]) -> None:
+        """Cut the new samples into shards; the last one may be smaller."""
+        rest = self.config.samples_per_shard - 1
+        for first in samples:
+            index = len(self.manifest.shards)
+            shard = self.then_report(chain((first,), islice(samples, rest)))
+            info = write_shard(self.run_dir.shard(index), index, shard)
+            self.manifest.append_shard(info, source=self.source)
+            self.num_written += info.num_samples
+            self.total.num_shards += 1
+
+    def then_report(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Report progress when a shard is full: the caller's last chance to stop it."""
+        yield from samples
+        self.on_progress(self.total)
+
+    def new_samples(self) -> Iterator[Sample]:
+        """The samples the run does not hold yet; everything else is counted."""
+        for row in read_rows(self.source, self.config):
+            if self.count(row):
+                assert isinstance(row.item, Sample)
+                yield row.item
+
+    def count(self, row: InputRow) -> bool:
+        """Count one row; True when it is a new sample."""
+        item = row.item
+        if isinstance(item, Failure):
+            state = "rejected"
+        else:
+            state = self.known.classify(item.idx, item.key)
+            if state == "conflict":
+                item = conflict(row, item)
+        for counts in (self.counts, self.total):
+            counts.read += 1
+            if isinstance(item, Failure):
+                counts.rejected[item.reason] = counts.rejected.get(item.reason, 0) + 1
+            elif state == "known":
+                counts.known += 1
+            else:
+                counts.added += 1
+        self.num_resumed += state == "pending"
+        if isinstance(item, Failure):
+            self.quarantine.write(item)
+        if self.counts.read % ROWS_PER_PROGRESS == 0:
+            self.on_progress(self.total)
+        return state == "new"
+
+    def check_conservation(self) -> None:
+        """Every row that was read is in a shard, was there before, or is in quarantine."""
+        counts = self.counts
+        num_added = self.num_written + self.num_resumed
+        num_rejected = self.quarantine.num_written
+        if counts.read != num_added + counts.known + num_rejected or counts.added != num_added:
+            raise ConservationError(
+                f"{self.source}: read {counts.read} rows, but added {num_added}, "
+                f"known {counts.known}, rejected {num_rejected}"
+            )
+
+
+class QuarantineWriter:
+    """The quarantine file of one input, put in place however the reading ends."""
+
+    def __init__(self, run_dir: RunDir, source: str) -> None:
+        digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+        self.path = run_dir.quarantine(f"input-{digest}")
+        self.num_written = 0
+
+    def __enter__(self) -> QuarantineWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = temporary_path(self.path)
+        self.file = open(self.temporary, "wb")
+        return self
+
+    def write(self, failure: Failure) -> None:
+        self.file.write(msgspec.json.encode(failure) + b"\n")
+        self.num_written += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.num_written:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink()
+            self.path.unlink(missing_ok=True)
+        fsync_folder(self.path.parent)
+
+
+def conflict(row: InputRow, sample: Sample) -> Failure:
+    """The reject of a row whose id belongs to another sample already."""
+    return Failure(
+        reason="conflicting_id",
+        detail=f"another sample has the id {sample.idx!r}; the first one is kept",
+        source=row.source,
+        row=row.row,
+        key=sample.key,
+        idx=sample.idx,
+    )

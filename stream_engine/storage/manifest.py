@@ -1,0 +1,181 @@
+"""The manifest: an append-only list of the shards, and of the inputs that were read to their end.
+
+One JSON line each. Only the holder of the ingest lease appends; anybody reads at any time. A last
+line that is torn counts as not written, and is cut off before the next append.
+
+Memory: a shard's line holds its samples' keys, so lines are read when they are asked for; the
+manifest itself keeps one offset per shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import msgspec
+
+from stream_engine.config import InputConfig, fingerprint
+from stream_engine.errors import ShardError, ShardReadError
+from stream_engine.records import ShardInfo
+from stream_engine.storage.atomic import fsync_folder
+from stream_engine.storage.inputs import canonical_source, input_fingerprint
+from stream_engine.storage.run_dir import RunDir
+
+
+class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="input"):
+    """An input that was read to its end: read = added + known + the rejected."""
+
+    source: str
+    fingerprint: str
+    settings: str
+    """Hash of the settings that decide what is read; see `reading_settings`."""
+    read: int
+    added: int
+    known: int
+    rejected: dict[str, int] = {}
+
+
+class ShardLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shard"):
+    """A shard, and the input it was cut from."""
+
+    shard: ShardInfo
+    source: str = ""
+
+
+class LineKind(msgspec.Struct):
+    """The little that loading needs of every line."""
+
+    kind: str
+    source: str = ""
+
+
+class ShardList(Sequence[ShardInfo]):
+    """The shards in order; each is decoded from its line when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardInfo]: ...
+    def __getitem__(self, index: int | slice) -> ShardInfo | list[ShardInfo]:
+        if isinstance(index, slice):
+            return list(self.at(self.offsets[index]))
+        return next(self.at([self.offsets[index]]))
+
+    def __iter__(self) -> Iterator[ShardInfo]:
+        return self.at(self.offsets)
+
+    def at(self, offsets: Sequence[int]) -> Iterator[ShardInfo]:
+        """The shards whose lines begin at these offsets."""
+        if not offsets:
+            return
+        with open(self.path, "rb") as file:
+            for offset in list(offsets):
+                file.seek(offset)
+                yield msgspec.json.decode(file.readline(), type=ShardLine).shard
+
+
+class Manifest:
+    """`shards` in order of their index, and `inputs`, the latest line of each source."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards = ShardList(path)
+        self.inputs: dict[str, InputInfo] = {}
+        self._unfinished: dict[str, list[int]] = {}
+        self.size = 0
+        self.end = 0
+
+    @classmethod
+    def load(cls, run_dir: RunDir) -> Manifest:
+        """Read the manifest of a run; a run without one has no shards.
+
+        Raises:
+            ShardReadError: when a line other than the last is damaged.
+        """
+        manifest = cls(run_dir.manifest)
+        if not manifest.path.exists():
+            return manifest
+        with open(manifest.path, "rb") as file:
+            manifest.size = os.fstat(file.fileno()).st_size
+            damaged = 0
+            for number, line in enumerate(file, start=1):
+                if damaged:
+                    raise ShardReadError(manifest.path, f"line {damaged} is damaged")
+                if not line.endswith(b"\n") or not manifest._add(line):
+                    damaged = number
+        return manifest
+
+    def _add(self, line: bytes) -> bool:
+        """Take up a complete line; False when it is damaged."""
+        try:
+            kind = msgspec.json.decode(line, type=LineKind)
+            if kind.kind == "input":
+                info = msgspec.json.decode(line, type=InputInfo)
+                self.inputs[info.source] = info
+                self._unfinished.pop(info.source, None)
+            else:
+                self.shards.offsets.append(self.end)
+                self._unfinished.setdefault(kind.source, []).append(self.end)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        self.end += len(line)
+        return True
+
+    def is_complete(self, sources: Sequence[str], config: InputConfig | None = None) -> bool:
+        """Whether every source, as it is now, was read to its end (with `config`'s settings)."""
+        return all(self.is_read(source, input_fingerprint(source), config) for source in sources)
+
+    def is_read(self, source: str, fingerprint: str, config: InputConfig | None = None) -> bool:
+        """Whether this very state of a source was read to its end."""
+        info = self.inputs.get(canonical_source(source))
+        if info is None or info.fingerprint != fingerprint:
+            return False
+        return config is None or info.settings == reading_settings(config)
+
+    def unfinished_shards(self, source: str) -> Iterator[ShardInfo]:
+        """The shards of a source that were written since it was last read to its end."""
+        return self.shards.at(self._unfinished.get(source, []))
+
+    def append_shard(self, shard: ShardInfo, *, source: str = "") -> None:
+        """Add the line of a shard whose tar is in place."""
+        assert shard.index == len(self.shards), f"{shard.index} after {len(self.shards)} shards"
+        self._append(ShardLine(shard=shard, source=source))
+
+    def append_input(self, info: InputInfo) -> None:
+        """Add the line of an input whose shards are all in the manifest."""
+        self._append(info)
+
+    def _append(self, line: ShardLine | InputInfo) -> None:
+        encoded = msgspec.json.encode(line) + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with open(self.path, "ab") as file:
+            if os.fstat(file.fileno()).st_size != self.size:
+                raise ShardError(f"{self.path} was changed by another process; run again")
+            file.truncate(self.end)
+            file.write(encoded)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            fsync_folder(self.path.parent)
+        self._add(encoded)
+        self.size = self.end
+
+
+def reading_settings(config: InputConfig) -> str:
+    """Hash of the settings that decide which samples of an input are taken."""
+    settings: dict[str, Any] = {
+        "image_root": config.image_root,
+        "max_samples": config.max_samples,
+        "max_image_pixels": config.max_image_pixels,
+    }
+    return fingerprint(settings)

@@ -1,0 +1,453 @@
+"""A worker: lease -> read -> process -> write -> release, until nothing is left; then one merges.
+
+Plain python, torchrun and deepspeed run the same loop. Workers meet in the run directory only: no
+process group, no barrier, and the number of workers shapes no result. A run is resumed by running
+it again; a finished run is a no-op that loads no model.
+
+Retry policy: a shard that raises is tried again after a back-off, by whoever comes first. On the
+last attempt its records are processed one by one and those that raise are quarantined; when every
+one does, the shard is left as failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stream_engine.config import InputConfig, RunConfig, Stage, WorkerConfig
+from stream_engine.console import ProgressView
+from stream_engine.errors import (
+    CheckpointError,
+    ConfigError,
+    LeaseLostError,
+    MissingStageError,
+    ParallelError,
+    ShardError,
+    StreamEngineError,
+)
+from stream_engine.failures import clear_failure, describe, record_failure
+from stream_engine.loaded_engines import LoadedEngines
+from stream_engine.meter import Meter
+from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.placement import decide_placement, worker_memory
+from stream_engine.ranks import Rank, set_device
+from stream_engine.records import Failure
+from stream_engine.run_state import RunState, Shard, shard_lease
+from stream_engine.shard_work import ShardWork, StageRecord
+from stream_engine.storage.ingest import IngestReport, ingest
+from stream_engine.storage.inputs import canonical_source, input_fingerprint
+from stream_engine.storage.leases import Lease, list_leases
+from stream_engine.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from stream_engine.team import Team
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IDLE_S = 0.25
+REFRESH_S = 1.0
+MAX_HOPELESS_SHARDS = 2
+ALONE_S = 60.0
+UNREADABLE_FILE = "unreadable_file"
+MIN_RECORDS_TO_JUDGE = 200
+
+PASSES: dict[int | None, tuple[tuple[Stage, ...], ...]] = {
+    None: (("rollouts", "rewards"),),
+    0: (("rollouts",),),
+    1: (("rewards",),),
+    2: (),
+}
+"""Stages that are done together on a shard, by --run_stage."""
+
+UNMENDABLE = (ConfigError, CheckpointError, ParallelError)
+"""Errors of settings, models or lost ranks: they stop the run, since no retry can mend them."""
+
+
+class Worker:
+    """One process of a run. `work` returns when every shard is settled, whoever did it."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        config: RunConfig,
+        pipeline: Pipeline,
+        fingerprints: Mapping[Stage, str],
+        *,
+        rank: Rank,
+        view: ProgressView,
+        team: Team | None = None,
+    ) -> None:
+        """`team` is given when this rank leads others with which it holds each model together."""
+        self.run_dir = run_dir
+        self.config = config
+        self.settings = config.part(WorkerConfig)
+        self.pipeline = pipeline
+        self.fingerprints = fingerprints
+        self.rank = rank
+        self.team = team
+        self.view = view
+        self.passes = PASSES[config.run_stage]
+        self.state = RunState(
+            run_dir, fingerprints, max_shard_retries=self.settings.max_shard_retries
+        )
+        self.engines = LoadedEngines(run_dir, pipeline, rank, team)
+        self.meter = Meter([stage for stages in self.passes for stage in stages])
+        self.current_pass = self.passes[0] if self.passes else ()
+        self.is_placed = False
+        self.unread: dict[str, str] = {}
+        self.num_added = 0
+        self.num_hopeless = 0
+        self.last_error: Exception | None = None
+        self.last_company = time.monotonic()
+
+    def work(self, *, read_input: bool = True, do_shards: bool = True) -> int:
+        """Ingest what is new and work on shards until all are settled; returns how many were mine.
+
+        Raises:
+            ConfigError: for settings or data that are plainly wrong.
+            CheckpointError: when a model cannot be loaded.
+        """
+        if read_input and self.config.run_stage in (None, 0):
+            self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
+        self.state.refresh()
+        num_mine = 0
+        is_idle = False
+        while True:
+            is_ingested = self.ingest()
+            self.state.refresh(max_age_s=0.0 if is_idle else REFRESH_S)
+            self.check_bad_fraction()
+            task = self.next_task() if do_shards and not self.is_broken() else None
+            if task is not None:
+                is_idle = False
+                num_mine += self.do(*task)
+            elif not is_idle:
+                is_idle = True  # there seems to be nothing to do: look again at once
+            elif is_ingested and (self.is_settled() or not do_shards):
+                return num_mine
+            else:
+                self.show("waiting for other workers")
+                time.sleep(IDLE_S)
+
+    def is_settled(self) -> bool:
+        """Whether no shard is left to do, by anybody."""
+        return all(
+            self.state.is_settled(stages, shard)
+            for stages in self.passes
+            for shard in self.state.shards
+        )
+
+    # -- input -----------------------------------------------------------------------------------
+
+    def ingest(self) -> bool:
+        """Read inputs that nobody has read yet; False while another worker is at it."""
+        if self.is_ingested():
+            return True
+        lease = self.lease("ingest")
+        if lease is None:
+            return False
+        with lease:
+            self.state.refresh()
+            if not self.is_ingested():
+                logger.info("reading %s", ", ".join(self.config.dataset_path))
+                report = ingest(
+                    self.run_dir,
+                    self.config.dataset_path,
+                    self.config.part(InputConfig),
+                    on_progress=self.ingest_progress,
+                )
+                logger.info("%s", describe_ingest(report))
+                self.num_added = report.added
+        self.unread = {}
+        return True
+
+    def is_ingested(self) -> bool:
+        """Whether all inputs were read to their end; files that could not be opened are retried."""
+        part = self.config.part(InputConfig)
+        manifest = self.state.manifest
+        return all(
+            manifest.is_read(source, mark, part)
+            and not manifest.inputs[canonical_source(source)].rejected.get(UNREADABLE_FILE)
+            for source, mark in self.unread.items()
+        )
+
+    def ingest_progress(self, report: IngestReport) -> None:
+        """Show how far reading is, and stop it when the data are plainly wrong."""
+        rejected = sum(report.rejected.values())
+        refuse_bad_data(report.rejected, report.read, self.settings.max_bad_fraction)
+        self.show(f"reading input: {report.read} records, {rejected} rejected")
+
+    def check_bad_fraction(self) -> None:
+        """Stop early when too large a share of the samples so far was set aside."""
+        headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
+        read = self.state.num_rejected() + sum(header.num_samples for header in headers)
+        bad = {
+            "rejected by the reader": self.state.num_rejected(),
+            "set aside by rollouts": sum(header.num_quarantined for header in headers),
+            "set aside by rewards": self.state.num_quarantined("rewards"),
+        }
+        refuse_bad_data(bad, read, self.settings.max_bad_fraction)
+
+    # -- shards ----------------------------------------------------------------------------------
+
+    def next_task(self) -> tuple[tuple[Stage, ...], Shard, Lease] | None:
+        """A shard with work left, and its lease; the models in memory decide which pass first."""
+        if not self.is_placed and not self.is_settled():
+            self.place()
+        others = [stages for stages in self.passes if stages != self.current_pass]
+        held = self.state.holders()
+        for stages in (self.current_pass, *others) if self.passes else ():
+            for shard in self.in_order():
+                if shard.index not in held and self.is_takeable(stages, shard):
+                    lease = self.lease(shard_lease(shard.index))
+                    if lease is not None:
+                        return stages, shard, lease
+        return None
+
+    def place(self) -> None:
+        """Decide whether the models are held together; if not, the stages run one by one."""
+        self.is_placed = True
+        device = set_device(self.rank, self.config.device)
+        config = self.config
+        memory = worker_memory(
+            device, local_workers=self.rank.local_world_size, offload=config.offload
+        )
+        placement = decide_placement(self.pipeline, config, memory_bytes=memory, device=device)
+        logger.info("%s", placement.line())
+        if not placement.together:
+            self.engines.one_at_a_time = True
+            self.passes = tuple((stage,) for stages in self.passes for stage in stages)
+            self.current_pass = self.passes[0] if self.passes else ()
+
+    def in_order(self) -> list[Shard]:
+        """This rank's own shards first, then those of others from the end."""
+        size, number = max(1, self.rank.num_workers), self.rank.worker
+        own = [s for s in self.state.shards if s.index % size == number % size]
+        others = [s for s in self.state.shards if s.index % size != number % size]
+        return own + others[::-1]
+
+    def is_takeable(self, stages: tuple[Stage, ...], shard: Shard) -> bool:
+        state = self.state
+        return (
+            not state.is_settled(stages, shard)
+            and state.wait_s(shard) == 0
+            and (stages[0] == "rollouts" or state.is_complete("rollouts", shard))
+        )
+
+    def do(self, stages: tuple[Stage, ...], shard: Shard, lease: Lease) -> bool:
+        """Do what is left of a shard under its lease; returns whether it is done now."""
+        with lease:
+            self.current_pass = stages
+            # Another worker may have finished it before the lease was ours.
+            self.state.refresh_shard(shard)
+            left = [stage for stage in stages if not self.state.is_complete(stage, shard)]
+            if not left or self.state.is_failed(shard):
+                return False
+            try:
+                return self.attempt(left, shard, lease)
+            finally:
+                self.state.refresh_shard(shard)
+
+    def attempt(self, left: Sequence[Stage], shard: Shard, lease: Lease) -> bool:
+        """Try once; a failure is recorded, and the run goes on."""
+        failure = self.state.failure(shard)
+        is_last = failure is not None and failure.attempts >= self.settings.max_shard_retries
+        work = self.shard_work(left, shard, lease)
+        process = isolated if is_last else ShardWork.outcomes
+        with self.meter.shard():
+            error = caught(functools.partial(work.do, left, process))
+        if isinstance(error, UNMENDABLE):
+            raise error
+        if isinstance(error, LeaseLostError):
+            logger.warning("%s; its result is left to the other worker", error)
+            return False
+        if isinstance(error, Exception):
+            self.record(work, error)
+            self.num_hopeless += is_last and not isinstance(error, ShardError)
+            self.last_error = error
+            return False
+        self.num_hopeless = 0
+        clear_failure(self.run_dir, shard.index)
+        logger.info("shard %d done", shard.index)
+        return True
+
+    def is_broken(self) -> bool:
+        """Whether this worker (a lost GPU, a full disk) fails whatever it touches.
+
+        It then takes no more shards, so that it cannot spoil those of the others, and waits.
+
+        Raises:
+            StreamEngineError: when it is broken and nobody else is at work.
+        """
+        if self.num_hopeless < MAX_HOPELESS_SHARDS:
+            return False
+        if self.state.holders():
+            self.last_company = time.monotonic()
+        patience_s = ALONE_S if self.rank.num_workers > 1 else 0.0
+        if not self.is_settled() and time.monotonic() - self.last_company > patience_s:
+            assert self.last_error is not None
+            raise StreamEngineError(
+                f"no record of {self.num_hopeless} shards in a row could be processed here; the "
+                f"last error was {describe(self.last_error)}. When it is mended, "
+                f"`stream-engine retry-failed {self.run_dir.root}` goes on"
+            ) from self.last_error
+        return True
+
+    def do_in_foreground(self, index: int) -> None:
+        """Do what is left of one shard now, whatever its failures; its error rises as it is.
+
+        Raises:
+            ConfigError: when there is no such shard, or another worker holds it.
+        """
+        self.state.refresh()
+        if not 0 <= index < len(self.state.shards):
+            raise ConfigError(f"no shard {index}: the run has {len(self.state.shards)}")
+        shard = self.state.shards[index]
+        lease = self.lease(shard_lease(index))
+        if lease is None:
+            raise ConfigError(f"another worker is at shard {index}")
+        with lease:
+            for stages in self.passes:
+                left = [stage for stage in stages if not self.state.is_complete(stage, shard)]
+                if left:
+                    self.current_pass = stages
+                    self.shard_work(left, shard, lease).do(left, ShardWork.outcomes)
+            clear_failure(self.run_dir, index)
+
+    def shard_work(self, left: Sequence[Stage], shard: Shard, lease: Lease) -> ShardWork:
+        return ShardWork(
+            self.run_dir,
+            self.pipeline,
+            self.fingerprints,
+            self.state.manifest.shards[shard.index],
+            lease=lease,
+            engines=self.engines.get(left, keep=self.current_pass),
+            tick=self.tick,
+            team=self.team,
+        )
+
+    def record(self, work: ShardWork, error: Exception) -> None:
+        failure = record_failure(
+            self.run_dir,
+            error,
+            shard=work.info.index,
+            stage=work.stage,
+            fingerprint=self.fingerprints[work.stage],
+            worker=self.rank.worker_id,
+            config=self.settings,
+        )
+        text = "shard %d failed at %s (attempt %d of %d): %s"
+        tries = self.settings.max_shard_retries + 1
+        logger.warning(text, failure.shard, failure.stage, failure.attempts, tries, failure.error)
+        logger.debug("%s", failure.traceback)
+
+    # -- small parts -----------------------------------------------------------------------------
+
+    def lease(self, name: str) -> Lease | None:
+        return Lease.acquire(
+            self.run_dir,
+            name,
+            worker_id=self.rank.worker_id,
+            timeout_s=self.settings.lease_timeout_s,
+        )
+
+    def tick(self, outcomes: int, tokens: int) -> None:
+        self.meter.made(outcomes, tokens)
+        self.show("working")
+
+    def show(self, doing: str) -> None:
+        if self.view.is_due():
+            self.state.refresh(max_age_s=REFRESH_S)
+            self.view.update(self.meter.progress(self.state, doing))
+
+
+def isolated(work: ShardWork, inputs: Mapping[str, Any]) -> Iterator[StageRecord | Failure]:
+    """Outcomes one input at a time: what raises becomes a Failure, unless the whole shard does."""
+    raised: list[tuple[str, Exception]] = []
+    num_good = work.num_kept
+    for key, item in inputs.items():
+        outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
+        if isinstance(outcomes, UNMENDABLE):
+            raise outcomes
+        if isinstance(outcomes, Exception):
+            raised.append((key, outcomes))
+        else:
+            num_good += 1
+            yield from outcomes
+    if raised and not num_good:
+        raise raised[-1][1]
+    for key, error in raised:
+        yield work.named(Failure(reason="error", detail=describe(error), key=key))
+
+
+def caught(work: Callable[[], T]) -> T | Exception:
+    """The result of `work`, or what it raised. The one broad except of the house: whatever a
+    model's code raises, a bad record or shard must not stop the others."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def refuse_bad_data(bad: Mapping[str, int], read: int, max_fraction: float) -> None:
+    """Raise ConfigError when more than `max_fraction` of at least 200 records is bad."""
+    total = sum(bad.values())
+    if read < MIN_RECORDS_TO_JUDGE or total <= max_fraction * read:
+        return
+    reason = max(bad, key=lambda name: bad[name])
+    raise ConfigError(
+        f"{total} of the first {read} records are bad, more than max_bad_fraction "
+        f"{max_fraction:g} (most of them: {reason}); look at quarantine/ in the work_dir, or raise "
+        "--max_bad_fraction"
+    )
+
+
+def require_rollouts(state: RunState, config: RunConfig) -> None:
+    """Raise MissingStageError when a stage that --run_stage builds upon is not done."""
+    for number, stage in enumerate(STAGES[: config.run_stage or 0]):
+        missing = [s for s in state.shards if not state.is_settled((stage,), s)]
+        if missing or not state.shards:
+            what = f"{len(missing)} of {len(state.shards)} shards" if missing else "all shards"
+            raise MissingStageError(
+                f"--run_stage {config.run_stage} needs the {stage} of {what}; first run "
+                f"`stream-engine run --run_stage {number}` with the same settings"
+            )
+
+
+def describe_ingest(report: IngestReport) -> str:
+    """What reading brought, in one line."""
+    rejected = ", ".join(f"{n} {reason}" for reason, n in sorted(report.rejected.items()))
+    return (
+        f"read {report.read} records: {report.added} new, {report.known} known, "
+        f"{sum(report.rejected.values())} rejected" + (f" ({rejected})" if rejected else "")
+    )
+
+
+@contextmanager
+def exit_on_sigterm(run_dir: RunDir, worker_id: str) -> Iterator[None]:
+    """Let SIGTERM end the process at once, with status 143 and no lease left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        # The signal may have come while a lease was being taken, before anybody owned it.
+        for lease in list_leases(run_dir):
+            if lease.worker_id == worker_id:
+                run_dir.lease(lease.name).unlink(missing_ok=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,114 @@
+"""The engine's small parts: spans, budgets, resolved sampling, seeds, the self-test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stream_engine.config import SamplingConfig
+from stream_engine.engine import resolve_sampling, row_seed
+from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
+from stream_engine.engine.engine import decode_image
+from stream_engine.engine.prefix_cache import KVCache, SpanAllocator
+from stream_engine.engine.selftest import check_model
+from stream_engine.errors import CheckpointError, RecordError
+from stream_engine.records import EncodedImage
+
+
+def test_released_spans_are_merged_and_used_again():
+    spans = SpanAllocator(10)
+    starts = [spans.allocate(n) for n in (3, 3, 4)]
+    assert starts == [0, 3, 6]
+    assert spans.allocate(1) is None
+    spans.release(0, 3)
+    spans.release(6, 4)
+    assert spans.allocate(4) == 6
+    spans.release(3, 3)
+    assert spans.allocate(6) == 0
+
+
+def test_slabs_keep_their_contents_when_they_grow():
+    cache = KVCache(max_prefix_tokens=100)
+    start = cache.allocate_span(4)
+    key = torch.randn(1, 2, 4, 8)
+    store = cache.store(0, key)
+    store.prefix_key[:, start : start + 4] = key[0]
+    generation = cache.generation
+    cache.allocate_span(50)
+    grown = cache.store(0, key)
+    assert grown.prefix_key.shape[1] >= 54
+    assert torch.equal(grown.prefix_key[:, start : start + 4], key[0])
+    assert cache.generation == generation + 1
+
+
+def test_budget_halves_and_recovers():
+    budget = TokenBudget(1000, 64)
+    budget.halve()
+    assert (budget.tokens, budget.rows) == (500, 32)
+    for _ in range(3 * RECOVERY_STEPS):
+        budget.succeed()
+    assert (budget.tokens, budget.rows) == (1000, 64)
+
+
+def test_sampling_is_the_runs_then_the_checkpoints_then_the_default():
+    checkpoint = {"top_p": 0.6, "top_k": None, "temperature": 0.9, "max_new_tokens": 64}
+    resolved = resolve_sampling(SamplingConfig(top_k=7), checkpoint)
+    assert (resolved.temperature, resolved.top_p, resolved.top_k) == (0.7, 0.6, 7)
+    assert (resolved.max_new_tokens, resolved.repetition_penalty) == (64, 1.0)
+    assert resolved.sources == {
+        "temperature": "run",
+        "top_p": "checkpoint",
+        "top_k": "run",
+        "repetition_penalty": "default",
+        "max_new_tokens": "checkpoint",
+    }
+
+
+def test_beam_search_of_a_checkpoint_is_refused():
+    with pytest.raises(CheckpointError, match="beam"):
+        resolve_sampling(SamplingConfig(), {"num_beams": 3})
+
+
+def test_row_seeds_differ_by_run_sample_and_answer():
+    seeds = {row_seed(s, k, j) for s in range(3) for k in ("a", "b") for j in range(5)}
+    assert len(seeds) == 30
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert row_seed(0, "a", 1) == row_seed(0, "a", 1)
+
+
+def test_map_ahead_keeps_order_and_raises_where_the_item_stands():
+    assert list(map_ahead(lambda x: x * x, range(20), threads=3, ahead=5)) == [
+        x * x for x in range(20)
+    ]
+    with pytest.raises(ZeroDivisionError):
+        list(map_ahead(lambda x: 1 // x, [1, 0], threads=2, ahead=2))
+
+
+def test_undecodable_image_is_a_record_error():
+    with pytest.raises(RecordError) as caught:
+        decode_image(EncodedImage(b"\x89PNG not really", "a.png"))
+    assert caught.value.reason == "undecodable_image"
+    assert "a.png" in str(caught.value)
+
+
+def test_a_language_model_that_sees_the_future_is_refused(make_engine):
+    """A config object shared between models can switch attention to bidirectional silently."""
+    engine = make_engine()
+    for layer in engine.model.backbone.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(CheckpointError, match="future"):
+        check_model(engine)
+
+
+def test_a_model_of_nans_is_refused(make_engine):
+    engine = make_engine()
+    engine.model.backbone.norm.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="NaN"):
+        check_model(engine)
+
+
+def test_self_test_reports_how_close_the_shared_prefix_is(make_engine):
+    engine = make_engine()
+    assert engine.model.shares_prefix
+    assert engine.self_test["shared_prefix"] < 1e-5
+    assert engine.describe()["attention"] == "shared prefix"

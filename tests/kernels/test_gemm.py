@@ -1,0 +1,47 @@
+import pytest
+import torch
+from stream_kernels import gemm
+from torch.nn import functional
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 130])
+@pytest.mark.parametrize("size", [1, 33, 256])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_linear_is_no_worse_than_torch_against_float64(
+    num_rows: int, size: int, packed: bool
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(num_rows, size), torch.randn(97, size), torch.randn(97)
+    truth = functional.linear(x.double(), weight.double(), bias.double())
+    with torch.no_grad():
+        got = gemm.linear(x, gemm.pack(weight) if packed else weight, bias)
+        naive = functional.linear(x, weight, bias)
+    # The two add in another order; a product in a shorter format would be off by 1e-3 of `size`.
+    assert (got - truth).abs().max() <= (naive - truth).abs().max() + 3e-7 * size + 1e-6
+
+
+def test_linear_takes_batches_strides_and_no_rows() -> None:
+    x, weight = torch.randn(3, 5, 16)[:, ::2], torch.randn(9, 32)[:, ::2]
+    with torch.no_grad():
+        assert torch.allclose(gemm.linear(x, weight), functional.linear(x, weight), atol=1e-5)
+        assert gemm.linear(x[:0], weight).shape == (0, 3, 9)
+
+
+def test_linear_trains_through_torch() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(3, 8, requires_grad=True)
+    gemm.linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, x.sum(dim=0).expand(3, 8), atol=1e-5)
+
+
+def test_without_onednn_linear_is_torch_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "onednn_pays", lambda: False)
+    x, weight = torch.randn(40, 64), torch.randn(50, 64)
+    with torch.no_grad():
+        assert gemm.pack(weight) is weight
+        assert torch.equal(gemm.linear(x, weight), functional.linear(x, weight))
+
+
+def test_a_missing_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert gemm.onednn_pays.__wrapped__() is False

@@ -1,0 +1,100 @@
+from typing import Any
+
+import pytest
+import torch
+from stream_kernels import linear_logp, reference
+
+from tests.kernels.cases import Recorder
+
+
+def inputs(num_tokens: int, size: int, vocab_size: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    torch.manual_seed(num_tokens + size + vocab_size)
+    hidden = torch.randn(num_tokens, size).to(dtype)
+    weight = (torch.randn(vocab_size, size) * 3 / size**0.5).to(dtype)
+    return hidden, weight, torch.randint(vocab_size, (num_tokens,))
+
+
+def truth(hidden: Any, weight: Any, targets: Any, bias: Any = None, **options: Any) -> Any:
+    """log_softmax in float64 of the same rounded inputs."""
+    logits = hidden.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    logits = logits[:, : options.get("vocab_size")] * options.get("logit_scale", 1.0)
+    if options.get("softcap"):
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    return torch.log_softmax(logits, dim=1)[range(len(targets)), targets]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8, 1), (1, 33, 255), (7, 40, 256), (64, 31, 257), (65, 64, 20_000), (2049, 8, 300)],
+    ids=str,
+)
+def test_logps_are_as_exact_as_the_full_computation(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    hidden, weight, targets = inputs(*shape, dtype=dtype)
+    exact = truth(hidden, weight, targets)
+    got, naive = (form(hidden, weight, targets) for form in (linear_logp, reference.linear_logp))
+    assert got.dtype == torch.float32
+    assert (got - exact).abs().max() <= (naive - exact).abs().max() + 2e-6
+
+
+def test_bfloat16_weights_lose_nothing_that_their_rounding_did_not() -> None:
+    """A bfloat16 product has errors of 1e-2; the weights are raised to float32 first."""
+    hidden, weight, targets = inputs(33, 512, 3000, torch.bfloat16)
+    error = (linear_logp(hidden, weight, targets) - truth(hidden, weight, targets)).abs().max()
+    naive = torch.log_softmax((hidden @ weight.T).float(), dim=1)[range(33), targets]
+    assert error < 1e-5 < (naive - truth(hidden, weight, targets)).abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"vocab_size": 900}, id="padded-vocabulary"),
+        pytest.param({"logit_scale": 0.0625}, id="scale"),
+        pytest.param({"softcap": 3.0}, id="softcap"),
+        pytest.param({"logit_scale": 5.0, "softcap": 3.0, "vocab_size": 901}, id="all"),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_options_change_the_logits_in_the_contracts_order(options: Any, biased: bool) -> None:
+    hidden, weight, targets = inputs(9, 24, 1000, torch.float32)
+    targets = targets % 900
+    bias = torch.randn(1000) if biased else None
+    exact = truth(hidden, weight, targets, bias, **options)
+    for form in (linear_logp, reference.linear_logp):
+        got = form(hidden, weight, targets, bias=bias, **options)
+        assert (got - exact).abs().max() < 2e-5
+
+
+def test_huge_logits_and_impossible_tokens_stay_numbers() -> None:
+    hidden, weight, targets = inputs(17, 16, 700, torch.float32)
+    bias = torch.zeros(700)
+    bias[::2] = -torch.inf
+    targets = targets | 1
+    exact = truth(hidden * 500, weight, targets, bias)
+    got = linear_logp(hidden * 500, weight, targets, bias=bias)
+    assert ((got - exact).abs() <= 1e-6 * exact.abs() + 2e-5).all()
+
+
+def test_a_target_outside_the_vocabulary_is_nan() -> None:
+    hidden, weight, _ = inputs(3, 8, 50, torch.float32)
+    got = linear_logp(hidden, weight, torch.tensor([-1, 5, 40]), vocab_size=40)
+    assert torch.isnan(got).tolist() == [True, False, True]
+
+
+def test_the_logits_are_never_made() -> None:
+    hidden, weight, targets = inputs(512, 16, 40_000, torch.bfloat16)
+    with Recorder() as recorder:
+        linear_logp(hidden, weight, targets)
+    assert recorder.largest_bytes <= 4 << 20 < 512 * 40_000 * 4
+
+
+def test_no_tokens_strides_and_repeats() -> None:
+    hidden, weight, targets = inputs(40, 32, 3000, torch.float32)
+    assert linear_logp(hidden[:0], weight, targets[:0]).shape == (0,)
+    once = linear_logp(hidden, weight, targets)
+    assert torch.equal(once, linear_logp(hidden, weight, targets))
+    strided = linear_logp(hidden.T.contiguous().T, weight, targets)
+    assert torch.allclose(once, strided, atol=1e-5)

@@ -1,0 +1,184 @@
+"""What an H100 or H200 would get, from the compiler alone: no spills, the right instructions."""
+
+from typing import Any
+
+import pytest
+from stream_kernels.gpu import attention, linear_logp, prefix_attention, sample
+
+from tests.kernels.sm90 import Compiled, compile_for_sm90
+
+# A multiprocessor of an H100 has 65536 registers and 227 KB of shared memory for its programs.
+REGISTERS, SHARED_BYTES = 65536, 227 << 10
+
+ROWS = {"row_slots": "*i32", "suffix_lengths": "*i32", "scale_log2": "fp32"}
+PREFIX = {
+    "query": "*bf16",
+    "prefix_key": "*bf16",
+    "prefix_value": "*bf16",
+    "prefix_spans": "*i32",
+    "group_rows": "*i32",
+    "prefix_head_stride": "i32/16",
+    "group_size": "i32",
+}
+SUFFIX = {
+    "query": "*bf16",
+    "suffix_key": "*bf16",
+    "suffix_value": "*bf16",
+    "slot_stride": "i32/16",
+    "slot_head_stride": "i32/16",
+    "out": "*bf16",
+}
+PARTIAL = {"partial": "*fp32", "partial_lse": "*fp32", "num_rows": "i32"}
+SAMPLE = {
+    "logits": "*bf16",
+    "scores": "*bf16",
+    "allowed": "*i8",
+    "stats": "*fp32",
+    "cutoffs": "*i64",
+    "uniforms": "*fp64",
+    "tokens": "*i64",
+    "logps": "*fp32",
+    "logits_stride": "i32/16",
+    "scores_stride": "i32/16",
+    "vocab_size": "i32/16",
+    "num_rows": "i32/16",
+    "num_blocks": "i32",
+    "inverse_temperature": "fp32",
+    "top_k": "i32",
+    "top_p": "fp32",
+}
+
+
+def build(kernel: Any, arguments: dict[str, str], options: dict[str, Any]) -> Compiled:
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    needed = {name: kind for name, kind in arguments.items() if name in kernel.arg_names}
+    compiled = compile_for_sm90(
+        kernel,
+        needed,
+        constants,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+    )
+    assert compiled.spills == 0 and compiled.stack_bytes == 0
+    return compiled
+
+
+def programs_that_fit(compiled: Compiled, num_warps: int) -> int:
+    by_registers = REGISTERS // (compiled.registers * 32 * num_warps)
+    return min(by_registers, SHARED_BYTES // (compiled.shared_bytes + 1024))
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "group_size", "side_by_side"),
+    [
+        pytest.param(32, 128, 10, 2, id="llava-7b"),
+        pytest.param(32, 128, 20, 1, id="twenty-rows"),
+        pytest.param(12, 64, 10, 3, id="small-heads"),
+        pytest.param(16, 80, 10, 1, id="heads-of-80"),
+        pytest.param(8, 256, 10, 1, id="heads-of-256"),
+    ],
+)
+def test_fused_prefix_attention(heads: int, size: int, group_size: int, side_by_side: int) -> None:
+    options = prefix_attention.fused_options(heads, size, heads, group_size)
+    compiled = build(prefix_attention.fused_kernel, PREFIX | SUFFIX | ROWS, options)
+    assert compiled.tensor_core_instructions and compiled.loads_16_bytes
+    assert programs_that_fit(compiled, options["num_warps"]) >= side_by_side
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "group_size"),
+    [
+        pytest.param(28, 4, 10, id="qwen2.5-vl-7b"),
+        pytest.param(32, 32, 10, id="few-questions"),
+        pytest.param(32, 8, 10, id="llama-3"),
+    ],
+)
+def test_split_prefix_attention(heads: int, kv_heads: int, group_size: int) -> None:
+    options = prefix_attention.prefix_options(heads, 128, kv_heads, group_size)
+    compiled = build(prefix_attention.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
+    assert compiled.tensor_core_instructions and compiled.loads_16_bytes
+    options = prefix_attention.suffix_options(heads, 128, kv_heads, 2)
+    compiled = build(prefix_attention.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
+    assert compiled.tensor_core_instructions and compiled.loads_16_bytes
+    assert programs_that_fit(compiled, options["num_warps"]) >= 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_lse(causal: bool) -> None:
+    options: dict[str, Any] = attention.attention_options(1500, 128)
+    options |= {"KV_HEADS": 32, "CAUSAL": causal, "HAS_LENGTHS": True}
+    arguments = {
+        "query": "*bf16",
+        "key": "*bf16",
+        "value": "*bf16",
+        "key_lengths": "*i64",
+        "out": "*bf16",
+        "lse": "*fp32",
+        "batch_stride": "i32/16",
+        "head_stride": "i32/16",
+        "key_stride": "i32/16",
+        "scale_log2": "fp32",
+        "num_rows": "i32",
+        "num_queries": "i32",
+        "num_keys": "i32",
+    }
+    compiled = build(attention.attention_kernel, arguments, options)
+    assert "wgmma" in compiled.ptx and compiled.loads_16_bytes
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["", "penalized"])
+def test_sampling_reads_the_logits_once_in_16_byte_loads(same: bool) -> None:
+    options = {"SAME": same, "PLAIN": False, "SUPPRESS": False, "num_warps": 4, "num_stages": 3}
+    options |= {"BLOCK": sample._BLOCK, "BLOCKS_A_PROGRAM": sample._BLOCKS_A_PROGRAM}
+    compiled = build(sample.block_stats_kernel, SAMPLE, options)
+    reads = sample._BLOCKS_A_PROGRAM * (1 if same else 2)
+    assert compiled.loads_16_bytes == reads
+    assert compiled.registers <= 64  # 8 programs of 128 threads: enough loads in flight
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_choosing_a_token_stays_in_registers(greedy: bool, filtered: bool) -> None:
+    options = {"GREEDY": greedy, "FILTERED": filtered, "SUPPRESS": True, "MAX_BLOCKS": 256}
+    options |= {"BLOCK": sample._BLOCK, "num_warps": 4, "num_stages": 3}
+    build(sample.choose_kernel, SAMPLE, options)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(True, False), (False, True), (True, True)])
+def test_filtering_stays_in_registers(top_k: bool, top_p: bool) -> None:
+    options: dict[str, Any] = {"USE_TOP_K": top_k, "USE_TOP_P": top_p, "SUPPRESS": True}
+    options |= {"DIGITS": 4, "BLOCK": sample._BLOCK, "MAX_BLOCKS": 32}
+    build(sample.filter_kernel, SAMPLE, options | {"num_warps": 8, "num_stages": 3})
+
+
+@pytest.mark.parametrize(
+    ("tiles", "extras"),
+    [
+        pytest.param((128, 256, 64, 8, 3), False, id="default"),
+        pytest.param((128, 256, 64, 8, 3), True, id="bias-softcap"),
+        pytest.param((128, 128, 64, 8, 3), False, id="smaller-tiles"),
+    ],
+)
+def test_linear_logp_copies_by_tma_into_wgmma(tiles: Any, extras: bool) -> None:
+    block_n, block_v, block_d, num_warps, num_stages = tiles
+    options = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_D": block_d, "TOGETHER": 12}
+    options |= {"HAS_BIAS": extras, "HAS_SOFTCAP": extras}
+    arguments = {
+        "hidden": f"tensordesc<bf16[{block_n}, {block_d}]>",
+        "weight": f"tensordesc<bf16[{block_v}, {block_d}]>",
+        "bias": "*bf16",
+        "targets": "*i64",
+        "parts": "*fp32",
+        "num_tokens": "i32",
+        "vocab_size": "i32",
+        "size": "i32/16",
+        "row_tiles": "i32",
+        "splits": "i32",
+        "tiles_each": "i32",
+        "logit_scale": "fp32",
+        "softcap": "fp32",
+    }
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = build(linear_logp.logp_kernel, arguments, options)
+    assert compiled.bulk_loads and "wgmma" in compiled.ptx
+    assert compiled.shared_bytes <= SHARED_BYTES

@@ -1,0 +1,119 @@
+"""Plain python, torchrun, two torchrun agents and deepspeed: the same keys, the same token ids.
+
+The last two go through the scripts in launch/, as a user would.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
+SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
+
+Launch = tuple[list[str], dict[str, str]]
+"""A command and the variables of its environment."""
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def plain_python(words: Sequence[str]) -> list[Launch]:
+    return [([sys.executable, "-m", "stream_engine", *words], {})]
+
+
+def torchrun(words: Sequence[str]) -> list[Launch]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [([*launcher, "-m", "stream_engine", *words], {})]
+
+
+def two_torchrun_agents(words: Sequence[str]) -> list[Launch]:
+    command = ["bash", "launch/torchrun_multi_node.sh", *words[1:]]
+    common = {"nnodes": "2", "nproc_per_node": "1", "master_port": free_port()}
+    return [(command, common | {"node_rank": str(node)}) for node in range(2)]
+
+
+def deepspeed(words: Sequence[str]) -> list[Launch]:
+    return [(["bash", "launch/deepspeed.sh", *words[1:]], {"master_port": free_port()})]
+
+
+@pytest.mark.parametrize("launcher", [plain_python, torchrun, two_torchrun_agents, deepspeed])
+def test_every_launcher_gives_the_same_answers(
+    launcher: Callable[[Sequence[str]], list[Launch]],
+    demo_run: Path,
+    demo_questions: Path,
+    tmp_path: Path,
+) -> None:
+    work_dir = tmp_path / "run"
+    paths = ["--dataset_path", str(demo_questions), "--work_dir", str(work_dir)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command, variables in launcher(["run", *DEMO_FLAGS, *paths])
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    assert len(answers(demo_run)) == 24
+    assert answers(work_dir) == answers(demo_run)
+    assert parts(work_dir / "dataset") == parts(demo_run / "dataset")
+
+
+def test_the_data_engine_script_ends_with_the_datasets_path(
+    demo_run: Path, demo_questions: Path, tmp_path: Path
+) -> None:
+    """One record is bad: the script still ends with the path, and with status 2."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question_id": "b", "question": ""}\n')
+    paths = ["--dataset_path", f"{demo_questions},{bad}", "--work_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        ["bash", "launch/run_data_engine.sh", *DEMO_FLAGS[1:], *paths],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"{tmp_path}/run/dataset"
+    assert '"pair_accuracy":' in lines[-2]
+    assert "empty_question" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert parts(tmp_path / "run/dataset") == parts(demo_run / "dataset")
+
+
+def test_the_data_engine_script_refuses_a_wrong_setting_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "launch/run_data_engine.sh", "--work_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"sample_k": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "stream-engine: rank 3 needs at least 6 answers, sample_k is 2\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_open_with_the_line_that_runs_them(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    lines = script.read_text().splitlines()
+    opening = next(line for line in lines if line.startswith("# "))
+    assert str(script.relative_to(ROOT)) in opening

@@ -1,0 +1,203 @@
+"""Broken checkpoints: each is refused in one line that names the file or tensor and the cause."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stream_engine.config import ModelConfig
+from stream_engine.errors import CheckpointError
+from stream_engine.models import load_model
+from tests.models import writers_llava as writers
+
+CPU = ModelConfig(device="cpu")
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+NORM = "model.norm.weight"
+
+
+class Payload:
+    """What an attacker would put beside the tensors; unpickling it writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return Path.touch, (self.target,)  # type: ignore[return-value]
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the file that holds the last norm; the index follows."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][NORM]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    kept = {n: f for n, f in index["weight_map"].items() if f != path.name}
+    index["weight_map"] = kept | dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def missing_tensor(folder: Path) -> str:
+    edit(folder, lambda tensors: tensors.pop(NORM))
+    return r"m lacks 1 tensor of LlamaForCausalLM: model\.norm\.weight"
+
+
+def extra_tensor(folder: Path) -> str:
+    edit(folder, lambda tensors: tensors.update({"model.layers.9.x": torch.ones(1)}))
+    return r"\.safetensors holds 1 unexpected tensor: model\.layers\.9\.x"
+
+
+def wrong_shape(folder: Path) -> str:
+    edit(folder, lambda tensors: tensors.update({NORM: torch.ones(47)}))
+    return r"\.safetensors: model\.norm\.weight has shape \(47,\), config\.json needs \(48,\)"
+
+
+def untied_without_a_head(folder: Path) -> str:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    path = folder / index.pop("lm_head.weight")
+    tensors = load_file(path)
+    drop(tensors)
+    save_file(tensors, path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return r"lacks .* lm_head\.weight; config\.json says tie_word_embeddings is false"
+
+
+def tied_with_another_head(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return r"differs from the tensor it is tied to; config\.json says tie_word_embeddings is true"
+
+
+def lora_adapter(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"base_model.x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    return "m is a LoRA adapter; merge it"
+
+
+def lora_adapter_with_a_config(folder: Path) -> str:
+    config = (folder / "config.json").read_text()
+    lora_adapter(folder)
+    (folder / "config.json").write_text(config)
+    return "m is a LoRA adapter; merge it"
+
+
+def half_a_shard(folder: Path) -> str:
+    path = folder / SECOND
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return f"{SECOND} is truncated or not a safetensors file"
+
+
+def half_a_header(folder: Path) -> str:
+    path = folder / SECOND
+    path.write_bytes(path.read_bytes()[:40])
+    return f"{SECOND} is truncated or not a safetensors file"
+
+
+def missing_shard(folder: Path) -> str:
+    (folder / SECOND).unlink()
+    return rf"index\.json names 2 files, of which {SECOND} is missing"
+
+
+def stale_index(folder: Path) -> str:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"][NORM]
+    index["weight_map"][NORM] = FIRST if index["weight_map"][NORM] == SECOND else SECOND
+    path.write_text(json.dumps(index))
+    return r"\.safetensors lacks .*, which the index places there"
+
+
+def broken_index(folder: Path) -> str:
+    (folder / "model.safetensors.index.json").write_text("{")
+    return r"cannot read .*index\.json"
+
+
+def no_weights(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    return "m has no weights: none of model.safetensors.index.json, "
+
+
+def pickle_payload(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    payload = {"x": torch.ones(1), "y": Payload(folder / "touched")}
+    torch.save(payload, folder / "pytorch_model.bin")
+    return r"pytorch_model\.bin holds pickled Python objects beside tensors"
+
+
+def half_a_bin(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"x": torch.ones(4096)}, path)
+    path.write_bytes(path.read_bytes()[:9000])
+    return r"pytorch_model\.bin is truncated"
+
+
+def not_a_table(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save({"state_dict": {"x": torch.ones(1)}}, folder / "pytorch_model.bin")
+    return r"pytorch_model\.bin does not hold a plain table of tensors"
+
+
+def no_tower(folder: Path) -> str:
+    for path in sorted((folder / "openai").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    return r"m holds no vision tower; download openai/clip-vit.* --vision_tower_path"
+
+
+def no_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.model").unlink()
+    return r"m has no tokenizer\.model"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return r"m has no config\.json"
+
+
+BREAKS = [
+    missing_tensor,
+    extra_tensor,
+    wrong_shape,
+    untied_without_a_head,
+    tied_with_another_head,
+    lora_adapter,
+    lora_adapter_with_a_config,
+    half_a_shard,
+    half_a_header,
+    missing_shard,
+    stale_index,
+    broken_index,
+    no_weights,
+    pickle_payload,
+    half_a_bin,
+    not_a_table,
+    no_tower,
+    no_tokenizer,
+    no_config,
+]
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
+def test_a_broken_checkpoint_is_refused_in_one_line(tmp_path, break_it):
+    folder = writers.write_original(tmp_path / "m", writers.random_weights(writers.Shape()))
+    load_model(folder, CPU)
+    says = break_it(folder)
+    with pytest.raises(CheckpointError, match=says) as error:
+        load_model(folder, CPU)
+    assert "\n" not in str(error.value)
+    assert not (folder / "touched").exists()

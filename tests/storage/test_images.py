@@ -1,0 +1,174 @@
+import base64
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stream_engine.errors import RecordError
+from stream_engine.storage.images import check_image, decode_base64, read_image_file
+from tests.storage.conftest import picture
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def reason_of(call, *arguments) -> str:
+    with pytest.raises(RecordError) as caught:
+        call(*arguments)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_whole_images_pass(format: str):
+    check_image(picture(3, format, size=(120, 80)), max_pixels=120 * 80)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_cut_anywhere_is_refused(format: str):
+    data = picture(3, format, size=(64, 48))
+    pad = 1 if format == "GIF" else 0  # the last byte of a GIF says only that it ends
+    for size in range(0, len(data) - pad, 7):
+        reason = reason_of(check_image, data[:size], 10**6)
+        assert reason in ("truncated_image", "undecodable_image")
+    assert reason_of(check_image, data[: len(data) * 2 // 3], 10**6) == "truncated_image"
+
+
+def test_a_progressive_jpeg_cut_between_its_scans_is_refused():
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    check_image(data, 10**6)
+    scans = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xda"]
+    assert len(scans) > 2
+    assert reason_of(check_image, data[: scans[-1]], 10**6) == "truncated_image"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"no image at all", id="text"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + b"\0" * 100, id="png-header-only"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF", id="eps"),
+        pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", id="svg"),
+    ],
+)
+def test_what_is_no_image_is_undecodable(data: bytes):
+    assert reason_of(check_image, data, 10**6) == "undecodable_image"
+
+
+def test_a_flipped_bit_in_a_png_is_noticed():
+    data = bytearray(picture(3, size=(64, 64)))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(RecordError):
+        check_image(bytes(data), 10**6)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is that large, and would take that memory if it were decoded."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 10_000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(1001, 1000), (14_000, 14_000), (100_000, 100_000)])
+def test_a_bomb_is_refused_by_its_header(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reason_of(check_image, bomb(*size), 10**6) == "image_too_large"
+
+
+def test_base64_with_prefix_and_line_breaks_is_read():
+    text = base64.encodebytes(picture(1)).decode()
+    assert decode_base64(text) == picture(1)
+    assert decode_base64(f"data:image/png;base64,{text}") == picture(1)
+
+
+@pytest.mark.parametrize("text", ["not base64!", "abc", "QUJD*EFG", "ümlaut=="])
+def test_broken_base64_is_named(text: str):
+    assert reason_of(decode_base64, text) == "bad_base64"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    """A folder of rows, with an image root in it, and a secret beside the root."""
+    root = tmp_path / "rows/images"
+    root.mkdir(parents=True)
+    (root / "a.png").write_bytes(b"inside")
+    (tmp_path / "rows/secret.png").write_bytes(b"secret")
+    (root / "link.png").symlink_to(tmp_path / "rows/secret.png")
+    (root / "good-link.png").symlink_to(root / "a.png")
+    (root / "out").symlink_to(tmp_path / "rows")
+    (tmp_path / "rows/images-2").mkdir()
+    (tmp_path / "rows/images-2/b.png").write_bytes(b"secret")
+    return str(tmp_path / "rows"), str(root)
+
+
+def read(path: str, folder: str, root: str | None, max_pixels: int = 10**6) -> bytes:
+    return read_image_file(path, folder, root, max_pixels)
+
+
+def test_paths_inside_the_root_are_read(folders):
+    folder, root = folders
+    for path in ("a.png", "images/a.png", "good-link.png", "out/images/a.png", f"{root}/a.png"):
+        assert read(path, folder, root) == b"inside"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.png",
+        "secret.png",
+        "link.png",
+        "images/link.png",
+        "out/secret.png",
+        "../images-2/b.png",
+        "images-2/b.png",
+        "/etc/hostname",
+        "../../../../../../../../etc/hostname",
+        "../no-such-file.png",
+    ],
+)
+def test_paths_that_leave_the_root_are_rejected(folders, path: str):
+    folder, root = folders
+    assert reason_of(read, path, folder, root) == "path_outside_root"
+
+
+def test_without_a_root_paths_may_point_anywhere(folders, tmp_path: Path):
+    folder, root = folders
+    assert read("secret.png", folder, None) == b"secret"
+    assert read("../rows/secret.png", folder, None) == b"secret"
+    assert read(f"{root}/link.png", folder, None) == b"secret"
+
+
+@pytest.mark.parametrize(
+    "path", ["no.png", "a.png/b.png", "x" * 300, "a\0b.png", "s3://bucket/a.png", "."]
+)
+def test_files_that_are_not_there_are_missing(folders, path: str):
+    _, root = folders
+    assert reason_of(read, path, root, root) == "missing_image_file"
+    assert reason_of(read, path, root, None) == "missing_image_file"
+
+
+def test_a_pipe_is_not_waited_for(folders):
+    folder, root = folders
+    os.mkfifo(f"{root}/pipe.png")
+    assert reason_of(read, "pipe.png", folder, root) == "missing_image_file"
+
+
+def test_a_huge_file_is_refused_before_it_is_read(folders):
+    folder, root = folders
+    with open(f"{root}/huge.png", "wb") as file:
+        file.truncate(10**12)
+    assert reason_of(read, "huge.png", folder, root) == "image_too_large"

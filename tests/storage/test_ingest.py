@@ -1,0 +1,356 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stream_engine.config import InputConfig
+from stream_engine.errors import ConservationError
+from stream_engine.records import Failure, Sample
+from stream_engine.storage import ingest as ingest_module
+from stream_engine.storage.atomic import is_temporary
+from stream_engine.storage.ingest import IngestReport, ingest
+from stream_engine.storage.manifest import Manifest
+from stream_engine.storage.results import read_quarantine
+from stream_engine.storage.run_dir import RunDir
+from stream_engine.storage.shards import read_shard
+from tests.storage.conftest import make_row, tree, write_jsonl, write_parquet
+
+CONFIG = InputConfig(samples_per_shard=4)
+
+
+def samples_of(run_dir: RunDir) -> list[Sample]:
+    return [
+        sample
+        for info in Manifest.load(run_dir).shards
+        for sample in read_shard(run_dir.shard(info.index), info)
+    ]
+
+
+def ids_of(run_dir: RunDir) -> list[str]:
+    return [sample.idx for sample in samples_of(run_dir)]
+
+
+def quarantined(run_dir: RunDir) -> list[Failure]:
+    return [
+        failure
+        for path in sorted(run_dir.quarantine_dir.iterdir())
+        for failure in read_quarantine(path)
+    ]
+
+
+def counts(report: IngestReport) -> tuple[int, int, int, dict[str, int]]:
+    return report.read, report.added, report.known, report.rejected
+
+
+def numbers(first: int, last: int) -> list[dict]:
+    return [make_row(i) for i in range(first, last)]
+
+
+def test_samples_are_cut_into_shards_in_order(run_dir: RunDir, tmp_path: Path):
+    path = write_parquet(tmp_path / "a.parquet", numbers(0, 10))
+    report = ingest(run_dir, [str(path)], CONFIG)
+    assert counts(report) == (10, 10, 0, {})
+    assert report.num_shards == 3
+    assert [info.num_samples for info in Manifest.load(run_dir).shards] == [4, 4, 2]
+    assert ids_of(run_dir) == [str(i) for i in range(10)]
+    assert not any(run_dir.quarantine_dir.iterdir())
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
+    path = write_parquet(tmp_path / "a.parquet", numbers(0, 10))
+    for name in ("one", "two"):
+        ingest(RunDir(tmp_path / name), [str(path)], CONFIG)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_an_input_that_did_not_change_is_not_read_again(run_dir: RunDir, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", numbers(0, 10))
+    ingest(run_dir, [str(path)], CONFIG)
+    before = tree(run_dir.root)
+    monkeypatch.setattr(ingest_module, "read_rows", lambda *_: pytest.fail("it was read"))
+    report = ingest(run_dir, [str(path)], CONFIG)
+    assert counts(report) == (0, 0, 0, {})
+    assert report.skipped_inputs == [str(path)]
+    assert tree(run_dir.root) == before
+
+
+def test_an_append_adds_unseen_samples_only_and_touches_no_shard(run_dir: RunDir, tmp_path: Path):
+    old = write_parquet(tmp_path / "old.parquet", numbers(0, 10))
+    new = write_jsonl(tmp_path / "new.jsonl", numbers(5, 15))
+    ingest(run_dir, [str(old)], CONFIG)
+    shards = {path: path.stat() for path in run_dir.shards_dir.glob("*.tar")}
+    report = ingest(run_dir, [str(old), str(new)], CONFIG)
+    assert counts(report) == (10, 5, 5, {})
+    assert ids_of(run_dir) == [str(i) for i in range(15)]
+    assert [info.num_samples for info in Manifest.load(run_dir).shards] == [4, 4, 2, 4, 1]
+    for path, status in shards.items():
+        assert path.stat().st_mtime_ns == status.st_mtime_ns
+        assert path.stat().st_ino == status.st_ino
+
+
+def test_inputs_given_together_or_one_by_one_give_the_same(tmp_path: Path):
+    paths = [
+        str(write_parquet(tmp_path / "a.parquet", numbers(0, 6))),
+        str(write_parquet(tmp_path / "b.parquet", numbers(3, 9))),
+    ]
+    ingest(RunDir(tmp_path / "together"), paths, CONFIG)
+    for path in paths:
+        ingest(RunDir(tmp_path / "apart"), [path], CONFIG)
+    assert tree(tmp_path / "together") == tree(tmp_path / "apart")
+
+
+def test_a_grown_input_is_read_again_and_only_its_new_rows_are_added(run_dir, tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 6))
+    ingest(run_dir, [str(path)], CONFIG)
+    write_jsonl(path, numbers(0, 8))
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (8, 2, 6, {})
+    assert ids_of(run_dir) == [str(i) for i in range(8)]
+
+
+def test_changed_reading_settings_read_an_input_again(run_dir: RunDir, tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 6))
+    few = InputConfig(samples_per_shard=4, max_samples=2)
+    assert counts(ingest(run_dir, [str(path)], few)) == (2, 2, 0, {})
+    assert counts(ingest(run_dir, [str(path)], few)) == (0, 0, 0, {})
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (6, 4, 2, {})
+
+
+def test_of_two_samples_with_one_id_the_first_is_kept(run_dir: RunDir, tmp_path: Path):
+    rows = [make_row(1), make_row(2), {**make_row(3), "idx": 1}, make_row(1)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (4, 2, 1, {"conflicting_id": 1})
+    (failure,) = quarantined(run_dir)
+    assert (failure.source, failure.row, failure.idx) == (str(path), 2, "1")
+    assert len(failure.key) == 32
+
+    other = write_jsonl(tmp_path / "b.jsonl", [{**make_row(4), "idx": "2"}, make_row(5)])
+    report = ingest(run_dir, [str(other)], CONFIG)
+    assert counts(report) == (2, 1, 0, {"conflicting_id": 1})
+    assert [failure.idx for failure in quarantined(run_dir)] in (["1", "2"], ["2", "1"])
+    assert ids_of(run_dir) == ["1", "2", "5"]
+
+
+def test_every_row_is_added_known_or_named_in_quarantine(run_dir: RunDir, tmp_path: Path):
+    rows = [
+        *numbers(0, 3),
+        {"idx": 3, "question": ""},
+        "{broken",
+        {"idx": 4, "question": "?", "image": "!!!"},
+        make_row(0),
+    ]
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data/a.jsonl", rows)
+    (tmp_path / "data/b.parquet").write_bytes(b"no parquet")
+    report = ingest(run_dir, [str(tmp_path / "data")], CONFIG)
+    reasons = {"empty_question": 1, "malformed_json": 1, "bad_base64": 1, "unreadable_file": 1}
+    assert counts(report) == (8, 3, 1, reasons)
+    assert [(f.reason, f.row) for f in quarantined(run_dir) if f.source == str(path)] == [
+        ("empty_question", 3),
+        ("malformed_json", 4),
+        ("bad_base64", 5),
+    ]
+
+
+def test_an_input_with_an_unreadable_file_is_tried_again(run_dir: RunDir, tmp_path: Path):
+    write_jsonl(tmp_path / "data/a.jsonl", numbers(0, 3))
+    (tmp_path / "data/b.parquet").write_bytes(b"no parquet")
+    source = str(tmp_path / "data")
+    ingest(run_dir, [source], CONFIG)
+    assert counts(ingest(run_dir, [source], CONFIG)) == (4, 0, 3, {"unreadable_file": 1})
+    write_parquet(tmp_path / "data/b.parquet", numbers(3, 5))
+    assert counts(ingest(run_dir, [source], CONFIG)) == (5, 2, 3, {})
+    assert not any(run_dir.quarantine_dir.iterdir())
+
+
+def test_progress_reaches_the_caller_who_may_stop(run_dir: RunDir, tmp_path: Path):
+    class TooManyBad(Exception):
+        pass
+
+    def watch(report: IngestReport) -> None:
+        seen.append(report.read)
+        if sum(report.rejected.values()) > 60:
+            raise TooManyBad
+
+    seen: list[int] = []
+    bad = [{"idx": i, "question": ""} for i in range(200)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*numbers(0, 5), *bad])
+    with pytest.raises(TooManyBad):
+        ingest(run_dir, [str(path)], CONFIG, on_progress=watch)
+    assert seen[0] <= 5 and seen[-1] == 100
+    assert len(quarantined(run_dir)) == 95
+    assert not Manifest.load(run_dir).is_complete([str(path)])
+    assert counts(ingest(run_dir, [str(path)], CONFIG))[:2] == (205, 5)
+
+
+def test_what_an_interrupted_input_added_is_known_to_the_next_input(run_dir, tmp_path: Path):
+    """Its marks end with its own reading, even where the input has lost those rows since."""
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 8))
+    with pytest.raises(KeyboardInterrupt):
+        ingest(run_dir, [str(path)], CONFIG, on_progress=interrupt_at(8))
+    assert len(ids_of(run_dir)) == 4
+    write_jsonl(path, numbers(0, 2))
+    other = write_jsonl(tmp_path / "b.jsonl", numbers(2, 6))
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (2, 2, 0, {})
+    assert counts(ingest(run_dir, [str(other)], CONFIG)) == (4, 2, 2, {})
+
+    root = RunDir(tmp_path / "together")
+    write_jsonl(path, numbers(0, 8))
+    with pytest.raises(KeyboardInterrupt):
+        ingest(root, [str(path)], CONFIG, on_progress=interrupt_at(8))
+    write_jsonl(path, numbers(0, 2))
+    assert counts(ingest(root, [str(path), str(other)], CONFIG)) == (6, 4, 2, {})
+
+
+def interrupt_at(num_read: int):
+    def interrupt(report: IngestReport) -> None:
+        if report.read >= num_read:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_the_caller_can_stop_before_a_shard_is_put_in_place(run_dir: RunDir, tmp_path: Path):
+    """A process that lost its lease while it was paused must not overwrite a shard."""
+
+    class LeaseLost(Exception):
+        pass
+
+    def stop(report: IngestReport) -> None:
+        raise LeaseLost
+
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 4))
+    with pytest.raises(LeaseLost):
+        ingest(run_dir, [str(path)], CONFIG, on_progress=stop)
+    assert list(run_dir.shards_dir.iterdir()) == []
+
+
+def test_counts_that_do_not_add_up_are_refused(run_dir: RunDir, tmp_path: Path, monkeypatch):
+    """A shard writer that swallows a sample is noticed."""
+    write_shard = ingest_module.write_shard
+
+    def lossy(path, index, samples):
+        samples = list(samples)
+        return write_shard(path, index, samples[:-1] if index == 1 else samples)
+
+    monkeypatch.setattr(ingest_module, "write_shard", lossy)
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 10))
+    with pytest.raises(ConservationError, match="added 9"):
+        ingest(run_dir, [str(path)], CONFIG)
+    assert Manifest.load(run_dir).inputs == {}
+
+
+def ingest_until_step(root: str, sources: list[str], fatal_step: int) -> None:
+    """Ingest in a process that kills itself around its n-th write or rename."""
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == fatal_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(function):
+        def call(*arguments, **options):
+            step()
+            result = function(*arguments, **options)
+            step()
+            return result
+
+        return call
+
+    os.replace = dying(os.replace)
+    os.fsync = dying(os.fsync)
+    ingest(RunDir(root), sources, CONFIG)
+
+
+def ingest_whole(root: str, sources: list[str]) -> None:
+    ingest(RunDir(root), sources, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Fresh processes that have the slow imports already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["webdataset", "tests.storage.test_ingest"])
+
+    def start(target, *arguments):
+        process = context.Process(target=target, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    """Two inputs with repeated, conflicting and bad rows."""
+    bad = [{"idx": 90, "question": ""}, {**make_row(1), "question": "Other?"}, "{broken"]
+    first = write_jsonl(tmp_path / "a.jsonl", [*numbers(0, 4), *bad, *numbers(2, 6)])
+    second = write_jsonl(tmp_path / "b.jsonl", [*numbers(5, 8), *bad])
+    return [str(first), str(second)]
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path, sources: list[str]) -> dict[str, bytes]:
+    ingest(RunDir(tmp_path / "undisturbed"), sources, CONFIG)
+    return tree(tmp_path / "undisturbed")
+
+
+def durable(root: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(root).items() if not is_temporary(name)}
+
+
+def test_a_kill_at_every_write_changes_nothing(tmp_path: Path, sources, undisturbed, spawn):
+    """Shards, manifest (with its counts) and quarantine are byte for byte the same."""
+    fatal_step = 0
+    exit_code = -signal.SIGKILL
+    while exit_code == -signal.SIGKILL:
+        fatal_step += 1
+        root = tmp_path / f"killed-{fatal_step}"
+        process = spawn(ingest_until_step, str(root), sources, fatal_step)
+        process.join()
+        exit_code = process.exitcode
+        ingest(RunDir(root), sources, CONFIG)
+        assert durable(root) == undisturbed, f"killed at step {fatal_step}"
+        assert not any(is_temporary(path) for path in (root / "shards").iterdir())
+    assert exit_code == 0
+    assert fatal_step > 20
+
+
+def test_repeated_kills_at_random_times_change_nothing(tmp_path, sources, undisturbed, spawn):
+    root = tmp_path / "killed"
+    num_killed = 0
+    for attempt in range(15):
+        process = spawn(ingest_whole, str(root), sources)
+        process.join(attempt * random.uniform(0.0, 0.015))
+        process.kill()
+        process.join()
+        num_killed += process.exitcode != 0
+    ingest(RunDir(root), sources, CONFIG)
+    assert num_killed > 0
+    assert durable(root) == undisturbed
+    assert not any(is_temporary(path) for path in (root / "shards").iterdir())
+
+
+def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Path):
+    """Loading keeps an offset per shard; known samples come from the manifest alone."""
+    run_dir.shards_dir.mkdir(parents=True)
+    with open(run_dir.manifest, "wb") as file:
+        for index in range(10_000):
+            ids = [f"{index}-{i}" for i in range(8)]
+            keys = [f"{index * 8 + i:032x}" for i in range(8)]
+            shard = {"index": index, "num_samples": 8, "num_bytes": 1, "sha256": "0"}
+            line = {"kind": "shard", "shard": {**shard, "keys": keys, "ids": ids}}
+            file.write(json.dumps(line).encode() + b"\n")
+    rows = [make_row(1), {**make_row(2), "idx": "9999-7"}]
+    report = ingest(run_dir, [str(write_jsonl(tmp_path / "a.jsonl", rows))], CONFIG)
+    assert counts(report) == (2, 1, 0, {"conflicting_id": 1})
+    manifest = Manifest.load(run_dir)
+    assert len(manifest.shards) == 10_001
+    assert manifest.shards[9_999].ids[-1] == "9999-7"
+    assert msgspec.json.decode(run_dir.manifest.read_bytes().splitlines()[-1])["added"] == 1

@@ -1,0 +1,89 @@
+"""retry-failed: failed shards and quarantined records are tried again, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stream_engine.cli import main
+from stream_engine.runner import run
+from stream_engine.storage.run_dir import RunDir
+from tests import echo_pipeline
+from tests.conftest import file_states, parts, write_questions
+from tests.echo_pipeline import CALLS, echo_config
+
+pytestmark = pytest.mark.usefixtures("echo")
+
+TEN = [f"what is number {i} good for" for i in range(10)]
+BAD = ["boom goes the model", "aside with this", "unscored it stays"]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run over 13 questions, three of which went wrong, and a shard that cannot be read."""
+    questions = [*TEN[:3], BAD[0], *TEN[3:7], BAD[1], BAD[2], *TEN[7:]]
+    dataset = write_questions(tmp_path / "questions.jsonl", questions)
+    config = echo_config(tmp_path / "run", dataset)
+    run(config, steps=("shard",), show_progress=False)
+    tar = RunDir(tmp_path / "run").shard(1)
+    tar.rename(tmp_path / "kept.tar")
+    report = run(config, show_progress=False)
+    assert (report.status.samples.quarantined, report.status.shards.failed) == (3, 1)
+    (tmp_path / "kept.tar").rename(tar)
+    CALLS.clear()
+    return tmp_path / "run"
+
+
+def mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every question be answered from now on."""
+    monkeypatch.setattr(echo_pipeline, "misbehave", lambda question, num_calls: None)
+    monkeypatch.setattr(echo_pipeline, "SET_ASIDE", ())
+
+
+def test_a_retry_computes_only_what_failed(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mend(monkeypatch)
+    assert main(["retry-failed", str(finished)]) == 0
+    in_failed_shard = TEN[3:7]
+    assert set(CALLS) == {
+        *(f"{stage} {q}" for stage in ("rollouts", "rewards") for q in (*BAD, *in_failed_shard)),
+    } - {"rollouts unscored it stays"}
+    assert not list((finished / "quarantine").glob("*.jsonl"))
+    assert not list((finished / "failures").glob("*.json"))
+
+
+def test_a_retried_run_has_the_dataset_of_one_that_never_failed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend(monkeypatch)
+    assert main(["retry-failed", str(finished)]) == 0
+    run(echo_config(tmp_path / "fresh", tmp_path / "questions.jsonl"), show_progress=False)
+    assert parts(finished / "dataset") == parts(tmp_path / "fresh/dataset")
+
+
+def test_what_fails_again_is_set_aside_again_alone(finished: Path) -> None:
+    """Once, a shard failed as a whole when the only record tried again raised again."""
+    assert main(["retry-failed", str(finished)]) == 2
+    quarantined = "".join(p.read_text() for p in (finished / "quarantine").glob("*.jsonl"))
+    assert quarantined.count("\n") == 3
+
+
+def test_requeue_only_leaves_the_work_to_the_next_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = file_states(finished / "shards")
+    assert main(["retry-failed", str(finished), "--requeue_only"]) == 0
+    assert not CALLS and main(["status", str(finished), "--check"]) == 1
+    mend(monkeypatch)
+    report = run(echo_config(finished, tmp_path / "questions.jsonl"), show_progress=False)
+    assert report.exit_status == 0
+    assert report.status.samples.done == 13
+    assert file_states(finished / "shards") == before
+
+
+def test_retry_is_refused_under_a_launcher(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["retry-failed", str(finished)]) == 1
+    assert "--requeue_only" in capsys.readouterr().err
