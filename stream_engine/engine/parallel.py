@@ -61,7 +61,7 @@ DEFAULT_PLAN = {
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-"""Llama's, for architectures that have its layers and state no plan (Qwen3-VL)."""
+"""Llama's, for architectures that have its layers and state no plan for them (Qwen3-VL)."""
 
 
 def load_spread(
@@ -129,7 +129,9 @@ def styles_of_layers(backbone: nn.Module, size: int) -> dict[str, str]:
     """
     config: Any = backbone.config
     architecture = type(backbone).__name__
-    plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or DEFAULT_PLAN
+    plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    if WHOLE.issuperset(plan.values()):
+        plan = DEFAULT_PLAN
     other = sorted(set(plan.values()) - WHOLE - SPLIT.keys())
     if other:
         raise ConfigError(

@@ -178,9 +178,11 @@ def test_layers_that_deepspeed_cannot_split_are_refused(config: PreTrainedConfig
         styles_of_layers(backbone(config), 2)
 
 
-def test_an_architecture_without_a_plan_is_split_like_llama() -> None:
+@pytest.mark.parametrize("plan", [None, {"embed_tokens": "embedding_rowwise"}])
+def test_an_architecture_without_a_plan_for_its_layers_is_split_like_llama(plan) -> None:
+    """transformers 5.24 gave Qwen3-VL a plan of its embeddings alone; no layer was split then."""
     config = Qwen3VLTextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
-    assert getattr(config, "base_model_tp_plan", None) is None
+    config.base_model_tp_plan = plan
     styles = styles_of_layers(backbone(config), 2)
     assert styles["layers.1.self_attn.o_proj"] == styles["layers.0.mlp.down_proj"] == "rowwise"
     assert len(styles) == 14
