@@ -20,6 +20,18 @@ def test_linear_is_no_worse_than_torch_against_float64(
     assert (got - truth).abs().max() <= (naive - truth).abs().max() + 3e-7 * size + 1e-6
 
 
+@pytest.mark.parametrize("num_rows", [1, 7, 64])
+def test_packed_bfloat16_is_no_worse_than_torch_against_float64(num_rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(num_rows, 256).bfloat16(), torch.randn(97, 256).bfloat16()
+    truth = functional.linear(x.double(), weight.double())
+    with torch.no_grad():
+        got = gemm.linear(x, gemm.pack(weight))
+        naive = functional.linear(x, weight)
+    assert got.dtype == torch.bfloat16
+    assert (got - truth).abs().max() <= 1.01 * (naive - truth).abs().max() + 1e-6
+
+
 def test_linear_takes_batches_strides_and_no_rows() -> None:
     x, weight = torch.randn(3, 5, 16)[:, ::2], torch.randn(9, 32)[:, ::2]
     with torch.no_grad():
@@ -35,7 +47,7 @@ def test_linear_trains_through_torch() -> None:
 
 
 def test_without_onednn_linear_is_torch_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "onednn_pays", lambda: False)
+    monkeypatch.setattr(gemm, "onednn_pays", lambda dtype=torch.float32: False)
     x, weight = torch.randn(40, 64), torch.randn(50, 64)
     with torch.no_grad():
         assert gemm.pack(weight) is weight
@@ -44,4 +56,5 @@ def test_without_onednn_linear_is_torch_bit_for_bit(monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert gemm.onednn_pays.__wrapped__() is False
+    for dtype in (torch.float32, torch.bfloat16):
+        assert gemm.onednn_pays.__wrapped__(dtype) is False
