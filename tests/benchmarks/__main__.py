@@ -1,7 +1,8 @@
-"""python -m tests.benchmarks [NAME ...] [--shape L] [--rounds 5] [--threads 2]
+"""python -m tests.benchmarks [NAME ...] [--shape L] [--rounds 5] [--threads 2] [--out FILE]
 
 Prints one JSON object a benchmark. Ratios are measured inside one run, variants interleaved; do
-not compare absolute times of different runs. Without names, the quick ones run.
+not compare absolute times of different runs. Without names, the quick ones run. Progress goes to
+stderr; --out keeps what a run that is cut off had measured.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.benchmarks import scheduling, whole
-from tests.benchmarks.harness import report
+from tests.benchmarks.harness import Results, rendered
 from tests.benchmarks.synthetic import SHAPES
 
 Arguments = argparse.Namespace
-BENCHMARKS: dict[str, Callable[[Arguments], dict[str, Any]]] = {
-    "counts": lambda a: whole.counts(a.shape),
-    "generate": lambda a: whole.generation(a.shape, a.rounds),
-    "score": lambda a: whole.scoring(a.shape, a.rounds),
-    "end_to_end": lambda a: whole.end_to_end(a.shape, a.rounds, a.questions, not a.engine_only),
-    "refill": lambda a: scheduling.refill("tiny"),
-    "decode_step": lambda a: scheduling.decode_step(a.shape, a.rows),
-    "workers": lambda a: scheduling.workers(a.shape, rounds=a.rounds),
+BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
+    "counts": lambda a, keep: whole.counts(a.shape),
+    "generate": lambda a, keep: whole.generation(a.shape, a.rounds, a.questions, keep),
+    "score": lambda a, keep: whole.scoring(a.shape, a.rounds, keep),
+    "end_to_end": lambda a, keep: whole.end_to_end(
+        a.shape, a.rounds, a.questions, not a.engine_only, keep
+    ),
+    "refill": lambda a, keep: scheduling.refill("tiny"),
+    "decode_step": lambda a, keep: scheduling.decode_step(a.shape, a.rows),
+    "workers": lambda a, keep: scheduling.workers(a.shape, rounds=a.rounds),
 }
 KERNELS = ("linear_logp", "prefix_attention", "sampler")
 """Those of kernels/benchmarks/, run with the remaining arguments."""
@@ -40,12 +42,21 @@ def main() -> None:
     parser.add_argument("--shape", default="S", choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--questions", type=int, default=1)
+    parser.add_argument("--questions", type=int, default=1, help="at once through the engine")
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 40, 160])
     parser.add_argument("--engine-only", action="store_true")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, anew each round")
     arguments, rest = parser.parse_known_args()
+    names = arguments.names or QUICK
+    if arguments.out and (len(names) > 1 or names[0] not in BENCHMARKS):
+        parser.error(f"--out takes one name of {[*BENCHMARKS]}")
     torch.set_num_threads(arguments.threads)
-    for name in arguments.names or QUICK:
+
+    def keep(results: Results) -> None:
+        if arguments.out:
+            arguments.out.write_text(rendered(names[0], results) + "\n")
+
+    for name in names:
         if name == "worker":
             scheduling.worker(arguments.shape)
         elif name in KERNELS:
@@ -54,7 +65,9 @@ def main() -> None:
             sys.argv = [str(scripts), name, *flags, *rest]
             runpy.run_path(str(scripts), run_name="__main__")
         elif name in BENCHMARKS:
-            report(name, BENCHMARKS[name](arguments))
+            results = BENCHMARKS[name](arguments, keep)
+            print(rendered(name, results))
+            keep(results)
         else:
             parser.error(f"unknown benchmark {name!r}; choose from {[*BENCHMARKS, *KERNELS]}")
 

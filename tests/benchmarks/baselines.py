@@ -5,15 +5,26 @@ ancestor   k copies of prompt and image through generate(); every answer scored 
 nrs        generate(num_return_sequences=k); the k whole sequences scored in one batch
 nrs_best   nrs in its best configuration: static cache, logits only where they are needed, and
            (the caller's part) the same fast linear layers that the engine uses
+continuous transformers' continuous batching of the text model: paged cache, one prefill a
+           question, rows forked from it; the image features are embeddings of virtual token ids
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from stream_engine.models.base import IMAGE_SLOT, Prompt
 
@@ -58,6 +69,95 @@ def nrs_generate(
         **model_inputs(hf, prompt), num_return_sequences=k, **sampling(answer_tokens), **extra
     )
     return _without_image_ids(hf, out[:, -answer_tokens:])
+
+
+class Continuous:
+    """`generate_batch` of transformers over the language model of a Llava.
+
+    It takes token ids only: ids from the vocabulary's size on index a table of image features. Its
+    log-probs are of the tempered distribution, so scoring is left to `batched_score`.
+    """
+
+    PAGE = 64
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        self.hf = hf
+        with torch.device("meta"):  # a config of its own: models that share one spoil each other's
+            self.text = LlamaForCausalLM(copy.deepcopy(hf.config.text_config)).eval()
+        self.text.model = hf.model.language_model
+        self.text.lm_head = hf.lm_head
+        self.text.set_attn_implementation("sdpa")
+        self.language_model_tokens = 0
+        """Of the last call."""
+
+    @torch.no_grad()  # inference_mode would forbid the cache's updates in place
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        k: int,
+        answer_tokens: int,
+        *,
+        return_logprobs: bool = False,
+        **own: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answers [P * k, T] and, if asked for, their log-probs under the tempered distribution.
+
+        Raises:
+            RuntimeError: when an answer fails or is missing.
+        """
+        vocab = self.hf.config.text_config.vocab_size
+        virtual = count(vocab)  # every image has ids of its own: prefixes are shared by id
+        ids = [
+            [next(virtual) if token == IMAGE_SLOT else token for token in prompt.ids]
+            for prompt in prompts
+        ]
+        settings = sampling(answer_tokens) | {"num_return_sequences": k, "eos_token_id": -1} | own
+        settings.pop("min_new_tokens")  # no token ends an answer
+        pages = sum(-(-len(row) // self.PAGE) for row in ids)
+        pages += len(ids) * k * (2 - (-answer_tokens // self.PAGE))
+        paged = ContinuousBatchingConfig(
+            page_size=self.PAGE,
+            num_blocks=2 * pages,
+            max_batch_tokens=2048,
+            return_logprobs=return_logprobs,
+        )
+        pixels = torch.stack([prompt.vision[0] for prompt in prompts])
+        pixels = pixels.to(self.hf.device, self.hf.dtype)
+        features = torch.cat(list(self.hf.model.get_image_features(pixels).pooler_output))
+        with self._image_features(features, vocab):
+            done = self.text.generate_batch(
+                ids,
+                generation_config=GenerationConfig(**settings),
+                continuous_batching_config=paged,
+            )
+        rows = [row.generated_tokens for row in done.values() if row.error is None]
+        if [len(row) for row in rows] != [answer_tokens] * (len(ids) * k):
+            raise RuntimeError(
+                f"continuous batching finished {len(rows)} of {len(ids) * k} answers"
+            )
+        answers = torch.tensor(rows, device=self.hf.device)
+        logps = torch.tensor([row.logprobs for row in done.values()]) if return_logprobs else None
+        return _without_image_ids(self.hf, answers), logps
+
+    @contextmanager
+    def _image_features(self, features: Tensor, vocab: int) -> Iterator[None]:
+        """Let ids from `vocab` on mean the features [I, D], and count what passes through."""
+        embed = self.text.model.embed_tokens
+        own_forward = embed.forward
+
+        def forward(ids: Tensor) -> Tensor:
+            self.language_model_tokens += ids.numel()
+            image = features[(ids - vocab).clamp(min=0)]
+            return torch.where(
+                ids[..., None] >= vocab, image, own_forward(ids.clamp(max=vocab - 1))
+            )
+
+        self.language_model_tokens = 0
+        embed.forward = forward
+        try:
+            yield
+        finally:
+            del embed.forward
 
 
 def _without_image_ids(hf: PreTrainedModel, answers: Tensor) -> Tensor:

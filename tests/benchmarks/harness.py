@@ -1,16 +1,20 @@
 """Timing that survives a noisy machine: variants interleaved in one process, ratios per round.
 
-Every round runs all variants one after the other; a ratio is taken inside a round and the median
-over rounds is what counts. Absolute times are printed for orientation only.
+Every round runs all variants, in alternating order (A B C, C B A); a ratio is taken inside a round
+and the median over rounds is what counts. Absolute times are printed for orientation only. With
+one CPU thread the times are the processor's, so that what others run does not count.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +22,108 @@ import torch
 import transformers
 
 Variant = Callable[[], Any]
+Results = dict[str, Any]
+Seconds = dict[str, list[float]]  # of each variant, in each round
 
 
-def compare(variants: dict[str, Variant], *, rounds: int, subject: str) -> dict[str, Any]:
-    """Time the variants interleaved; ratios say how many times slower each is than `subject`."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, int] = {}
-    for round_number in range(rounds + 1):
-        for name, variant in variants.items():
+def compare(
+    variants: Mapping[str, Variant],
+    *,
+    rounds: int,
+    subject: str,
+    warm_up: Mapping[str, Variant] | None = None,
+    units: Mapping[str, int] | None = None,
+    optional: Collection[str] = (),
+    keep: Callable[[Results], None] | None = None,
+) -> Results:
+    """Time the variants interleaved; ratios say how many times slower each is than `subject`.
+
+    A variant that returns a dict measured its parts itself, with `timed`: seconds by part, which
+    are compared likewise. `units` says how many questions a variant does (1): all seconds are per
+    question. One of `optional` that raises is left out from then on, and the reason reported.
+    `keep` gets the results so far after every round.
+    """
+    gc.collect()
+    gc.freeze()  # what is here by now stays: the collection before every turn need not look at it
+    units = units or {}
+    variants = dict(variants)
+    whole: Seconds = {name: [] for name in variants}
+    parts: dict[str, Seconds] = {}
+    peaks = dict.fromkeys(variants, 0)
+    missing: dict[str, str] = {}
+    results: Results = {}
+    for number in range(rounds + 1):
+        first = dict(warm_up or {}) if number == 0 else {}
+        for name in list(variants)[:: 1 if number % 2 else -1]:
+            unit = units.get(name, 1)
             reset_peak()
-            start = time.perf_counter()
-            variant()
-            synchronize()
-            elapsed = time.perf_counter() - start
-            if round_number:  # the first round warms up
-                seconds[name].append(elapsed)
-                peaks[name] = max(peaks.get(name, 0), peak_bytes())
+            try:
+                result, elapsed = timed(first.get(name, variants[name]))
+            except Exception as error:
+                if name not in optional:
+                    raise
+                missing[name] = f"{type(error).__name__}: {error}"
+                for table in (variants, whole, peaks, *parts.values()):
+                    table.pop(name, None)
+                continue
+            if number == 0:
+                continue
+            whole[name].append(elapsed / unit)
+            peaks[name] = max(peaks[name], peak_bytes())
+            for part, spent in (result if isinstance(result, dict) else {}).items():
+                parts.setdefault(part, {}).setdefault(name, []).append(spent / unit)
+        if number:
+            results = {"rounds": number} | summary(whole, parts, peaks, missing, subject)
+            if keep is not None:
+                keep(results)
+        now = "  ".join(f"{name} {spent[-1]:.2f}" for name, spent in whole.items() if spent)
+        print(f"round {number}/{rounds}  {now or 'warm-up'}", file=sys.stderr, flush=True)
+    gc.unfreeze()
+    return results
+
+
+def summary(
+    whole: Seconds,
+    parts: Mapping[str, Seconds],
+    peaks: Mapping[str, int],
+    missing: Mapping[str, str],
+    subject: str,
+) -> Results:
+    """What the rounds so far say."""
     return {
-        "rounds": rounds,
-        "median_seconds": {name: statistics.median(s) for name, s in seconds.items()},
+        "clock": clock().__name__,
+        **compared(whole, subject),
+        "parts": {part: compared(seconds, subject) for part, seconds in parts.items()},
+        "peak_extra_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()},
+        "not_measured": missing,
+    }
+
+
+def compared(seconds: Seconds, subject: str) -> Results:
+    """Medians, and each variant over the subject, round by round."""
+    return {
+        "median_seconds": {name: statistics.median(each) for name, each in seconds.items()},
         "times_slower_than_" + subject: {
-            name: ratio_summary([a / b for a, b in zip(s, seconds[subject])])
-            for name, s in seconds.items()
+            name: ratio_summary([a / b for a, b in zip(each, seconds[subject], strict=True)])
+            for name, each in seconds.items()
             if name != subject
         },
-        "peak_extra_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()},
     }
+
+
+def clock() -> Callable[[], float]:
+    """The processor's time where one CPU thread does all the work, else the wall clock."""
+    is_alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if is_alone else time.perf_counter
+
+
+def timed(work: Variant) -> tuple[Any, float]:
+    """What `work` returns, and its seconds."""
+    now = clock()
+    start = now()
+    result = work()
+    synchronize()
+    return result, now() - start
 
 
 def ratio_summary(ratios: list[float]) -> dict[str, float]:
@@ -63,12 +143,17 @@ _base_bytes = 0
 
 
 def reset_peak() -> None:
-    """Start counting: on CPU the kernel's high-water mark of this process is reset."""
+    """Start counting: on CPU the kernel's high-water mark of this process is reset.
+
+    Freed memory is handed back first: an arena that stays resident would hide what comes next.
+    """
     global _base_bytes
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         _base_bytes = torch.cuda.memory_allocated()
     else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         _base_bytes = _status_bytes("VmRSS")
 
@@ -106,6 +191,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report(name: str, results: dict[str, Any]) -> None:
-    """Print one benchmark's JSON object."""
-    print(json.dumps({"benchmark": name, "environment": environment()} | results, indent=1))
+def rendered(name: str, results: Results) -> str:
+    """One benchmark's JSON object."""
+    return json.dumps({"benchmark": name, "environment": environment()} | results, indent=1)

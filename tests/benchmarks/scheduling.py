@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -9,22 +10,33 @@ from typing import Any
 
 import torch
 
+from stream_engine.config import InputConfig
 from stream_engine.engine import GenerateRequest, RowRequest, row_seed
-from tests.benchmarks.harness import synchronize
+from tests.benchmarks.harness import peak_bytes, reset_peak, synchronize
 from tests.benchmarks.whole import generate_all, set_up
 
 
-def refill(name: str, *, questions: int = 240, k: int = 10, mean: int = 60) -> dict[str, Any]:
-    """Share of decode slots in use on log-normal answer lengths (sigma 0.5), and against waiting.
+def refill(name: str) -> dict[str, Any]:
+    """Share of decode slots in use on log-normal answer lengths, and what waiting would leave.
 
+    `stream` is a long stream of questions; `shard` is what a worker gives the engine at a time: a
+    shard of the default size through the batch that the engine chooses, empty at its end.
     `static_occupancy` is what batches that wait for their longest row would reach.
     """
-    s = set_up(name, max_rows=4 * k, answer_tokens=6 * mean)
+    return {
+        "shape": name,
+        "stream": occupancy(name, questions=240, rows=40),
+        "shard": occupancy(name, questions=InputConfig().samples_per_shard),
+    }
+
+
+def occupancy(
+    name: str, *, questions: int, rows: int = 0, k: int = 10, mean: int = 60, sigma: float = 0.5
+) -> dict[str, Any]:
+    s = set_up(name, max_rows=rows, answer_tokens=6 * mean)
+    rows = s.engine.budget.rows
     generator = torch.Generator().manual_seed(0)
-    sigma = 0.5
-    lengths = torch.exp(
-        torch.randn(questions, k, generator=generator) * sigma + torch.log(torch.tensor(mean))
-    )
+    lengths = torch.exp(torch.randn(questions, k, generator=generator) * sigma + math.log(mean))
     lengths = lengths.round().clamp(1, 6 * mean).long()
     drawn = [
         GenerateRequest(
@@ -38,15 +50,17 @@ def refill(name: str, *, questions: int = 240, k: int = 10, mean: int = 60) -> d
         for n in range(questions)
     ]
     s.engine.counters.clear()
+    reset_peak()
     list(s.engine.generate(drawn))
     counters = s.engine.counters
-    longest = lengths.view(questions // 4, 4 * k).max(dim=1).values
+    longest = sum(int(batch.max()) for batch in lengths.flatten().split(rows))
     return {
-        "shape": name,
-        "rows": 4 * k,
+        "questions": questions,
+        "rows": rows,
         "occupancy": round(counters["decode_tokens"] / counters["decode_capacity"], 4),
-        "static_occupancy": round(float(lengths.sum() / (longest.sum() * 4 * k)), 4),
+        "static_occupancy": round(float(lengths.sum() / (longest * rows)), 4),
         "decode_steps": counters["decode_steps"],
+        "peak_extra_mib": round(peak_bytes() / 2**20, 1),
     }
 
 

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stream_engine.errors import RecordError
 from stream_engine.models.base import IMAGE_SLOT, Prompt, VisionLanguageModel
 from stream_engine.records import PromptDigest
 
@@ -117,7 +116,8 @@ class SyntheticVLM(VisionLanguageModel):
         self.generation_defaults = {}
 
     def prompt(self, question: str, images: Sequence[Image]) -> Prompt:
-        raise RecordError("no_tokenizer", "synthetic prompts come from `question`")
+        """The ordinary prompt by which an engine plans; there is no tokenizer to ask."""
+        return self.question(0)
 
     def question(self, number: int, num_tokens: int = 630) -> Prompt:
         """Prompt number `number`: random pixels, random text around the image's tokens."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +22,13 @@ from stream_engine.engine import (
     row_seed,
 )
 from stream_engine.engine.cpu import pack_linears
+from stream_engine.engine.prefix_cache import ATTENTION_NAME
+from stream_engine.models.base import Prompt
 from tests.benchmarks import baselines
-from tests.benchmarks.harness import compare
+from tests.benchmarks.harness import Results, Variant, compare, timed
 from tests.benchmarks.synthetic import SHAPES, Shape, SyntheticVLM, build_llava
+
+Keep = Callable[[Results], None]
 
 
 @dataclass
@@ -31,11 +38,12 @@ class Setting:
     shape: Shape
     hf: Any  # for the baselines, as transformers loads it
     best: Any  # the same weights with the engine's linear layers
+    continuous: baselines.Continuous  # over `best`
     engine: Engine
     reward: Engine
     k: int
     answer_tokens: int
-    questions: int
+    prompts: list[Prompt]
 
 
 def set_up(
@@ -56,18 +64,19 @@ def set_up(
     engine = Engine(SyntheticVLM(own, shape), sampling, max_rows=max_rows or None)
     other = build_llava(shape, seed=1, **where)
     reward = Engine(SyntheticVLM(other, shape), sampling)
-    return Setting(shape, hf, best, engine, reward, k, answer_tokens, questions)
+    continuous = baselines.Continuous(best)
+    prompts = [engine.model.question(n) for n in range(questions)]
+    return Setting(shape, hf, best, continuous, engine, reward, k, answer_tokens, prompts)
 
 
 def requests(setting: Setting) -> list[GenerateRequest]:
-    prompt = setting.engine.model.question
     return [
         GenerateRequest(
             str(n),
-            prompt(n),
+            prompt,
             tuple(RowRequest(row_seed(0, str(n), j)) for j in range(setting.k)),
         )
-        for n in range(setting.questions)
+        for n, prompt in enumerate(setting.prompts)
     ]
 
 
@@ -79,7 +88,7 @@ def score_all(setting: Setting, generated: list[Generation]) -> list[Any]:
     to_score = [
         ScoreRequest(
             g.key,
-            setting.reward.model.question(int(g.key)),
+            setting.prompts[int(g.key)],
             tuple(tuple(row.token_ids) for row in g.rows),
         )
         for g in generated
@@ -87,25 +96,74 @@ def score_all(setting: Setting, generated: list[Generation]) -> list[Any]:
     return list(setting.reward.score(to_score))
 
 
-def generation(name: str, rounds: int) -> dict[str, Any]:
-    """Sampling alone."""
-    s = set_up(name)
-    prompt = s.engine.model.question(0)
-    variants = {
-        "engine": lambda: generate_all(s),
+def samplers(s: Setting) -> dict[str, Callable[[], Tensor]]:
+    """How the baselines draw k answers to a question; `continuous` to `continuous_questions`."""
+    prompt = s.prompts[0]
+    several = s.prompts[: continuous_questions(s)]
+    return {
         "ancestor": lambda: baselines.ancestor_generate(s.hf, prompt, s.k, s.answer_tokens),
         "nrs": lambda: baselines.nrs_generate(s.hf, prompt, s.k, s.answer_tokens),
         "nrs_best": lambda: baselines.nrs_generate(
             s.best, prompt, s.k, s.answer_tokens, static=True
         ),
+        "continuous": lambda: s.continuous.generate(several, s.k, s.answer_tokens)[0],
     }
-    return {"shape": name, **compare(variants, rounds=rounds, subject="engine")}
 
 
-def scoring(name: str, rounds: int) -> dict[str, Any]:
+def continuous_questions(s: Setting) -> int:
+    """Questions at once through continuous batching: without flash attention one is its best.
+
+    There every row meets every key under a mask, so that more rows cost more than they save.
+    """
+    return len(s.prompts) if torch.cuda.is_available() else 1
+
+
+def against_baselines(
+    s: Setting,
+    variants: Mapping[str, Variant],
+    facts: Results,
+    *,
+    rounds: int,
+    warm_up: Mapping[str, Variant] | None = None,
+    keep: Keep | None = None,
+) -> Results:
+    """Compare with the engine a question, with what a reader of the figures has to know."""
+    units = {"engine": len(s.prompts), "continuous": continuous_questions(s)}
+    note = (
+        "seconds and ratios are per question: the engine takes its questions at once, the "
+        "baselines one after the other, so that one question tells what each costs them; the part "
+        "`scoring` is one model's, by `batched` under nrs, by `batched_best` under nrs_best and "
+        "continuous"
+    )
+
+    def tell(results: Results) -> Results:
+        tokens = {"continuous_language_model_tokens": s.continuous.language_model_tokens}
+        return {**facts, "questions": units, "note": note, **tokens, **results}
+
+    return tell(
+        compare(
+            variants,
+            rounds=rounds,
+            subject="engine",
+            warm_up=warm_up,
+            units=units,
+            optional=("continuous",),
+            keep=keep and (lambda results: keep(tell(results))),
+        )
+    )
+
+
+def generation(name: str, rounds: int, questions: int = 1, keep: Keep | None = None) -> Results:
+    """Sampling alone."""
+    s = set_up(name, questions=questions)
+    variants = {"engine": lambda: generate_all(s), **samplers(s)}
+    return against_baselines(s, variants, {"shape": name}, rounds=rounds, keep=keep)
+
+
+def scoring(name: str, rounds: int, keep: Keep | None = None) -> Results:
     """One model's log-probs of ten given answers."""
     s = set_up(name)
-    prompt = s.engine.model.question(0)
+    prompt = s.prompts[0]
     answers = torch.randint(
         3, s.shape.vocab - 1, (s.k, s.answer_tokens), generator=torch.Generator().manual_seed(0)
     ).to(s.hf.device)
@@ -121,71 +179,129 @@ def scoring(name: str, rounds: int) -> dict[str, Any]:
         "batched": lambda: baselines.batched_score(s.hf, prompt, answers),
         "batched_best": lambda: baselines.batched_score(s.best, prompt, answers),
     }
-    results = compare(variants, rounds=rounds, subject="engine")
     full = torch.stack([torch.tensor(row) for row in engine()[0].token_logps])
     difference = (full - baselines.batched_score(s.hf, prompt, answers).cpu()).abs().max()
-    return {"shape": name, "max_logp_difference": difference.item(), **results}
+    facts = {"shape": name, "max_logp_difference": difference.item()}
+    return facts | compare(
+        variants,
+        rounds=rounds,
+        subject="engine",
+        keep=keep and (lambda results: keep(facts | results)),
+    )
 
 
-def end_to_end(name: str, rounds: int, questions: int = 1, baselines_too: bool = True) -> dict:
-    """A whole question: sampling and the log-probs of both models."""
+def end_to_end(
+    name: str,
+    rounds: int,
+    questions: int = 1,
+    baselines_too: bool = True,
+    keep: Keep | None = None,
+) -> Results:
+    """A whole question, sampling and the log-probs of both models, and its parts alone.
+
+    `scoring` is one model's scoring of the ten answers. The engine scores with the reward model
+    only, since the instruct model's log-probs fall out of generation; the others score twice.
+    """
     s = set_up(name, questions=questions)
-    prompts = [s.engine.model.question(n) for n in range(questions)]
+    checked = check(s)  # warms the engine up
+    variants: dict[str, Variant] = {"engine": partial(engine_whole, s)}
+    warm_up: dict[str, Variant] = {"engine": lambda: None}
+    if baselines_too:
+        variants |= baseline_wholes(s)
+        if not torch.cuda.is_available():  # there other lengths are other compiled graphs
+            warm_up |= baseline_wholes(replace(s, k=2, answer_tokens=4))
 
-    def engine() -> None:
-        score_all(s, generate_all(s))
+    facts = {"shape": name, **checked}
+    return against_baselines(s, variants, facts, rounds=rounds, warm_up=warm_up, keep=keep)
 
-    def ancestor() -> None:
-        for prompt in prompts:
-            answers = baselines.ancestor_generate(s.hf, prompt, s.k, s.answer_tokens)
-            for _ in ("instruct", "reward"):
-                baselines.ancestor_score(s.hf, prompt, answers)
 
-    def nrs(hf: nn.Module, static: bool) -> None:
-        for prompt in prompts:
-            answers = baselines.nrs_generate(hf, prompt, s.k, s.answer_tokens, static=static)
-            for _ in ("instruct", "reward"):
-                baselines.batched_score(hf, prompt, answers)
+def engine_whole(s: Setting) -> dict[str, float]:
+    generated, sampling = timed(lambda: generate_all(s))
+    _, scoring = timed(lambda: score_all(s, generated))
+    return {"sampling": sampling, "scoring": scoring}
 
-    variants = {
-        "engine": engine,
-        "ancestor": ancestor,
-        "nrs": lambda: nrs(s.hf, False),
-        "nrs_best": lambda: nrs(s.best, True),
+
+def baseline_wholes(s: Setting) -> dict[str, Variant]:
+    score = {
+        "ancestor": partial(baselines.ancestor_score, s.hf),
+        "nrs": partial(baselines.batched_score, s.hf),
+        "nrs_best": partial(baselines.batched_score, s.best),
+        "continuous": partial(baselines.batched_score, s.best),
     }
-    if not baselines_too:
-        variants = {"engine": engine}
-    results = compare(variants, rounds=rounds, subject="engine")
-    per_question = results["median_seconds"]["engine"] / questions
-    return {"shape": name, "questions": questions, "seconds_a_question": per_question, **results}
+
+    def whole(draw: Callable[[], Tensor], score: Callable[[Prompt, Tensor], Any]) -> dict:
+        answers, sampling = timed(draw)
+        each = list(zip(s.prompts, answers.split(s.k)))  # every question has its k answers
+        score_each = lambda: [score(prompt, rows) for prompt, rows in each]  # noqa: E731
+        _, scoring = timed(score_each)
+        score_each()  # the other model's
+        return {"sampling": sampling, "scoring": scoring}
+
+    return {name: partial(whole, draw, score[name]) for name, draw in samplers(s).items()}
 
 
-def counts(name: str) -> dict[str, Any]:
-    """What passes through the models for one question, counted by hooks: exact on any machine."""
-    s = set_up(name)
-    seen: dict[str, dict[str, int]] = {}
-    for role, engine in (("instruct", s.engine), ("reward", s.reward)):
-        seen[role] = {"images": 0, "language_model_tokens": 0}
-        _count(engine.model, seen[role])
-        engine.counters.clear()
-    generated = generate_all(s)
-    score_all(s, generated)
-    prompt_tokens = len(s.engine.model.question(0))
-    expected = prompt_tokens + s.k * (s.answer_tokens - 1)
+def counts(name: str) -> Results:
+    """What passes through the models for one question, and how right what comes out is."""
+    return {"shape": name, **check(set_up(name))}
+
+
+def check(s: Setting) -> Results:
+    """One pass of the engine: counted by hooks, and against transformers' log-probs of its ids."""
+    with counting(s.engine) as instruct, counting(s.reward) as reward:
+        generated = sorted(generate_all(s), key=lambda one: int(one.key))
+        scored = score_all(s, generated)
+    difference = 0.0
+    with transformers_attention(s.reward) as reward_hf:
+        for n in {0, len(s.prompts) - 1}:
+            rows = generated[n].rows
+            ids = torch.tensor([row.token_ids for row in rows], device=s.hf.device)
+            for hf, logps in (
+                (s.hf, [row.token_logps for row in rows]),
+                (reward_hf, scored[n].token_logps),
+            ):
+                truth = baselines.batched_score(hf, s.prompts[n], ids).cpu()
+                difference = max(difference, (torch.tensor(logps) - truth).abs().max().item())
+    tokens = sum(map(len, s.prompts)) + len(s.prompts) * s.k * (s.answer_tokens - 1)
     return {
-        "shape": name,
-        "expected_language_model_tokens": expected,
-        "instruct": seen["instruct"] | {"head_rows": s.engine.counters["head_rows"]},
-        "reward": seen["reward"] | {"head_rows": s.reward.counters["head_rows"]},
+        "max_logp_difference": difference,
+        "expected_language_model_tokens": tokens,
+        "instruct": instruct,
+        "reward": reward,
     }
 
 
-def _count(model: SyntheticVLM, into: dict[str, int]) -> None:
+@contextmanager
+def transformers_attention(engine: Engine) -> Iterator[Any]:
+    """The engine's model as transformers runs it."""
+    engine.model.set_attention("sdpa")
+    try:
+        yield engine.model.hf
+    finally:
+        engine.model.set_attention(ATTENTION_NAME)
+
+
+@contextmanager
+def counting(engine: Engine) -> Iterator[dict[str, int]]:
+    """Count images, language model tokens and head rows; filled in at the end."""
+    seen = {"images": 0, "language_model_tokens": 0}
+
     def images(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
-        into["images"] += len(args[0] if args else kwargs["pixel_values"])
+        seen["images"] += len(args[0] if args else kwargs["pixel_values"])
 
     def tokens(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
-        into["language_model_tokens"] += kwargs["inputs_embeds"].shape[1]
+        seen["language_model_tokens"] += kwargs["inputs_embeds"].shape[1]
 
-    model.hf.model.vision_tower.register_forward_pre_hook(images, with_kwargs=True)
-    model.backbone.register_forward_pre_hook(tokens, with_kwargs=True)
+    model = engine.model
+    hooks = [
+        model.hf.model.vision_tower.register_forward_pre_hook(images, with_kwargs=True),
+        model.backbone.register_forward_pre_hook(tokens, with_kwargs=True),
+    ]
+    engine.counters.clear()
+    yield seen
+    for hook in hooks:
+        hook.remove()
+    counters = engine.counters
+    seen["head_rows"] = counters["head_rows"]
+    if engine.graphs is not None:  # a replayed graph calls no hooks
+        passed = ("prompt_tokens", "suffix_tokens", "decode_tokens")
+        seen["language_model_tokens"] = sum(counters[each] for each in passed)
