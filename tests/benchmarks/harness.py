@@ -43,8 +43,6 @@ def compare(
     question. One of `optional` that raises is left out from then on, and the reason reported.
     `keep` gets the results so far after every round.
     """
-    gc.collect()
-    gc.freeze()  # what is here by now stays: the collection before every turn need not look at it
     units = units or {}
     variants = dict(variants)
     whole: Seconds = {name: [] for name in variants}
@@ -78,7 +76,6 @@ def compare(
                 keep(results)
         now = "  ".join(f"{name} {spent[-1]:.2f}" for name, spent in whole.items() if spent)
         print(f"round {number}/{rounds}  {now or 'warm-up'}", file=sys.stderr, flush=True)
-    gc.unfreeze()
     return results
 
 

@@ -137,8 +137,13 @@ def against_baselines(
     )
 
     def tell(results: Results) -> Results:
-        tokens = {"continuous_language_model_tokens": s.continuous.language_model_tokens}
-        return {**facts, "questions": units, "note": note, **tokens, **results}
+        caches = {"instruct": s.engine.cache.num_bytes, "reward": s.reward.cache.num_bytes}
+        counted = {
+            "continuous_language_model_tokens": s.continuous.language_model_tokens,
+            # kept between calls, hence not in `peak_extra_mib`
+            "engine_cache_mib": {role: round(size / 2**20, 1) for role, size in caches.items()},
+        }
+        return {**facts, "questions": units, "note": note, **counted, **results}
 
     return tell(
         compare(
