@@ -43,6 +43,7 @@ class LoadedEngines:
         self.rank = rank
         self.team = team
         self._loaded: dict[EngineKey, Engine] = {}
+        self._unsaid: dict[str, Engine] = {}
         self._device = ""
         self.one_at_a_time = False
 
@@ -65,7 +66,9 @@ class LoadedEngines:
         self.free(self._loaded.keys() - kept)
         if self.one_at_a_time:
             return OneAtATime(self, roles)
-        return {name: self.engine(role) for name, role in roles.items()}
+        engines = {name: self.engine(role) for name, role in roles.items()}
+        self.plan()
+        return engines
 
     def engine(self, role: ModelRole) -> Engine:
         """A role's engine, loaded now unless it is in memory."""
@@ -80,15 +83,27 @@ class LoadedEngines:
             engine = self._loaded[key] = load_engine(role, models, config.part(SamplingConfig))
             seconds = time.monotonic() - started
             logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
-            if self.rank.place == 0:
-                said = {role.name: engine.describe()}
-                note_engines(self.run_dir, said, worker=self.rank.worker_id)
+            self._unsaid[role.name] = engine
         return self._loaded[key]
+
+    def plan(self) -> None:
+        """Divide the memory that new engines have left, and note what they say of themselves."""
+        if not self._unsaid:
+            return
+        from stream_engine.engine import share_device
+
+        share_device(list(self._loaded.values()))
+        said = {name: engine.describe() for name, engine in self._unsaid.items()}
+        self._unsaid.clear()
+        if self.rank.place == 0:
+            note_engines(self.run_dir, said, worker=self.rank.worker_id)
 
     def only(self, role: ModelRole) -> Engine:
         """A role's engine, alone in memory."""
         self.free(self._loaded.keys() - {engine_key(role)})
-        return self.engine(role)
+        engine = self.engine(role)
+        self.plan()
+        return engine
 
     def free(self, keys: Collection[EngineKey]) -> None:
         for key in keys:

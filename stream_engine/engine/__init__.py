@@ -1,6 +1,6 @@
 """Fused generation and log-probs over shared prefixes. The engine knows nothing of pipelines."""
 
-from stream_engine.engine.engine import Engine, load_engine
+from stream_engine.engine.engine import Engine, load_engine, share_device
 from stream_engine.engine.generate import (
     GeneratedRow,
     GenerateRequest,
@@ -25,4 +25,5 @@ __all__ = [
     "load_engine",
     "resolve_sampling",
     "row_seed",
+    "share_device",
 ]

@@ -7,20 +7,22 @@ say so in `describe()`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
 import torch
 from PIL import Image
-from stream_kernels.gemm import linear
+from stream_kernels.gemm import linear, pack
 from torch import Tensor
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
-from stream_engine.engine.batching import TokenBudget, map_ahead
-from stream_engine.engine.cpu import pack_linears
+from stream_engine.engine.batching import TokenBudget, is_out_of_memory, map_ahead
+from stream_engine.engine.cpu import keep_freed_memory, pack_linears
 from stream_engine.engine.decode import STEPS_PER_READ, GraphDecoder, can_capture
 from stream_engine.engine.generate import (
     GenerateRequest,
@@ -30,10 +32,22 @@ from stream_engine.engine.generate import (
     extend_rows,
     prefill_prompts,
 )
+from stream_engine.engine.memory import (
+    DEFAULT_ROWS,
+    DEFAULT_TOKENS,
+    Demand,
+    MemoryPlan,
+    host_available,
+    language_shape,
+    plan_memory,
+    share_out,
+    wanted_bytes,
+)
 from stream_engine.engine.parallel import agreed_minimum, load_spread
 from stream_engine.engine.plain import plain_generate, plain_next_token_logps, plain_score
 from stream_engine.engine.prefix_cache import ATTENTION_NAME, KVCache
 from stream_engine.engine.prefixes import SharedPrompt, share_prompt
+from stream_engine.engine.rehearsal import rehearse, typical_prompt
 from stream_engine.engine.sampling import ResolvedSampling, resolve_sampling
 from stream_engine.engine.score import (
     NextTokenLogps,
@@ -46,15 +60,16 @@ from stream_engine.engine.selftest import check_model
 from stream_engine.errors import RecordError
 from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
+from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
 
-# Tokens of one packed forward, and rows of one decode step, where the user sets no bound.
-# CPU: GEMMs are near their peak from some hundred tokens on. Accelerator: beyond about 300 rows
-# nothing but launch latency improves.
-DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
-DEFAULT_ROWS = {"cpu": 160, "cuda": 320}
-CPU_CACHE_BYTES = 2 << 30
+SCORING_ROLES = frozenset({"reward", "auto_check"})
+"""Roles that only look at given tokens: their engines need no slots for answers."""
+SMALLER = 0.85
+"""A plan that did not hold is made anew for this share of the memory."""
 HOST_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -67,11 +82,16 @@ class Engine:
         *,
         max_batch_tokens: int | None = None,
         max_rows: int | None = None,
+        rows_per_question: int = 1,
+        draws: bool = True,
     ) -> None:
         """Put the engine's attention in place and test that the model honours it.
 
+        `rows_per_question` and `draws` (False: it will only score) shape the memory plan alone.
+
         Raises:
             CheckpointError: when the model is not causal, or yields no finite numbers.
+            ConfigError: when the memory that is free does not hold one answer.
         """
         self.model = model
         self.sampling = sampling
@@ -92,17 +112,34 @@ class Engine:
             getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
         )
         self.cache = KVCache(max_prefix_tokens=1 << 30)
-        if kind == "cpu" and model.offload is None and model.shares_prefix:
+        if kind == "cpu":
+            keep_freed_memory()
             # recurrent layers read their weights themselves, which a packed one does not allow
-            for module in _modules(model):
-                pack_linears(module, keep=model.lm_head)
+            if model.offload is None and model.shares_prefix:
+                for module in _modules(model):
+                    pack_linears(module, keep=model.lm_head)
+        self.head_weight = self._head_weight()
         model.set_attention(ATTENTION_NAME)
         self.self_test = check_model(self)
         self.bytes_per_token = max(1, self.cache.bytes_per_token)
         self.cache.clear()
-        self.cache.max_prefix_tokens = self._prefix_limit()
         self.counters.clear()
         self.graphs = GraphDecoder(self) if can_capture(self) and model.shares_prefix else None
+        self.draws = draws
+        self.rows_per_question = rows_per_question
+        self.bounds = (self.budget.max_tokens, self.budget.max_rows)
+        self.slot_tokens = sampling.max_new_tokens + STEPS_PER_READ
+        self.prompt_tokens = len(typical_prompt(self)) if model.shares_prefix else 0
+        self.allowance: int | None = None
+        """Bytes beside the weights that this engine may take; None: all that is free."""
+        self.plan: MemoryPlan | None = None
+        self.is_planned = False
+        self.rehearses = kind == "cuda" and model.tensor_parallel == 1
+        """Whether a plan is tried at full size before it is used."""
+        if model.shares_prefix and self.rehearses:  # other models may yet be loaded beside it
+            self._adopt(plan_memory(self.demand(), self.available(), weights=self._weights()))
+        else:
+            self.plan_memory()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -188,7 +225,9 @@ class Engine:
             if head.bias is not None:
                 logits += head.bias
         else:
-            logits = linear(hidden, head.weight, head.bias).float()
+            dtype = self.head_weight.dtype
+            bias = None if head.bias is None else head.bias.to(dtype)
+            logits = linear(hidden.to(dtype), self.head_weight, bias).float()
         if self.model.logit_scale != 1.0:
             logits *= self.model.logit_scale
         if self.model.logit_softcap is not None:
@@ -213,27 +252,117 @@ class Engine:
         return None
 
     def plan_generation(self) -> None:
-        """On a GPU, fix the cache's sizes and the rows that fit, before the first decode step.
+        """Before the first decode step: the largest batch that fits, tried on an accelerator.
 
-        A slot must hold a whole answer. 60 % of the memory free at the first call goes to the
-        cache (the rest is for activations and the other model's cache), three quarters of that
-        to slots, and the remainder to prefixes.
+        Called again after out-of-memory, when the budget bounds it lower. Raises ConfigError when
+        nothing fits.
         """
-        if self.graphs is None or self.cache.num_slots > self.budget.rows:
+        if not (self.is_planned and self.draws):
+            self.draws = True
+            self.plan_memory()
+
+    def plan_memory(self) -> None:
+        """Compute the plan from what is free now, and confirm it; smaller until it holds.
+
+        Raises:
+            ConfigError: when nothing fits.
+        """
+        if not self.model.shares_prefix:
             return
         self.cache.clear()
-        free, _ = torch.cuda.mem_get_info(self.model.device)
-        tokens = int(0.6 * free) // self.bytes_per_token
-        slot_tokens = self.sampling.max_new_tokens + STEPS_PER_READ
-        rows = max(1, min(self.budget.rows, 3 * tokens // (4 * slot_tokens)))
-        self.budget.max_rows = max(1, int(rows / self.budget.scale))
-        self.cache.max_prefix_tokens = max(4096, min(tokens - rows * slot_tokens, 256 * rows))
-        self.cache.preallocate(
-            prefix_tokens=self.cache.max_prefix_tokens, slots=rows + 1, slot_tokens=slot_tokens
+        demand, available = self.demand(), self.available()
+        while True:
+            plan = plan_memory(demand, available, weights=self._weights())
+            if self._holds(plan):
+                break
+            available = int(SMALLER * available)
+        self.is_planned = True
+
+    def demand(self) -> Demand:
+        """What this engine asks of memory, in numbers learnt from the loaded model."""
+        model, budget = self.model, self.budget
+        config: Any = model.backbone.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        vocab, hidden = model.lm_head.weight.shape
+        itemsize = model.dtype.itemsize
+        on_cuda = model.device.type == "cuda"
+        copies = 1.0 + 2 * (model.logit_softcap is not None)
+        copies += self.sampling.repetition_penalty != 1.0
+        if not on_cuda and itemsize != 4:
+            copies += itemsize / 4
+        return Demand(
+            shape=language_shape(
+                text, itemsize=itemsize, vocab=vocab, hidden=hidden, parts=model.tensor_parallel
+            ),
+            kv_bytes=self.bytes_per_token,
+            rows=budget.rows if self.draws else 0,
+            tokens=budget.tokens,
+            slot_tokens=self.slot_tokens,
+            prompt_tokens=self.prompt_tokens,
+            rows_per_question=self.rows_per_question,
+            logit_copies=copies,
+            device=model.device.type,
+            grows=not on_cuda,
+            graphs=self.graphs is not None,
         )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the cache holds anything that is in use."""
+        cache = self.cache
+        return cache.spans.num_free < cache.spans.capacity or cache.num_used_slots > 0
+
+    def available(self) -> int:
+        """Bytes free for this engine; ranks that hold a model together agree on the least."""
+        free = free_bytes(self.model.device, ranks=Rank.from_environment().local_world_size)
+        if self.model.tensor_parallel > 1:
+            free = agreed_minimum(free)
+        return free if self.allowance is None else min(free, self.allowance)
+
+    def still_to_take(self) -> int:
+        """Bytes that the plan allows and that are not allocated yet."""
+        assert self.plan is not None
+        return max(0, self.plan.total - self.plan.reserve - self.cache.num_bytes)
+
+    def _holds(self, plan: MemoryPlan) -> bool:
+        """Confirm a plan: by its largest steps on an accelerator, against what is free on CPU.
+
+        Ranks that hold a model together try nothing: one that fails leaves the others waiting.
+        """
+        self._adopt(plan)
+        if not self.rehearses:
+            confirmed = self.model.device.type != "cuda" and plan.total <= self.available()
+            self.plan = replace(plan, confirmed=confirmed)
+            return confirmed or self.model.tensor_parallel > 1
+        try:
+            rehearse(self, plan)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            self.free_memory()
+            if is_out_of_memory(error):
+                logger.info("%d rows did not fit, trying fewer", plan.rows)
+                return False
+            logger.warning("the memory plan could not be tried: %s", error)
+        else:
+            self.plan = replace(plan, confirmed=True)
+        return True
+
+    def _adopt(self, plan: MemoryPlan) -> None:
+        """Let budget and cache follow a plan."""
+        budget = self.budget
+        self.plan = plan
+        self.cache.max_prefix_tokens = plan.prefix_tokens
+        budget.max_tokens = max(1, int(plan.prefill_tokens / budget.scale))
+        if plan.rows:
+            budget.max_rows = max(1, int(plan.rows / budget.scale))
+
+    def _weights(self) -> int:
+        return sum(_num_bytes(p) for p in _parameters(self.model))
+
     def free_memory(self) -> None:
-        """Give up the cache after out-of-memory."""
+        """Give up the cache after out-of-memory; the next generation plans anew."""
+        if self.model.device.type == "cuda":  # rows with long prompts of their own made it larger
+            self.slot_tokens = max(self.slot_tokens, self.cache.slot_capacity)
+        self.is_planned = False
         self.cache.clear()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -253,7 +382,7 @@ class Engine:
             "family": model.family,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "bytes": sum(_num_bytes(p) for p in _parameters(model)),
+            "bytes": self._weights(),
             "tensor_parallel": model.tensor_parallel,
             "offload": model.offload,
             "attention": "shared prefix" if model.shares_prefix else "plain",
@@ -261,6 +390,7 @@ class Engine:
             "max_tokens": self.budget.max_tokens,
             "max_rows": self.budget.max_rows,
             "max_prefix_tokens": self.cache.max_prefix_tokens,
+            "memory": None if self.plan is None else self.plan.to_dict(),
             "sampling": {
                 name: getattr(self.sampling, name)
                 for name in self.sampling.__struct_fields__
@@ -270,15 +400,16 @@ class Engine:
             "stop_token_ids": sorted(self.stop_token_ids),
         }
 
-    def _prefix_limit(self) -> int:
-        """Prefix tokens that fit: half of what is free on the device, or a fixed share of RAM."""
-        per_token = self.bytes_per_token
-        if self.model.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.model.device)
-            if self.model.tensor_parallel > 1:
-                free = agreed_minimum(free)
-            return max(4096, int(free * 0.4) // per_token)
-        return max(4096, CPU_CACHE_BYTES // per_token)
+    def _head_weight(self) -> Tensor:
+        """The head's weight as decoding reads it; scoring reads slices of the plain one.
+
+        On CPU a float32 copy of a shorter format, so that the log-probs that fall out of generation
+        are as exact as those of scoring, and in oneDNN's layout where that is in use.
+        """
+        weight = self.model.lm_head.weight
+        if weight.device.type != "cpu" or self.model.offload is not None:
+            return weight
+        return pack(weight.float()) if self.model.shares_prefix else weight.float()
 
 
 def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) -> Engine:
@@ -296,7 +427,49 @@ def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) 
         resolve_sampling(role.sampling or sampling, model.generation_defaults),
         max_batch_tokens=config.max_batch_tokens,
         max_rows=config.max_rows,
+        rows_per_question=rows_per_question(role, sampling),
+        draws=role.name not in SCORING_ROLES,
     )
+
+
+def rows_per_question(role: ModelRole, sampling: SamplingConfig) -> int:
+    """Answers that share a prompt: those to a sample; of a judge's replies, one is safe to say."""
+    return sampling.sample_k if role.stage == "rollouts" else 1
+
+
+def share_device(engines: Sequence[Engine]) -> None:
+    """Divide what is free among engines whose weights are all in memory, and plan each.
+
+    Who needs little (an engine that only scores) gets all it can use, the others share the rest;
+    so none takes what another needs, whichever runs first. An engine with rows in flight keeps its
+    plan.
+
+    Raises:
+        ConfigError: when one's part does not hold one answer.
+    """
+    sharing = [engine for engine in engines if engine.model.shares_prefix]
+    kept = [engine for engine in sharing if engine.is_busy]
+    planned = [engine for engine in sharing if not engine.is_busy]
+    if not planned:
+        return
+    for engine in planned:
+        engine.allowance = None
+        engine.budget.max_tokens, engine.budget.max_rows = engine.bounds
+        engine.cache.clear()
+    available = planned[0].available() - sum(engine.still_to_take() for engine in kept)
+    wants = [wanted_bytes(engine.demand()) for engine in planned]
+    for engine, part in zip(planned, share_out(max(0, available), wants)):
+        engine.allowance = part
+        engine.plan_memory()
+
+
+def free_bytes(device: torch.device, *, ranks: int) -> int:
+    """Bytes that this process may still take on a device that this host's `ranks` may share."""
+    if device.type != "cuda":
+        return host_available(share=ranks)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // -(-ranks // torch.cuda.device_count())
 
 
 def decode_image(image: EncodedImage) -> Image.Image:

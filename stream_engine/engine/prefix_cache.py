@@ -143,6 +143,10 @@ class KVCache:
             self._free_slots = list(range(old, self.num_slots))
         return self._free_slots.pop(0)
 
+    @property
+    def num_used_slots(self) -> int:
+        return self.num_slots - len(self._free_slots)
+
     def release_slot(self, slot: int) -> None:
         insort(self._free_slots, slot)
 
