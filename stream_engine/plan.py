@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from stream_engine.config import RunConfig
+from stream_engine.config import ModelRole, RunConfig, SamplingConfig
+from stream_engine.errors import CheckpointError, ConfigError
+from stream_engine.loaded_engines import EngineKey, engine_key
+from stream_engine.models import read_checkpoint_config
 from stream_engine.pipelines import pipeline_class
-from stream_engine.pipelines.base import STAGES
-from stream_engine.placement import decide_placement, human_bytes, worker_memory
+from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.placement import (
+    ITEM_BYTES,
+    Placement,
+    decide_placement,
+    human_bytes,
+    worker_memory,
+)
 from stream_engine.ranks import Rank, set_device
 from stream_engine.run_json import (
     changed_inputs,
@@ -18,6 +30,15 @@ from stream_engine.run_json import (
 )
 from stream_engine.run_state import RunState
 from stream_engine.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from stream_engine.engine.memory import Demand, LanguageShape
+
+PICTURE_PROMPT_TOKENS, TEXT_PROMPT_TOKENS = 640, 256
+"""A typical prompt, which only a loaded model can measure: LLaVA-1.5's is 576 image tokens."""
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+"""Where a config.json keeps the language model's sizes, when it does not state them itself."""
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def plan_lines(config: RunConfig) -> Iterator[str]:
@@ -44,6 +65,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     spread += f", weights from {config.offload_path or config.offload}" if config.offload else ""
     yield f"device    {device}{spread}"
     yield f"placement {placement.line()}"
+    yield from batch_lines(pipeline, config, placement, device=device, rank=rank)
     yield f"input     {', '.join(config.dataset_path) or 'what the run already has'}"
     yield f"work_dir  {config.work_dir}"
     if not run_dir.run_json.exists():
@@ -63,3 +85,130 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     for stage in STAGES:
         done = sum(state.is_complete(stage, shard) for shard in state.shards)
         yield f"state     {stage}: {done} of {len(state.shards)} shards done"
+
+
+def batch_lines(
+    pipeline: Pipeline, config: RunConfig, placement: Placement, *, device: str, rank: Rank
+) -> Iterator[str]:
+    """The largest batch that fits for each engine, from config.json and free memory alone."""
+    from stream_engine.engine.memory import plan_memory, share_out, wanted_bytes
+
+    sharing: dict[EngineKey, list[ModelRole]] = {}
+    for role in pipeline.roles():
+        sharing.setdefault(engine_key(role), []).append(role)
+    sizes = placement.model_bytes
+    weights = {path: 0 if config.offload else size for path, size in sizes.items()}
+    free = _free_bytes(device, rank)
+    demands: dict[EngineKey, Demand] = {}
+    unknown: dict[EngineKey, str] = {}
+    for key, roles in sharing.items():
+        try:
+            demands[key] = _demand(roles[0], config, device=device)
+        except (ConfigError, CheckpointError) as error:
+            unknown[key] = f"known once the model is loaded ({error})"
+    wants = [wanted_bytes(demand) for demand in demands.values()]
+    parts = dict(zip(demands, share_out(max(0, free - sum(weights.values())), wants)))
+    for key, roles in sharing.items():
+        if key in unknown:
+            line = unknown[key]
+        else:
+            own = weights[roles[0].path]
+            part = parts[key] if placement.together else max(0, free - own)
+            try:
+                line = plan_memory(demands[key], part, weights=own).line()
+            except ConfigError as error:
+                line = f"does not fit: {error}"
+        yield f"batch     {', '.join(role.name for role in roles)}: {line}"
+    yield (
+        f"batch     of {human_bytes(free)} free; computed, confirmed when the run loads the models"
+    )
+
+
+def _free_bytes(device: str, rank: Rank) -> int:
+    import torch
+
+    from stream_engine.engine.engine import free_bytes
+
+    return free_bytes(torch.device(device), ranks=rank.local_world_size)
+
+
+def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
+    """What the role's engine will ask of memory, as far as files tell."""
+    from stream_engine.engine.engine import SCORING_ROLES, rows_per_question
+    from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS, Demand
+
+    kind = "cpu" if device == "cpu" else "cuda"
+    sampling, slot_tokens, penalty = _answers(role, config)
+    shape = read_shape(
+        Path(role.path), dtype=config.dtype, device=device, parts=config.tensor_parallel
+    )
+    stated = read_checkpoint_config(Path(role.path))
+    sees = any("vision" in name for name in stated)
+    captured = kind == "cuda" and not config.offload and config.tensor_parallel == 1
+    return Demand(
+        shape=shape,
+        kv_bytes=shape.kv_bytes,
+        rows=0 if role.name in SCORING_ROLES else config.max_rows or DEFAULT_ROWS[kind],
+        tokens=config.max_batch_tokens or DEFAULT_TOKENS[kind],
+        slot_tokens=slot_tokens,
+        prompt_tokens=PICTURE_PROMPT_TOKENS if sees else TEXT_PROMPT_TOKENS,
+        rows_per_question=rows_per_question(role, sampling),
+        logit_copies=1.0 + (penalty != 1.0),
+        device=kind,
+        grows=kind == "cpu",
+        graphs=captured and penalty == 1.0,
+    )
+
+
+def _answers(role: ModelRole, config: RunConfig) -> tuple[SamplingConfig, int, float]:
+    """(the run's sampling, tokens of a slot, repetition penalty) of a role."""
+    from stream_engine.engine.decode import STEPS_PER_READ
+    from stream_engine.engine.sampling import resolve_sampling
+    from stream_engine.models.checkpoints import read_json
+
+    sampling = config.part(SamplingConfig)
+    defaults = read_json(Path(role.path) / "generation_config.json")
+    resolved = resolve_sampling(role.sampling or sampling, defaults)
+    return sampling, resolved.max_new_tokens + STEPS_PER_READ, resolved.repetition_penalty
+
+
+def read_shape(checkpoint: Path, *, dtype: str, device: str, parts: int = 1) -> LanguageShape:
+    """Sizes of a checkpoint's language model from its config.json, for any family.
+
+    The original formats state them at the top; native ones in a part, of which transformers fills
+    in what is left at its default.
+
+    Raises:
+        CheckpointError: for a config.json that cannot be read.
+        ConfigError: when it does not state the sizes.
+    """
+    from stream_engine.engine.memory import language_shape
+
+    stated = read_checkpoint_config(checkpoint)
+    text: Any = stated
+    for name in TEXT_PARTS:
+        if isinstance(stated.get(name), dict):
+            text = stated[name]
+    if all(name in text for name in SIZES):
+        config: Any = types.SimpleNamespace(**text)
+    else:
+        config = _native_text_config(checkpoint)
+    names = ("dtype", "torch_dtype")
+    kept = [str(part[name]) for part in (text, stated) for name in names if part.get(name)]
+    kind = dtype if dtype != "auto" else "float32" if device == "cpu" else kept[0] if kept else ""
+    shape = language_shape(config, itemsize=ITEM_BYTES.get(kind, 4), parts=parts)
+    if not (shape.layers and shape.hidden and shape.vocab):
+        raise ConfigError(f"{checkpoint}: config.json does not state the language model's sizes")
+    return shape
+
+
+def _native_text_config(checkpoint: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{checkpoint}: config.json is of no known architecture") from error
+    return config.get_text_config()
