@@ -143,6 +143,17 @@ def test_less_memory_plans_fewer_rows_or_says_that_nothing_fits(
     assert "does not fit" in batch_lines(config(tmp_path))[0]
 
 
+@pytest.mark.parametrize(("placement", "times"), [("together", 1), ("staged", 2)])
+def test_models_side_by_side_share_what_is_free(
+    placement: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, 400_000_000)
+    *lines, last = batch_lines(config(tmp_path, placement=placement))
+    shares = [float(re.findall(r"of its ([\d.]+) MB", line)[0]) for line in lines]
+    assert sum(shares) == pytest.approx(400 * times, rel=0.02)
+    assert "of 400.0 MB free" in last
+
+
 @pytest.mark.parametrize("placement", ["together", "staged"])
 def test_run_json_keeps_the_confirmed_plans(
     placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -199,6 +199,15 @@ def test_below_one_question_says_what_is_short():
     assert f"limited by {plan.bottleneck}" in plan.line()
 
 
+def test_prefills_shrink_before_a_question_is_split():
+    shared_prefix = demand(rows_per_question=64)
+    plan = plan_memory(shared_prefix, 5 * GIB)
+    assert plan.prefill_tokens == 640  # a quarter of it all would be three times that
+    assert 50 < plan.rows < 64
+    enough = plan_memory(shared_prefix, 6 * GIB)
+    assert (enough.rows, enough.prefill_tokens > 2000) == (64, True)
+
+
 @pytest.mark.parametrize(
     ("changes", "part", "remedy"),
     [
@@ -325,8 +334,10 @@ def test_fewer_tokens_in_a_forward_score_the_same(make_engine, monkeypatch):
 
 def test_a_rehearsal_counts_nowhere_and_changes_no_answer(make_engine):
     plain, tried = make_engine(max_rows=12), make_engine(max_rows=12)
-    tried.rehearses, tried.is_planned = True, False
-    assert drawn(tried.generate(ask(tried, 6))) == drawn(plain.generate(ask(plain, 6)))
+    for seed in (0, 1):
+        tried.rehearses, tried.is_planned = True, False
+        expected = drawn(plain.generate(ask(plain, 6, seed=seed)))
+        assert drawn(tried.generate(ask(tried, 6, seed=seed))) == expected
     assert tried.plan.confirmed
     assert tried.counters == plain.counters
 
