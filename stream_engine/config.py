@@ -128,6 +128,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A lease without a heartbeat for this long may be taken over."""
     max_bad_fraction: float = 0.5
     """Stop early when more than this share of the first 200 or more records is bad."""
+    look_ahead: Literal["auto", "always", "never"] = "auto"
+    """Begin the next shard in the rows that the last answers of a shard leave empty; auto: on an
+    accelerator. The batch then depends on timing, and log-probs on it in their last bits."""
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,6 +196,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     retry_backoff_s: float = 2.0
     lease_timeout_s: float = 60.0
     max_bad_fraction: float = 0.5
+    look_ahead: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         self.validate()

@@ -64,7 +64,9 @@ class ShardWork:
         engines: Mapping[str, Engine],
         tick: Tick,
         team: Team | None = None,
+        ahead: Iterable[Sample] = (),
     ) -> None:
+        """`ahead` are samples of the next shard, which rollouts may begin; see `Pipeline`."""
         self.run_dir = run_dir
         self.pipeline = pipeline
         self.fingerprints = fingerprints
@@ -73,6 +75,7 @@ class ShardWork:
         self.engines = engines
         self.tick = tick
         self.team = team
+        self.ahead = ahead
         self.stage: Stage = "rollouts"  # at work now, or when it raised
         self.num_kept = 0  # results of that stage that were on file already
 
@@ -160,8 +163,11 @@ class ShardWork:
         if not inputs:
             return
         items = list(inputs.values())
-        of_stage = self.pipeline.rollouts if self.stage == "rollouts" else self.pipeline.rewards
-        run = functools.partial(of_stage, self.engines, items)
+        run: Callable[[], Iterator[StageRecord | Failure]]
+        if self.stage == "rollouts":
+            run = functools.partial(self.pipeline.rollouts, self.engines, items, self.ahead)
+        else:
+            run = functools.partial(self.pipeline.rewards, self.engines, items)
         for outcome in run() if self.team is None else self.team.lead(self.stage, items, run):
             yield self.named(outcome) if isinstance(outcome, Failure) else outcome
 

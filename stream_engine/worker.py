@@ -16,7 +16,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,13 +37,14 @@ from stream_engine.meter import Meter
 from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.placement import decide_placement, worker_memory
 from stream_engine.ranks import Rank, set_device
-from stream_engine.records import Failure
+from stream_engine.records import Failure, Sample
 from stream_engine.run_state import RunState, Shard, shard_lease
 from stream_engine.shard_work import ShardWork, StageRecord
 from stream_engine.storage.ingest import IngestReport, ingest
 from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.leases import Lease, list_leases
 from stream_engine.storage.run_dir import RunDir
+from stream_engine.storage.shards import read_shard
 
 if TYPE_CHECKING:
     from stream_engine.team import Team
@@ -107,6 +108,7 @@ class Worker:
         self.num_hopeless = 0
         self.last_error: Exception | None = None
         self.last_company = time.monotonic()
+        self.reserved: tuple[tuple[Stage, ...], Shard, Lease] | None = None
 
     def work(self, *, read_input: bool = True, do_shards: bool = True) -> int:
         """Ingest what is new and work on shards until all are settled; returns how many were mine.
@@ -118,6 +120,12 @@ class Worker:
         if read_input and self.config.run_stage in (None, 0):
             self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
         self.state.refresh()
+        try:
+            return self.work_until_settled(do_shards=do_shards)
+        finally:
+            self.release_reserved()
+
+    def work_until_settled(self, *, do_shards: bool) -> int:
         num_mine = 0
         is_idle = False
         while True:
@@ -199,8 +207,15 @@ class Worker:
 
     def next_task(self) -> tuple[tuple[Stage, ...], Shard, Lease] | None:
         """A shard with work left, and its lease; the models in memory decide which pass first."""
+        if self.reserved is not None:
+            task, self.reserved = self.reserved, None
+            return task
         if not self.is_placed and not self.is_settled():
             self.place()
+        return self.take()
+
+    def take(self) -> tuple[tuple[Stage, ...], Shard, Lease] | None:
+        """Lease a shard with work left."""
         others = [stages for stages in self.passes if stages != self.current_pass]
         held = self.state.holders()
         for stages in (self.current_pass, *others) if self.passes else ():
@@ -210,6 +225,41 @@ class Worker:
                     if lease is not None:
                         return stages, shard, lease
         return None
+
+    def look_ahead(self, stages: tuple[Stage, ...]) -> Iterator[Sample]:
+        """The next shard's samples; it is leased when the first of them is asked for.
+
+        Whatever fails here fails again, by its name, when that shard's turn comes.
+        """
+        if not self.looks_ahead() or self.reserved is not None:
+            return
+        found = caught(self.take)
+        if found is None or isinstance(found, Exception):
+            return
+        self.reserved = found
+        index = found[1].index
+        if found[0] != stages or self.run_dir.result("rollouts", index).exists():
+            return
+        info = self.state.manifest.shards[index]
+        samples = caught(lambda: list(read_shard(self.run_dir.shard(index), info)))
+        if isinstance(samples, Exception):
+            logger.debug("shard %d is not begun early: %s", index, samples)
+        else:
+            logger.debug("shard %d is begun early", index)
+            yield from samples
+
+    def looks_ahead(self) -> bool:
+        """Whether this worker begins shards early; ranks that hold a model together do not."""
+        asked = self.settings.look_ahead
+        if self.team is not None or asked == "never":
+            return False
+        return asked == "always" or set_device(self.rank, self.config.device) != "cpu"
+
+    def release_reserved(self) -> None:
+        """Give back the shard that was leased ahead, for others to take."""
+        if self.reserved is not None:
+            self.reserved[2].release()
+            self.reserved = None
 
     def place(self) -> None:
         """Decide whether the models are held together; if not, the stages run one by one."""
@@ -259,7 +309,8 @@ class Worker:
         """Try once; a failure is recorded, and the run goes on."""
         failure = self.state.failure(shard)
         is_last = failure is not None and failure.attempts >= self.settings.max_shard_retries
-        work = self.shard_work(left, shard, lease)
+        ahead = () if is_last else self.look_ahead(self.current_pass)
+        work = self.shard_work(left, shard, lease, ahead)
         process = isolated if is_last else ShardWork.outcomes
         with self.meter.shard():
             error = caught(functools.partial(work.do, left, process))
@@ -288,6 +339,7 @@ class Worker:
         """
         if self.num_hopeless < MAX_HOPELESS_SHARDS:
             return False
+        self.release_reserved()
         if self.state.holders():
             self.last_company = time.monotonic()
         patience_s = ALONE_S if self.rank.num_workers > 1 else 0.0
@@ -321,7 +373,13 @@ class Worker:
                     self.shard_work(left, shard, lease).do(left, ShardWork.outcomes)
             clear_failure(self.run_dir, index)
 
-    def shard_work(self, left: Sequence[Stage], shard: Shard, lease: Lease) -> ShardWork:
+    def shard_work(
+        self,
+        left: Sequence[Stage],
+        shard: Shard,
+        lease: Lease,
+        ahead: Iterable[Sample] = (),
+    ) -> ShardWork:
         return ShardWork(
             self.run_dir,
             self.pipeline,
@@ -331,6 +389,7 @@ class Worker:
             engines=self.engines.get(left, keep=self.current_pass),
             tick=self.tick,
             team=self.team,
+            ahead=ahead,
         )
 
     def record(self, work: ShardWork, error: Exception) -> None:

@@ -30,6 +30,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The echo pipeline among the known ones, with no calls counted."""
     monkeypatch.setitem(pipelines.PIPELINES, "echo", "tests.echo_pipeline:EchoPipeline")
     echo_pipeline.CALLS.clear()
+    echo_pipeline.AHEAD.clear()
     yield
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -31,12 +31,15 @@ from stream_engine.records import (
 CALLS: Counter[str] = Counter()
 """How often each question reached a stage: `rollouts <question>`."""
 SET_ASIDE = ("aside", "unscored")
+AHEAD: list[list[str]] = []
+"""Questions that the rollouts were offered ahead, where EchoPipeline reads them."""
 
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     echo_tone: str = "plain"
     """How the echo sounds."""
     echo_twice: bool = False
+    looks_ahead: bool = False
 
 
 class EchoPipeline(Pipeline):
@@ -52,8 +55,10 @@ class EchoPipeline(Pipeline):
         return {"echo_tone": self.options.echo_tone} if stage == "rewards" else {}
 
     def rollouts(
-        self, engines: Mapping[str, Any], samples: Sequence[Sample]
+        self, engines: Mapping[str, Any], samples: Sequence[Sample], ahead: Iterable[Sample] = ()
     ) -> Iterator[SampleRollouts | Failure]:
+        if self.options.looks_ahead:
+            AHEAD.append([sample.question for sample in ahead])
         for sample in reversed(samples):
             CALLS[f"rollouts {sample.question}"] += 1
             misbehave(sample.question, CALLS[f"rollouts {sample.question}"])

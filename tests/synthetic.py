@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class SyntheticPipeline(Pipeline):
         return {"stage": stage}
 
     def rollouts(
-        self, engines: Mapping[str, Any], samples: Sequence[Sample]
+        self, engines: Mapping[str, Any], samples: Sequence[Sample], ahead: Iterable[Sample] = ()
     ) -> Iterator[SampleRollouts | Failure]:
         return (synthetic_rollouts(sample, self.config.sample_k) for sample in samples)
 

@@ -38,7 +38,6 @@ PIPELINE = '''
 """A pipeline: the longer answer is the better one."""
 
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.ranking import rank_by_wins
 from stream_engine.records import AnswerScore, SampleRewards
 
@@ -51,12 +50,6 @@ class LongerIsBetter(Pipeline):
 
     def settings(self, stage):
         return {}
-
-    def rollouts(self, engines, samples):
-        config = self.config
-        yield from sample_answers(
-            engines["instruct"], samples, sample_k=config.sample_k, seed=config.seed
-        )
 
     def rewards(self, engines, samples):
         for sample, rollouts in samples:

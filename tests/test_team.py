@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class OddPipeline(EchoPipeline):
     place = 0
 
     def rollouts(
-        self, engines: Any, samples: Sequence[Sample]
+        self, engines: Any, samples: Sequence[Sample], ahead: Iterable[Sample] = ()
     ) -> Iterator[SampleRollouts | Failure]:
         for outcome, sample in zip(super().rollouts(engines, samples), reversed(samples)):
             what, _, odd_place = sample.question.removeprefix("odd ").rpartition(" ")

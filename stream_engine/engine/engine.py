@@ -112,6 +112,7 @@ class Engine:
             getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
         )
         self.cache = KVCache(max_prefix_tokens=1 << 30)
+        self.scheduler = Scheduler(self)
         if kind == "cpu":
             keep_freed_memory()
             # recurrent layers read their weights themselves, which a packed one does not allow
@@ -180,11 +181,14 @@ class Engine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Iterable[GenerateRequest]
+        self, requests: Iterable[GenerateRequest], ahead: Iterable[GenerateRequest] = ()
     ) -> Iterator[Generation | RequestFailure]:
-        """Draw every request's rows; results in order of completion."""
+        """Draw every request's rows; results in order of completion.
+
+        `ahead` are requests of the next call, read and begun when this one leaves rows free.
+        """
         if self.model.shares_prefix:
-            yield from Scheduler(self, requests).run()
+            yield from self.scheduler.run(requests, ahead)
         else:
             yield from plain_generate(self, requests)
 
@@ -363,6 +367,7 @@ class Engine:
         if self.model.device.type == "cuda":  # rows with long prompts of their own made it larger
             self.slot_tokens = max(self.slot_tokens, self.cache.slot_capacity)
         self.is_planned = False
+        self.scheduler.forget()
         self.cache.clear()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

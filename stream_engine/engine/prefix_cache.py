@@ -153,8 +153,9 @@ class KVCache:
     def scrub_slot(self, slot: int) -> None:
         """Zero a slot that holds NaN: masked positions of a slab must be finite numbers."""
         for store in self.layers.values():
-            store.suffix_key[slot] = 0
-            store.suffix_value[slot] = 0
+            if slot < len(store.suffix_key):  # a slot that no step has written to may lie beyond
+                store.suffix_key[slot] = 0
+                store.suffix_value[slot] = 0
 
     def reserve_slot_tokens(self, tokens: int) -> None:
         """Make every slot hold at least `tokens`."""

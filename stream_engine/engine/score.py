@@ -138,6 +138,9 @@ def _in_batches(
             try:
                 starts.append(engine.cache.allocate_span(len(request.prompt)))
             except CacheFullError:
+                # What generation has begun early must not keep the first request out.
+                if not batch and engine.scheduler.forget():
+                    continue
                 break
             batch.append(waiting.popleft())
             num_tokens += size

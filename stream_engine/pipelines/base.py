@@ -7,13 +7,14 @@ records. Its module imports torch nowhere at the top, so that merging and `--hel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
 from stream_engine.config import ModelRole, RunConfig, Stage
 from stream_engine.errors import ConfigError
+from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.records import (
     Failure,
     PreferencePair,
@@ -74,11 +75,24 @@ class Pipeline(ABC):
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that shape a stage's results, besides its models and the stage before."""
 
-    @abstractmethod
     def rollouts(
-        self, engines: Mapping[str, Engine], samples: Sequence[Sample]
+        self,
+        engines: Mapping[str, Engine],
+        samples: Sequence[Sample],
+        ahead: Iterable[Sample] = (),
     ) -> Iterator[SampleRollouts | Failure]:
-        """Stage 0: answers for every sample, or the failure that sets it aside; in any order."""
+        """Stage 0: answers for every sample, or the failure that sets it aside; in any order.
+
+        `ahead` are samples of the next call, to be read only when there is room to begin them; a
+        pipeline that draws its answers in a way of its own may ignore them.
+        """
+        yield from sample_answers(
+            engines["instruct"],
+            samples,
+            ahead,
+            sample_k=self.config.sample_k,
+            seed=self.config.seed,
+        )
 
     @abstractmethod
     def rewards(

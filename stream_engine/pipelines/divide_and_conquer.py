@@ -25,7 +25,6 @@ from stream_engine.pipelines.asking import Ask, Replies, Reply, ask, failure_of
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.bullets import parse_bullets, without_last_line
 from stream_engine.pipelines.prompts import rewrite_prompt, split_prompt, yes_no_prompt
-from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.pipelines.yes_no import YesNo, yes_no_tokens
 from stream_engine.ranking import rank_by_denied_facts
 from stream_engine.records import (
@@ -178,13 +177,6 @@ class DivideAndConquerPipeline(Pipeline):
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         return msgspec.to_builtins(self.options) if stage == "rewards" else {}
-
-    def rollouts(
-        self, engines: Mapping[str, Engine], samples: Sequence[Sample]
-    ) -> Iterator[SampleRollouts | Failure]:
-        yield from sample_answers(
-            engines["instruct"], samples, sample_k=self.config.sample_k, seed=self.config.seed
-        )
 
     def rewards(
         self,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stream_engine.config import ModelRole, Stage
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.ranking import rank_by_reward
 from stream_engine.records import (
     Answer,
@@ -51,13 +50,6 @@ class DPORewardPipeline(Pipeline):
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         return {"beta": self.config.beta} if stage == "rewards" else {}
-
-    def rollouts(
-        self, engines: Mapping[str, Engine], samples: Sequence[Sample]
-    ) -> Iterator[SampleRollouts | Failure]:
-        yield from sample_answers(
-            engines["instruct"], samples, sample_k=self.config.sample_k, seed=self.config.seed
-        )
 
     def rewards(
         self,

@@ -19,7 +19,6 @@ from stream_engine.config import ModelRole, RunConfig, SamplingConfig, Stage
 from stream_engine.errors import ConfigError, RecordError
 from stream_engine.pipelines.asking import ask, failure_of
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.pipelines.schedules import VERDICTS_PER_MATCH, num_matches
 from stream_engine.pipelines.tournament import Tournament
 from stream_engine.ranking import rank_by_wins
@@ -93,13 +92,6 @@ class LlavaCriticPipeline(Pipeline):
     def planned_calls(self, num_samples: int) -> dict[str, int]:
         matches = num_matches(self.options.critic_pairs, self.config.sample_k)
         return {"critic": num_samples * matches * VERDICTS_PER_MATCH}
-
-    def rollouts(
-        self, engines: Mapping[str, Engine], samples: Sequence[Sample]
-    ) -> Iterator[SampleRollouts | Failure]:
-        yield from sample_answers(
-            engines["instruct"], samples, sample_k=self.config.sample_k, seed=self.config.seed
-        )
 
     def rewards(
         self,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stream_engine.records import Answer, Failure, PromptDigest, Sample, SampleRollouts
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine, GeneratedRow, GenerateRequest
+    from stream_engine.models.base import Prompt
 
 
 def sample_answers(
-    engine: Engine, samples: Sequence[Sample], *, sample_k: int, seed: int
+    engine: Engine,
+    samples: Sequence[Sample],
+    ahead: Iterable[Sample] = (),
+    *,
+    sample_k: int,
+    seed: int,
 ) -> Iterator[SampleRollouts | Failure]:
-    """Draw `sample_k` answers to every sample; answer j's randomness is of (seed, key, j) alone."""
+    """Draw `sample_k` answers to every sample; answer j's randomness is of (seed, key, j) alone.
+
+    `ahead` are samples of the next call, begun where there is room; see `Engine.generate`.
+    """
     from stream_engine.engine import GenerateRequest, RequestFailure, RowRequest, row_seed
     from stream_engine.errors import RecordError
 
@@ -26,6 +35,10 @@ def sample_answers(
         idx = by_key[key].idx
         return Failure(reason=reason, detail=detail, stage="rollouts", key=key, idx=idx)
 
+    def request(key: str, prompt: Prompt) -> GenerateRequest:
+        rows = tuple(RowRequest(row_seed(seed, key, j)) for j in range(sample_k))
+        return GenerateRequest(key, prompt, rows)
+
     def requests() -> Iterator[GenerateRequest]:
         questions = ((s.key, s.question, s.images) for s in samples)
         for key, prompt in engine.prepare(questions):
@@ -33,10 +46,15 @@ def sample_answers(
                 refused.append(failure(key, prompt.reason, prompt.detail))
             else:
                 prompts[key] = (prompt.digest, len(prompt))
-                rows = tuple(RowRequest(row_seed(seed, key, j)) for j in range(sample_k))
-                yield GenerateRequest(key, prompt, rows)
+                yield request(key, prompt)
 
-    for result in engine.generate(requests()):
+    def requests_ahead() -> Iterator[GenerateRequest]:
+        questions = ((s.key, s.question, s.images) for s in ahead)
+        for key, prompt in engine.prepare(questions):
+            if not isinstance(prompt, RecordError):  # refused when its turn comes
+                yield request(key, prompt)
+
+    for result in engine.generate(requests(), requests_ahead()):
         if isinstance(result, RequestFailure):
             yield failure(result.key, result.reason, result.detail)
         else:

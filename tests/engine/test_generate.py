@@ -190,6 +190,15 @@ def test_nan_fails_only_the_question_that_has_it(make_engine):
     assert drawn(results.values()) == {k: v for k, v in expected.items() if k != "1"}
 
 
+def test_nan_in_every_row_is_a_failure_too(make_engine):
+    """An index of no rows was a float tensor, and the IndexError failed the whole shard."""
+    engine = make_engine()
+    requests = ask(engine, 1)
+    requests[0].prompt.vision[0][:] = float("nan")
+    [failure] = engine.generate(requests)
+    assert isinstance(failure, RequestFailure) and failure.reason == "nonfinite_logits"
+
+
 def test_a_prompt_that_breaks_the_forward_fails_alone(make_engine):
     engine = make_engine()
     requests = ask(engine, 3)
