@@ -12,7 +12,7 @@ The module knows nothing of requests: it is handed rows as plain numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from stream_kernels import HostLayout, sample, uniforms
@@ -71,6 +71,8 @@ class GraphDecoder:
         self.engine = engine
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
+        # One memory pool for all graphs: no two run at once, and what outlives a step lies outside.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
@@ -88,7 +90,7 @@ class GraphDecoder:
         captured = self.graphs.get(size)
         if captured is None:
             try:
-                captured = self.graphs[size] = _CapturedStep(self.engine, *size)
+                captured = self.graphs[size] = _CapturedStep(self.engine, *size, pool=self.pool)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -104,7 +106,9 @@ class GraphDecoder:
 class _CapturedStep:
     """One graph and its static buffers. Spare rows have empty prefixes; none reads their draws."""
 
-    def __init__(self, engine: Engine, rows: int, groups: int, widest: int) -> None:
+    def __init__(
+        self, engine: Engine, rows: int, groups: int, widest: int, *, pool: Any = None
+    ) -> None:
         self.engine = engine
         device = engine.model.device
         widest = max(widest, 1)
@@ -126,9 +130,9 @@ class _CapturedStep:
         self.cursor = zeros(1, dtype=torch.int64)
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self.capture(device)
+            self.capture(device, pool)
 
-    def capture(self, device: torch.device) -> None:
+    def capture(self, device: torch.device, pool: Any) -> None:
         """Record one step; what it computes meanwhile goes to the spare slot."""
         self.slots.fill_(self.engine.cache.num_slots - 1)
         graph = torch.cuda.CUDAGraph()
@@ -140,7 +144,7 @@ class _CapturedStep:
                 self.step()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.cursor.zero_()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             self.step()
         self.graph = graph
 

@@ -10,7 +10,7 @@ All parts but the weights and the reserve follow from two sizes: `rows` of the d
                                              (Q * prompt + min(Q * prompt, prefill_tokens)) * K
     activations  of one forward of that many tokens; see `LanguageShape.bytes_per_activation`
     workspace    float32 logits [rows, V], what the sampler holds beside them, and a decode step's
-                 activations; once for each CUDA graph
+                 activations; twice with CUDA graphs
 
 Where not all fits, a prefill may take a quarter of what is available and the rows get the rest: so
 more memory never means fewer rows. The module knows no model and no cache, and imports no torch.
@@ -38,8 +38,8 @@ FORWARD_SHARE = 0.25
 """Most that one packed forward and the prefixes it fills may take of what is available."""
 SUFFIX_PADDING = 2
 """Scoring pads answers of unequal lengths to the longest: about twice their tokens."""
-GRAPH_ROWS = 32
-"""CUDA graphs are captured for every so many rows; see decode.py."""
+GRAPHS_FACTOR = 2
+"""Captured steps of all sizes share one pool; pieces of unequal sizes leave gaps in it."""
 SAMPLER_ELEMENTS = 6 << 19
 """float32 numbers in the temporaries of the CPU's sampler, which works on slabs of rows."""
 
@@ -253,7 +253,7 @@ def _measure(demand: Demand, rows: int, tokens: int, available: int) -> MemoryPl
     logits = int(4 * rows * shape.vocab * demand.logit_copies)
     steps = logits + rows * shape.bytes_per_activation
     if demand.graphs:
-        steps *= max(1, -(-rows // GRAPH_ROWS))
+        steps *= GRAPHS_FACTOR
     if demand.device == "cpu":
         steps += 4 * min(2 * rows * shape.vocab, SAMPLER_ELEMENTS)
     return MemoryPlan(

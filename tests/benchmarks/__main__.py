@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import scheduling, whole
+from tests.benchmarks.baselines import BASELINES
 from tests.benchmarks.harness import Results, rendered
 from tests.benchmarks.synthetic import SHAPES
 
@@ -25,7 +26,7 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
     "generate": lambda a, keep: whole.generation(a.shape, a.rounds, a.questions, keep),
     "score": lambda a, keep: whole.scoring(a.shape, a.rounds, keep),
     "end_to_end": lambda a, keep: whole.end_to_end(
-        a.shape, a.rounds, a.questions, not a.engine_only, keep
+        a.shape, a.rounds, a.questions, a.without, keep
     ),
     "refill": lambda a, keep: scheduling.refill("tiny"),
     "decode_step": lambda a, keep: scheduling.decode_step(a.shape, a.rows),
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--questions", type=int, default=1, help="at once through the engine")
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 40, 160])
-    parser.add_argument("--engine-only", action="store_true")
+    parser.add_argument("--without", nargs="+", default=[], choices=BASELINES, metavar="BASELINE")
     parser.add_argument("--out", type=Path, help="also write the JSON here, anew each round")
     arguments, rest = parser.parse_known_args()
     names = arguments.names or QUICK

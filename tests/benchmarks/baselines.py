@@ -28,6 +28,8 @@ from transformers import (
 
 from stream_engine.models.base import IMAGE_SLOT, Prompt
 
+BASELINES = ("ancestor", "nrs", "nrs_best", "continuous")
+
 
 def model_inputs(hf: PreTrainedModel, prompt: Prompt, copies: int = 1) -> dict[str, Tensor]:
     """The prompt as transformers' Llava takes it, `copies` times."""

@@ -30,13 +30,13 @@ def compare(
     variants: Mapping[str, Variant],
     *,
     rounds: int,
-    subject: str,
+    subject: str | Collection[str],
     warm_up: Mapping[str, Variant] | None = None,
     units: Mapping[str, int] | None = None,
     optional: Collection[str] = (),
     keep: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Time the variants interleaved; ratios say how many times slower each is than `subject`.
+    """Time the variants interleaved; ratios say how many times slower each is than a subject.
 
     A variant that returns a dict measured its parts itself, with `timed`: seconds by part, which
     are compared likewise. `units` says how many questions a variant does (1): all seconds are per
@@ -44,6 +44,7 @@ def compare(
     `keep` gets the results so far after every round.
     """
     units = units or {}
+    subjects = (subject,) if isinstance(subject, str) else tuple(subject)
     variants = dict(variants)
     whole: Seconds = {name: [] for name in variants}
     parts: dict[str, Seconds] = {}
@@ -71,7 +72,7 @@ def compare(
             for part, spent in (result if isinstance(result, dict) else {}).items():
                 parts.setdefault(part, {}).setdefault(name, []).append(spent / unit)
         if number:
-            results = {"rounds": number} | summary(whole, parts, peaks, missing, subject)
+            results = {"rounds": number} | summary(whole, parts, peaks, missing, subjects)
             if keep is not None:
                 keep(results)
         now = "  ".join(f"{name} {spent[-1]:.2f}" for name, spent in whole.items() if spent)
@@ -84,28 +85,30 @@ def summary(
     parts: Mapping[str, Seconds],
     peaks: Mapping[str, int],
     missing: Mapping[str, str],
-    subject: str,
+    subjects: Collection[str],
 ) -> Results:
     """What the rounds so far say."""
     return {
         "clock": clock().__name__,
-        **compared(whole, subject),
-        "parts": {part: compared(seconds, subject) for part, seconds in parts.items()},
+        **compared(whole, subjects),
+        "parts": {part: compared(seconds, subjects) for part, seconds in parts.items()},
         "peak_extra_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()},
         "not_measured": missing,
     }
 
 
-def compared(seconds: Seconds, subject: str) -> Results:
-    """Medians, and each variant over the subject, round by round."""
-    return {
-        "median_seconds": {name: statistics.median(each) for name, each in seconds.items()},
-        "times_slower_than_" + subject: {
+def compared(seconds: Seconds, subjects: Collection[str]) -> Results:
+    """Medians, and each variant over each subject, round by round."""
+    results: Results = {
+        "median_seconds": {name: statistics.median(each) for name, each in seconds.items()}
+    }
+    for subject in subjects:
+        results["times_slower_than_" + subject] = {
             name: ratio_summary([a / b for a, b in zip(each, seconds[subject], strict=True)])
             for name, each in seconds.items()
-            if name != subject
-        },
-    }
+            if name not in subjects
+        }
+    return results
 
 
 def clock() -> Callable[[], float]:

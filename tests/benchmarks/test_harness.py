@@ -90,8 +90,9 @@ def test_end_to_end_measures_every_part_in_one_run() -> None:
     assert results["not_measured"] == {}
     for table in (results, results["parts"]["sampling"], results["parts"]["scoring"]):
         assert set(table["times_slower_than_engine"]) == names
-        assert set(table["median_seconds"]) == names | {"engine"}
-    assert set(results["peak_extra_mib"]) == names | {"engine"}
+        assert set(table["times_slower_than_engine_single"]) == names
+        assert set(table["median_seconds"]) == names | {"engine", "engine_single"}
+    assert set(results["peak_extra_mib"]) == names | {"engine", "engine_single"}
     assert results["max_logp_difference"] < 1e-4
     tokens = 2 * (630 + K * (TOKENS - 1))
     assert results["expected_language_model_tokens"] == tokens

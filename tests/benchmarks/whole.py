@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,8 +130,8 @@ def against_baselines(
     """Compare with the engine a question, with what a reader of the figures has to know."""
     units = {"engine": len(s.prompts), "continuous": continuous_questions(s)}
     note = (
-        "seconds and ratios are per question: the engine takes its questions at once, the "
-        "baselines one after the other, so that one question tells what each costs them; the part "
+        "seconds and ratios are per question: `engine` takes its questions at once, "
+        "`engine_single` one alone, and so do the baselines, to whom each costs the same; the part "
         "`scoring` is one model's, by `batched` under nrs, by `batched_best` under nrs_best and "
         "continuous"
     )
@@ -149,7 +149,7 @@ def against_baselines(
         compare(
             variants,
             rounds=rounds,
-            subject="engine",
+            subject=[name for name in variants if name.startswith("engine")],
             warm_up=warm_up,
             units=units,
             optional=("continuous",),
@@ -199,7 +199,7 @@ def end_to_end(
     name: str,
     rounds: int,
     questions: int = 1,
-    baselines_too: bool = True,
+    without: Collection[str] = (),
     keep: Keep | None = None,
 ) -> Results:
     """A whole question, sampling and the log-probs of both models, and its parts alone.
@@ -211,11 +211,11 @@ def end_to_end(
     checked = check(s)  # warms the engine up
     variants: dict[str, Variant] = {"engine": partial(engine_whole, s)}
     warm_up: dict[str, Variant] = {"engine": lambda: None}
-    if baselines_too:
-        variants |= baseline_wholes(s)
-        if not torch.cuda.is_available():  # there other lengths are other compiled graphs
-            warm_up |= baseline_wholes(replace(s, k=2, answer_tokens=4))
-
+    if questions > 1:
+        variants["engine_single"] = partial(engine_whole, replace(s, prompts=s.prompts[:1]))
+    variants |= baseline_wholes(s, without)
+    if not torch.cuda.is_available():  # there other lengths are other compiled graphs
+        warm_up |= baseline_wholes(replace(s, k=2, answer_tokens=4), without)
     facts = {"shape": name, **checked}
     return against_baselines(s, variants, facts, rounds=rounds, warm_up=warm_up, keep=keep)
 
@@ -226,7 +226,7 @@ def engine_whole(s: Setting) -> dict[str, float]:
     return {"sampling": sampling, "scoring": scoring}
 
 
-def baseline_wholes(s: Setting) -> dict[str, Variant]:
+def baseline_wholes(s: Setting, without: Collection[str]) -> dict[str, Variant]:
     score = {
         "ancestor": partial(baselines.ancestor_score, s.hf),
         "nrs": partial(baselines.batched_score, s.hf),
@@ -242,7 +242,11 @@ def baseline_wholes(s: Setting) -> dict[str, Variant]:
         score_each()  # the other model's
         return {"sampling": sampling, "scoring": scoring}
 
-    return {name: partial(whole, draw, score[name]) for name, draw in samplers(s).items()}
+    return {
+        name: partial(whole, draw, score[name])
+        for name, draw in samplers(s).items()
+        if name not in without
+    }
 
 
 def counts(name: str) -> Results:
