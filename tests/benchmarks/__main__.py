@@ -25,9 +25,7 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
     "counts": lambda a, keep: whole.counts(a.shape),
     "generate": lambda a, keep: whole.generation(a.shape, a.rounds, a.questions, keep),
     "score": lambda a, keep: whole.scoring(a.shape, a.rounds, keep),
-    "end_to_end": lambda a, keep: whole.end_to_end(
-        a.shape, a.rounds, a.questions, a.without, keep
-    ),
+    "end_to_end": lambda a, keep: whole.end_to_end(a.shape, a.rounds, a.questions, a.without, keep),
     "refill": lambda a, keep: scheduling.refill("tiny"),
     "decode_step": lambda a, keep: scheduling.decode_step(a.shape, a.rows),
     "workers": lambda a, keep: scheduling.workers(a.shape, rounds=a.rounds),
