@@ -69,6 +69,7 @@ class GraphDecoder:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.cache.num_spare_slots = 1
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
         # One memory pool for all graphs: no two run at once, and what outlives a step lies outside.

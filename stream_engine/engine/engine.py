@@ -188,7 +188,9 @@ class Engine:
         `ahead` are requests of the next call, read and begun when this one leaves rows free.
         """
         if self.model.shares_prefix:
-            yield from self.scheduler.run(requests, ahead)
+            # A call inside another's (one role asks what another has just said) looks not ahead.
+            inner = self.scheduler.is_running
+            yield from (Scheduler(self) if inner else self.scheduler).run(requests, ahead)
         else:
             yield from plain_generate(self, requests)
 
@@ -339,6 +341,7 @@ class Engine:
             self.plan = replace(plan, confirmed=confirmed)
             return confirmed or self.model.tensor_parallel > 1
         try:
+            self._preallocate(plan)
             rehearse(self, plan)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             self.free_memory()
@@ -346,9 +349,18 @@ class Engine:
                 logger.info("%d rows did not fit, trying fewer", plan.rows)
                 return False
             logger.warning("the memory plan could not be tried: %s", error)
+            self._preallocate(plan)
         else:
             self.plan = replace(plan, confirmed=True)
         return True
+
+    def _preallocate(self, plan: MemoryPlan) -> None:
+        """Fix the slabs at the plan's size, so that captured steps keep their addresses."""
+        self.cache.preallocate(
+            prefix_tokens=plan.prefix_tokens,
+            slots=plan.rows + 1 if plan.rows else 0,
+            slot_tokens=plan.slot_tokens if plan.rows else 0,
+        )
 
     def _adopt(self, plan: MemoryPlan) -> None:
         """Let budget and cache follow a plan."""

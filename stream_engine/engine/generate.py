@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EARLY_CALLS = 4
+"""Calls for which early work is kept: where a judge shares the engine, its calls come between."""
+
 
 @dataclass(frozen=True)
 class RowRequest:
@@ -185,6 +188,7 @@ class Scheduler:
         self.early: dict[Hashable, _Early] = {}
         self.results: deque[Generation | RequestFailure] = deque()
         self.num_calls = 0
+        self.is_running = False
 
     def run(
         self, requests: Iterable[GenerateRequest], ahead: Iterable[GenerateRequest] = ()
@@ -193,6 +197,8 @@ class Scheduler:
 
         `ahead` is first read when all `requests` have been admitted and rows are free.
         """
+        assert not self.is_running, "one call at a time"
+        self.is_running = True
         self.num_calls += 1
         self.queue = _Queue(requests, self.claim)
         self.ahead = _Queue(ahead, self.is_early)
@@ -214,7 +220,11 @@ class Scheduler:
             yield from self.drain()
             is_complete = True
         finally:
-            self.forget(before_call=self.num_calls if is_complete else self.num_calls + 1)
+            self.is_running = False
+            if is_complete:
+                self.forget(before_call=self.num_calls - EARLY_CALLS)
+            else:
+                self.abandon()
 
     # -- work for later calls --------------------------------------------------------------------
 
@@ -233,24 +243,25 @@ class Scheduler:
         return True
 
     def forget(self, before_call: int | None = None) -> bool:
-        """Drop early work (of calls before that number) and free its memory; whether there was any.
-
-        After a call that did not come to its end, that is everything in flight.
-        """
+        """Drop early work (of calls before that number); whether that has freed memory."""
         stale = {
             key: early
             for key, early in self.early.items()
             if before_call is None or early.call < before_call
         }
         groups = [early.work for early in stale.values() if isinstance(early.work, _Group)]
-        if before_call is not None and before_call > self.num_calls:
-            groups = list(self.groups.values())
-            self.results.clear()
         for group in groups:
             self.release_group(group)
         for key in stale:
-            self.early.pop(key, None)
+            del self.early[key]
         return bool(groups)
+
+    def abandon(self) -> None:
+        """Drop everything, after a call that did not come to its end."""
+        for group in list(self.groups.values()):
+            self.release_group(group)
+        self.early.clear()
+        self.results.clear()
 
     def release_group(self, group: _Group, *, scrub: bool = False) -> None:
         """Free a question's span and its rows' slots, whatever state they are in."""

@@ -107,6 +107,8 @@ class KVCache:
         self.slot_capacity = 0
         self._free_slots: list[int] = []
         self.sliding_window: int | None = None
+        self.num_spare_slots = 0
+        """Slots at the end that are never handed out; captured steps write their padding there."""
         self.generation = 0
         """Counts (re)allocations of any slab: what holds an address compares it."""
 
@@ -138,9 +140,9 @@ class KVCache:
 
     def allocate_slot(self) -> int:
         """The lowest free slot, so that slots in use stay together."""
-        if not self._free_slots:
+        if len(self._free_slots) <= self.num_spare_slots:
             old, self.num_slots = self.num_slots, self.num_slots + max(8, self.num_slots // 2)
-            self._free_slots = list(range(old, self.num_slots))
+            self._free_slots += range(old, self.num_slots)
         return self._free_slots.pop(0)
 
     @property

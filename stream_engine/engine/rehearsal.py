@@ -40,18 +40,13 @@ def typical_prompt(engine: Engine) -> Prompt:
 
 @torch.no_grad()
 def rehearse(engine: Engine, plan: MemoryPlan) -> None:
-    """Allocate the plan's slabs, and run the largest steps it allows. Nothing may be in flight.
+    """Run the largest steps that the plan allows, in slabs of its size. Nothing may be in flight.
 
     Raises:
         torch.OutOfMemoryError: when it does not fit.
     """
     counters = dict(engine.counters)
     try:
-        engine.cache.preallocate(
-            prefix_tokens=plan.prefix_tokens,
-            slots=plan.rows + 1 if plan.rows else 0,
-            slot_tokens=plan.slot_tokens if plan.rows else 0,
-        )
         _prefill(engine, plan)
         if plan.rows:
             _decode(engine, plan)

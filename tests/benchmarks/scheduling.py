@@ -19,24 +19,37 @@ from tests.benchmarks.whole import generate_all, set_up
 def refill(name: str) -> dict[str, Any]:
     """Share of decode slots in use on log-normal answer lengths, and what waiting would leave.
 
-    `stream` is a long stream of questions; `shard` is what a worker gives the engine at a time: a
-    shard of the default size through the batch that the engine chooses, empty at its end.
+    `stream` is a long stream of questions. `shards` is what a worker gives the engine: shards of
+    the default size through the batch that the engine chooses, empty at the end of each; in
+    `look_ahead` the next shard is begun in the rows that become free.
     `static_occupancy` is what batches that wait for their longest row would reach.
     """
+    size = InputConfig().samples_per_shard
     return {
         "shape": name,
-        "stream": occupancy(name, questions=240, rows=40),
-        "shard": occupancy(name, questions=InputConfig().samples_per_shard),
+        "stream": occupancy(name, calls=1, questions=240, rows=40),
+        "shards": occupancy(name, calls=8, questions=size),
+        "look_ahead": occupancy(name, calls=8, questions=size, looks_ahead=True),
     }
 
 
 def occupancy(
-    name: str, *, questions: int, rows: int = 0, k: int = 10, mean: int = 60, sigma: float = 0.5
+    name: str,
+    *,
+    calls: int,
+    questions: int,
+    rows: int = 0,
+    looks_ahead: bool = False,
+    k: int = 10,
+    mean: int = 60,
+    sigma: float = 0.5,
 ) -> dict[str, Any]:
+    """Of `calls` calls of generate, with so many questions each."""
     s = set_up(name, max_rows=rows, answer_tokens=6 * mean)
     rows = s.engine.budget.rows
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.exp(torch.randn(questions, k, generator=generator) * sigma + math.log(mean))
+    total = calls * questions
+    lengths = torch.exp(torch.randn(total, k, generator=generator) * sigma + math.log(mean))
     lengths = lengths.round().clamp(1, 6 * mean).long()
     drawn = [
         GenerateRequest(
@@ -47,14 +60,21 @@ def occupancy(
                 for j in range(k)
             ),
         )
-        for n in range(questions)
+        for n in range(total)
     ]
+    shards = [drawn[first : first + questions] for first in range(0, total, questions)]
     s.engine.counters.clear()
     reset_peak()
-    list(s.engine.generate(drawn))
+    for shard, following in zip(shards, [*shards[1:], []], strict=True):
+        list(s.engine.generate(shard, following if looks_ahead else ()))
     counters = s.engine.counters
-    longest = sum(int(batch.max()) for batch in lengths.flatten().split(rows))
+    longest = sum(
+        int(batch.max())
+        for shard in lengths.split(questions)
+        for batch in shard.flatten().split(rows)
+    )
     return {
+        "calls": calls,
         "questions": questions,
         "rows": rows,
         "occupancy": round(counters["decode_tokens"] / counters["decode_capacity"], 4),

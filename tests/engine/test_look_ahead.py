@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stream_engine.engine import Engine, Generation, RequestFailure, ScoreRequest
+from stream_engine.engine.generate import EARLY_CALLS
 from tests.engine.conftest import ask
 
 COUNTED = ("prompt_tokens", "decode_tokens", "head_rows")
@@ -72,12 +73,28 @@ def test_a_finished_call_does_not_wait_for_the_next_ones_answers(two_calls):
     assert engine.scheduler.groups, "the next call's answers were drawn to their end"
 
 
-def test_work_that_nobody_asks_for_is_dropped(two_calls):
+def test_early_work_outlives_the_calls_between(two_calls):
+    """A judge that shares the engine is asked between two shards."""
     engine, first, second = two_calls()
     list(engine.generate(first, ahead=second))
     others = ask(engine, 2, seed=1)
     expected = rows_of(list(two_calls()[0].generate(others)))
     assert rows_of(list(engine.generate(others))) == expected
+    counted = engine.counters["prompt_tokens"]
+    begun = len(engine.scheduler.early)
+    assert rows_of(list(engine.generate(second[:begun]))) == rows_of(
+        list(two_calls()[0].generate(second[:begun]))
+    )
+    assert engine.counters["prompt_tokens"] == counted
+
+
+def test_work_that_nobody_asks_for_is_dropped_in_the_end(two_calls):
+    engine, first, second = two_calls()
+    list(engine.generate(first, ahead=second))
+    for _ in range(EARLY_CALLS):
+        assert engine.scheduler.early
+        list(engine.generate(ask(engine, 1, seed=1)))
+    list(engine.generate(ask(engine, 1, seed=1)))
     assert is_empty(engine) and not engine.scheduler.early
 
 
@@ -98,6 +115,18 @@ def test_a_call_that_is_given_up_leaves_nothing_behind(two_calls):
     running.close()
     assert is_empty(engine) and not engine.scheduler.early
     assert rows_of(list(engine.generate(first))) == rows_of(list(two_calls()[0].generate(first)))
+
+
+def test_a_call_inside_another_disturbs_neither(two_calls):
+    engine, first, second = two_calls()
+    expected = rows_of(list(two_calls()[0].generate([*first, *second])))
+    outer, inner = [], []
+    for result in engine.generate(first):
+        outer.append(result)
+        if not inner:
+            inner = list(engine.generate(second))
+    assert rows_of([*outer, *inner]) == expected
+    assert is_empty(engine)
 
 
 def test_a_failure_of_early_work_is_told_when_its_turn_comes(two_calls):

@@ -112,6 +112,7 @@ def test_a_growing_slot_has_the_tokens_that_are_counted(tokens):
 def test_slabs_allocated_ahead_are_the_plans(make_engine):
     engine = make_engine()
     plan = plan_memory(replace(engine.demand(), rows=20, grows=False), 1 << 30)
+    engine._preallocate(plan)
     rehearse(engine, plan)
     assert engine.cache.num_bytes == plan.slots + plan.prefixes
 
@@ -365,6 +366,22 @@ def test_a_plan_that_does_not_hold_shrinks_until_it_does(
     assert 20 <= engine.plan.rows <= 40
     assert drawn(engine.generate(ask(engine, 6))) == expected
     assert engine.budget.scale == 1.0
+
+
+def test_a_plan_that_could_not_be_tried_has_its_slabs_all_the_same(make_engine, monkeypatch):
+    """A captured step pads with the last slot, which must not be one that a row may own."""
+    engine = make_engine(max_rows=12)
+
+    def broken(prompts, starts):
+        raise ValueError("this tower takes no such picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "prefill", broken)
+        engine.rehearses = True
+        engine.plan_memory()
+    assert not engine.plan.confirmed
+    assert engine.cache.num_slots == engine.plan.rows + 1
+    assert len(drawn(engine.generate(ask(engine, 3)))) == 3
 
 
 def test_a_model_that_runs_nothing_is_refused(make_engine):

@@ -41,6 +41,19 @@ def test_slabs_keep_their_contents_when_they_grow():
     assert cache.generation == generation + 1
 
 
+def test_the_slot_that_padding_is_written_to_is_never_handed_out():
+    """After a halved budget had grown again, all preallocated slots were in use, the last too."""
+    cache = KVCache(max_prefix_tokens=100)
+    cache.num_spare_slots = 1
+    cache.preallocate(prefix_tokens=10, slots=5, slot_tokens=4)
+    slots = [cache.allocate_slot() for _ in range(4)]
+    assert cache.num_slots == 5
+    for _ in range(30):
+        slots.append(cache.allocate_slot())
+        assert max(slots) < cache.num_slots - 1
+    assert len(set(slots)) == 34
+
+
 def test_budget_halves_and_recovers():
     budget = TokenBudget(1000, 64)
     budget.halve()
