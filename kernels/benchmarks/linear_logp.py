@@ -22,6 +22,8 @@ CPU_SHAPES = [
     (64, 4096, 128_256),
     (1024, 4096, 128_256),
 ]
+LARGE = 1 << 37
+"""Multiplications from which on only the products are measured on CPU (10 s a call)."""
 CUDA_SHAPES = [
     (1500, 4096, 32_000),
     (2048, 4096, 128_256),
@@ -48,11 +50,14 @@ def measure_shape(
         "torch_product": lambda call: functional.linear(hidden, weight),
         "best_product": lambda call: linear(hidden, weight),
         "linear_logp": lambda call: linear_logp(hidden, weight, targets),
-        "log_softmax_gather": lambda call: naive_logp(hidden, weight, targets),
-        "trl_selective": lambda call: selective_log_softmax(
-            functional.linear(hidden, weight)[None], targets[None]
-        ),
     }
+    if device == "cuda" or num_tokens * size * vocab_size <= LARGE:
+        forms |= {
+            "log_softmax_gather": lambda call: naive_logp(hidden, weight, targets),
+            "trl_selective": lambda call: selective_log_softmax(
+                functional.linear(hidden, weight)[None], targets[None]
+            ),
+        }
     if hasattr(functional, "linear_cross_entropy") and num_tokens * size <= 1024 * 1024:
         forms["torch_linear_cross_entropy"] = lambda call: functional.linear_cross_entropy(
             hidden, weight, targets, reduction="none"
