@@ -70,7 +70,7 @@ def test_a_shard_that_another_worker_holds_is_not_begun(tmp_path: Path) -> None:
     assert lease is not None
     AHEAD.clear()
     lease._stop.set()  # its process is alive but beats no more: it goes stale during the run
-    run_on(tmp_path, TEN, run_stage=0, **EAGER)
+    run_on(tmp_path, TEN, run_stage=0, lease_timeout_s=1.0, **EAGER)
     assert list(AHEAD) == [TEN[8:], [], []]
 
 
