@@ -243,11 +243,14 @@ class Scheduler:
         return True
 
     def forget(self, before_call: int | None = None) -> bool:
-        """Drop early work (of calls before that number); whether that has freed memory."""
+        """Drop early work of calls before that number, or else all of it that is in flight.
+
+        Returns whether that has freed memory of the cache; what is done already takes none there.
+        """
         stale = {
             key: early
             for key, early in self.early.items()
-            if before_call is None or early.call < before_call
+            if (isinstance(early.work, _Group) if before_call is None else early.call < before_call)
         }
         groups = [early.work for early in stale.values() if isinstance(early.work, _Group)]
         for group in groups:
