@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, row by row")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
@@ -43,11 +43,13 @@ def main() -> None:
     torch.manual_seed(0)
     report: dict[str, object] = {"environment": environment(arguments.device)}
     for name in arguments.names:
-        report[name] = BENCHMARKS[name](arguments.device, arguments.rounds, arguments.quick)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+        rows: list[dict[str, object]] = []
+        report[name] = rows
+        for row in BENCHMARKS[name](arguments.device, arguments.rounds, arguments.quick):
+            rows.append(row)
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 def environment(device: str) -> dict[str, object]:

@@ -4,6 +4,8 @@ Target: float32 on CPU within 1.08 of the fastest plain product with at most 16 
 bfloat16 at 0.80 of cuBLAS or better, with at most 1 % of the logits' bytes extra.
 """
 
+from collections.abc import Iterator
+
 import torch
 from rounds import Form, extra_mib, interleave, milliseconds, ratio
 from stream_kernels import linear_logp
@@ -32,10 +34,11 @@ CUDA_SHAPES = [
 ]
 
 
-def measure(device: str, rounds: int, quick: bool) -> list[dict[str, object]]:
+def measure(device: str, rounds: int, quick: bool) -> Iterator[dict[str, object]]:
     """One row a shape (tokens, hidden size, vocabulary)."""
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
-    return [measure_shape(*shape, device, rounds) for shape in shapes[: 2 if quick else None]]
+    for shape in shapes[: 2 if quick else None]:
+        yield measure_shape(*shape, device, rounds)
 
 
 def measure_shape(

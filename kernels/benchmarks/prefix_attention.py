@@ -7,6 +7,7 @@ bandwidth on unique bytes, 3x faster than SDPA over expanded keys and 1.5x than 
 import inspect
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,13 +47,12 @@ CUDA_SHAPES = [
 ]
 
 
-def measure(device: str, rounds: int, quick: bool) -> list[dict[str, object]]:
+def measure(device: str, rounds: int, quick: bool) -> Iterator[dict[str, object]]:
     """One row a shape."""
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
     bandwidth = copy_bandwidth() if device == "cuda" else None
-    return [
-        measure_shape(shape, device, rounds, bandwidth) for shape in shapes[: 2 if quick else None]
-    ]
+    for shape in shapes[: 2 if quick else None]:
+        yield measure_shape(shape, device, rounds, bandwidth)
 
 
 def measure_shape(

@@ -13,6 +13,9 @@ from stream_kernels.gemm import linear
 _CHUNK_BYTES = 4 << 20
 _MAX_COLUMNS = 16384
 _MAX_ROWS = 2048
+# Bytes of the weight's rows that are raised to float64 at a time.
+_EXACT_BYTES = 2 << 20
+_PEAK_BLOCKS = 16
 
 
 def linear_logp(
@@ -30,6 +33,8 @@ def linear_logp(
     hidden [N, D], weight [V, D], bias [V], targets int64 [N]. The logits are, in this order,
     `hidden @ weight.T + bias`, times `logit_scale`, then `softcap * tanh(logits / softcap)`, in
     float32 whatever the inputs' dtype. Rows of `weight` at and beyond `vocab_size` do not count.
+    On CPU the target's logit and the row's largest are float64 products: most of the error of a
+    log-prob is theirs.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape} vs {targets.shape}"
     if hidden.device.type == "cuda":
@@ -74,24 +79,69 @@ def _linear_logp_rows(
     if weight.dtype != torch.float32:
         columns = min(columns, max(256, _CHUNK_BYTES // (4 * size)))
     scratch = hidden.new_empty(num_tokens * columns)
-    lse = hidden.new_full((num_tokens,), -torch.inf)
-    target_logits = hidden.new_full((num_tokens,), torch.nan)  # an id out of range stays NaN
+    lse = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float64)
+    # Logits as the long product has them: the target's (an id out of range stays NaN), the largest.
+    target_logits = torch.full_like(lse, torch.nan)
+    peaks = lse.clone()
+    peak_ids = torch.zeros_like(targets)
     for first in range(0, vocab_size, columns):
         chunk_weight = weight[first : first + columns].float()
         chunk_bias = None if bias is None else bias[first : first + columns].float()
         width = chunk_weight.shape[0]
-        logits_NC = linear(hidden, chunk_weight, chunk_bias)
-        if logit_scale != 1.0:
-            logits_NC.mul_(logit_scale)
-        if softcap is not None:
-            logits_NC.div_(softcap).tanh_().mul_(softcap)
-        # log_softmax is torch's one fused max-exp-sum pass; at the largest logit it is -log(sum),
-        # so that peak + log(sum) = peak - max(log_softmax).
+        logits_NC = _shape_logits(linear(hidden, chunk_weight, chunk_bias), logit_scale, softcap)
+        # log_softmax is torch's one fused max-exp-sum pass; at the largest logit it is -log(sum).
         logps_NC = scratch[: num_tokens * width].view(num_tokens, width)
         torch.log_softmax(logits_NC, dim=1, out=logps_NC)
-        torch.logaddexp(lse, logits_NC.amax(dim=1) - logps_NC.amax(dim=1), out=lse)
+        chunk_peaks, places = _row_peaks(logits_NC)
+        chunk_lse = chunk_peaks - logps_NC.gather(1, places[:, None])[:, 0].double()
+        chunk_lse = chunk_lse.where(chunk_peaks != -torch.inf, -torch.inf)
+        torch.logaddexp(lse, chunk_lse, out=lse)
+        is_higher = chunk_peaks > peaks
+        peaks = torch.where(is_higher, chunk_peaks, peaks)
+        peak_ids = torch.where(is_higher, first + places, peak_ids)
         local = targets - first
         inside = (local >= 0) & (local < width)
-        chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0]
+        chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].double()
         target_logits = torch.where(inside, chosen, target_logits)
-    return target_logits - lse
+    # The two logits that the result hangs on most take their exact values, in the normaliser too.
+    exact, exact_peaks = (
+        _shape_logits(_products(hidden, weight, ids, bias), logit_scale, softcap)
+        for ids in (targets.clamp(0, vocab_size - 1), peak_ids)
+    )
+    change = (exact - lse).exp() - (target_logits - lse).exp()
+    peak_change = (exact_peaks - lse).exp() - (peaks - lse).exp()
+    change += peak_change.where(peak_ids != targets, 0.0)
+    return (exact - lse - torch.log1p(change)).clamp_(max=0.0).float()
+
+
+def _row_peaks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest value, as float64, and its column, in a tenth of the time of `max`."""
+    num_rows, width = rows.shape
+    if width % _PEAK_BLOCKS:
+        values, places = rows.max(dim=1)
+        return values.double(), places
+    blocks = rows.view(num_rows, _PEAK_BLOCKS, -1)
+    values, columns = blocks.amax(dim=1).max(dim=1)
+    candidates = blocks.gather(2, columns[:, None, None].expand(-1, _PEAK_BLOCKS, 1))[:, :, 0]
+    return values.double(), candidates.argmax(dim=1) * blocks.shape[2] + columns
+
+
+def _shape_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Scale and soft cap, in place."""
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _products(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden[n] @ weight[ids[n]] + bias[ids[n]]` in float64 [N], some rows at a time."""
+    products = hidden.new_empty(len(ids), dtype=torch.float64)
+    at_once = max(1, _EXACT_BYTES // (8 * hidden.shape[1]))
+    for first in range(0, len(ids), at_once):
+        rows = slice(first, first + at_once)
+        products[rows] = torch.linalg.vecdot(hidden[rows].double(), weight[ids[rows]].double())
+    if bias is not None:
+        products += bias[ids].double()
+    return products

@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import pytest
@@ -76,6 +77,43 @@ def test_huge_logits_and_impossible_tokens_stay_numbers() -> None:
     exact = truth(hidden * 500, weight, targets, bias)
     got = linear_logp(hidden * 500, weight, targets, bias=bias)
     assert ((got - exact).abs() <= 1e-6 * exact.abs() + 2e-5).all()
+
+
+def test_the_logits_that_matter_most_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the long product at the target and at the peak leaves no trace."""
+    hidden, weight, targets = inputs(9, 64, 20_001, torch.float32)
+    exact = truth(hidden, weight, targets)
+    peaks = (hidden @ weight.T).argmax(dim=1)
+    targets[0], exact[0] = peaks[0], truth(hidden, weight, peaks)[0]  # one is both
+    moved: set[int] = {*targets.tolist(), *peaks.tolist()}
+    columns = 0
+
+    def wrong_there(x: Any, chunk: Any, bias: Any = None) -> Any:
+        nonlocal columns
+        logits = x @ chunk.T
+        for row in range(len(x)):
+            for column in {int(targets[row]), int(peaks[row])}:
+                if columns <= column < columns + len(chunk):
+                    logits[row, column - columns] += 0.01
+                    moved.discard(column)
+        columns += len(chunk)
+        return logits
+
+    monkeypatch.setattr(sys.modules[linear_logp.__module__], "linear", wrong_there)
+    got = linear_logp(hidden, weight, targets)
+    assert columns == 20_001 and not moved
+    assert (got - exact).abs().max() < 5e-6
+
+
+def test_a_stretch_of_impossible_tokens_counts_for_nothing() -> None:
+    """Whole chunks of the vocabulary at -inf, the first and a later one."""
+    hidden, weight, targets = inputs(2048, 8, 3000, torch.float32)
+    bias = torch.zeros(3000)
+    bias[:600] = bias[1500:2500] = -torch.inf
+    targets = targets % 800 + 650
+    exact = truth(hidden, weight, targets, bias)
+    got = linear_logp(hidden, weight, targets, bias=bias)
+    assert (got - exact).abs().max() < 5e-6
 
 
 def test_a_target_outside_the_vocabulary_is_nan() -> None:
