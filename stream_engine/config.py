@@ -34,6 +34,8 @@ class ModelRole(msgspec.Struct, frozen=True):
     """The --*_model_name given for it."""
     sampling: SamplingConfig | None = None
     """How this role draws text; None: as the run's settings say."""
+    draws: bool = True
+    """False: it only scores given text, so that its engine keeps no room for answers."""
 
 
 class InputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -134,7 +134,7 @@ def _free_bytes(device: str, rank: Rank) -> int:
 
 def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     """What the role's engine will ask of memory, as far as files tell."""
-    from stream_engine.engine.engine import SCORING_ROLES, rows_per_question
+    from stream_engine.engine.engine import rows_per_question
     from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS, Demand
 
     kind = "cpu" if device == "cpu" else "cuda"
@@ -148,7 +148,7 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     return Demand(
         shape=shape,
         kv_bytes=shape.kv_bytes,
-        rows=0 if role.name in SCORING_ROLES else config.max_rows or DEFAULT_ROWS[kind],
+        rows=(config.max_rows or DEFAULT_ROWS[kind]) if role.draws else 0,
         tokens=config.max_batch_tokens or DEFAULT_TOKENS[kind],
         slot_tokens=slot_tokens,
         prompt_tokens=PICTURE_PROMPT_TOKENS if sees else TEXT_PROMPT_TOKENS,

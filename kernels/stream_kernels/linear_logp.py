@@ -14,7 +14,7 @@ _CHUNK_BYTES = 4 << 20
 _MAX_COLUMNS = 16384
 _MAX_ROWS = 2048
 # Bytes of the weight's rows that are raised to float64 at a time.
-_EXACT_BYTES = 2 << 20
+_EXACT_BYTES = 1 << 19
 _PEAK_BLOCKS = 16
 
 
@@ -103,6 +103,7 @@ def _linear_logp_rows(
         inside = (local >= 0) & (local < width)
         chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].double()
         target_logits = torch.where(inside, chosen, target_logits)
+        del logits_NC  # before the next chunk's are made
     # The two logits that the result hangs on most take their exact values, in the normaliser too.
     exact, exact_peaks = (
         _shape_logits(_products(hidden, weight, ids, bias), logit_scale, softcap)

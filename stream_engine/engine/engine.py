@@ -63,8 +63,6 @@ from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
 
-SCORING_ROLES = frozenset({"reward", "auto_check"})
-"""Roles that only look at given tokens: their engines need no slots for answers."""
 SMALLER = 0.85
 """A plan that did not hold is made anew for this share of the memory."""
 HOST_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
@@ -445,7 +443,7 @@ def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) 
         max_batch_tokens=config.max_batch_tokens,
         max_rows=config.max_rows,
         rows_per_question=rows_per_question(role, sampling),
-        draws=role.name not in SCORING_ROLES,
+        draws=role.draws,
     )
 
 

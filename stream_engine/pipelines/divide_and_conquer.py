@@ -172,7 +172,7 @@ class DivideAndConquerPipeline(Pipeline):
             self.instruct_role(),
             ModelRole("split", split, "rewards", sampling=writing),
             ModelRole("question_change", question_change, "rewards", sampling=writing),
-            ModelRole("auto_check", auto_check, "rewards", config.reward_model_name),
+            ModelRole("auto_check", auto_check, "rewards", config.reward_model_name, draws=False),
         )
 
     def settings(self, stage: Stage) -> dict[str, Any]:

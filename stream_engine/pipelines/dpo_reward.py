@@ -45,6 +45,7 @@ class DPORewardPipeline(Pipeline):
                 self.required_path("reward_model_path"),
                 "rewards",
                 self.config.reward_model_name,
+                draws=False,
             ),
         )
 

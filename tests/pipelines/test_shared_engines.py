@@ -30,3 +30,14 @@ def test_a_critic_that_is_the_instruct_model_keeps_its_own_sampling(make_pipelin
     assert engines["critic"].sampling.max_new_tokens == 20
     assert engines["instruct"].sampling.temperature == 1.0
     assert engines["instruct"].sampling.max_new_tokens == 10
+
+
+def test_engines_that_only_score_keep_no_room_for_answers(make_pipeline, tmp_path):
+    pipelines = {name: make_pipeline(name) for name in ("dpo_reward", "llava_critic")}
+    pipelines["divide_and_conquer"] = make_pipeline("divide_and_conquer")
+    scoring = {(n, r.name) for n, p in pipelines.items() for r in p.roles() if not r.draws}
+    assert scoring == {("dpo_reward", "reward"), ("divide_and_conquer", "auto_check")}
+    engines = load(pipelines["dpo_reward"], tmp_path)
+    if engines["reward"] is not engines["instruct"]:
+        assert engines["reward"].demand().rows == 0
+    assert engines["instruct"].demand().rows > 0
