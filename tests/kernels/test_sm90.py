@@ -47,6 +47,36 @@ SAMPLE = {
     "top_k": "i32",
     "top_p": "fp32",
 }
+ATTENTION = {
+    "query": "*bf16",
+    "key": "*bf16",
+    "value": "*bf16",
+    "key_lengths": "*i64",
+    "out": "*bf16",
+    "lse": "*fp32",
+    "batch_stride": "i32/16",
+    "head_stride": "i32/16",
+    "key_stride": "i32/16",
+    "scale_log2": "fp32",
+    "num_rows": "i32",
+    "num_queries": "i32",
+    "num_keys": "i32",
+}
+LINEAR_LOGP = {
+    "hidden": "tensordesc<bf16[128, 64]>",
+    "weight": "tensordesc<bf16[256, 64]>",
+    "bias": "*bf16",
+    "targets": "*i64",
+    "parts": "*fp32",
+    "num_tokens": "i32",
+    "vocab_size": "i32",
+    "size": "i32/16",
+    "row_tiles": "i32",
+    "splits": "i32",
+    "tiles_each": "i32",
+    "logit_scale": "fp32",
+    "softcap": "fp32",
+}
 
 
 def build(kernel: Any, arguments: dict[str, str], options: dict[str, Any]) -> Compiled:
@@ -61,6 +91,26 @@ def build(kernel: Any, arguments: dict[str, str], options: dict[str, Any]) -> Co
     )
     assert compiled.spills == 0 and compiled.stack_bytes == 0
     return compiled
+
+
+def compile_for_ones(kernel: Any, arguments: dict[str, str], options: dict[str, Any]) -> None:
+    """As the launcher compiles when every count is 1: a constant, where it may specialise."""
+    counts = {
+        parameter.name: 1
+        for parameter in kernel.params
+        if arguments.get(parameter.name, "").startswith("i32")
+        and "stride" not in parameter.name
+        and not parameter.do_not_specialize
+    }
+    names = {name for name in kernel.arg_names if name in arguments} - counts.keys()
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    compile_for_sm90(
+        kernel,
+        {name: arguments[name] for name in names},
+        constants | counts,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+    )
 
 
 def programs_that_fit(compiled: Compiled, num_warps: int) -> int:
@@ -103,26 +153,36 @@ def test_split_prefix_attention(heads: int, kv_heads: int, group_size: int) -> N
     assert programs_that_fit(compiled, options["num_warps"]) >= 4
 
 
+def test_counts_of_one_compile() -> None:
+    """A single row, as in a model's first decode step: its kernels once failed to compile."""
+    options: dict[str, Any] = prefix_attention.fused_options(32, 128, 32, 1)
+    compile_for_ones(prefix_attention.fused_kernel, PREFIX | SUFFIX | ROWS, options)
+    options = prefix_attention.prefix_options(32, 128, 32, 1)
+    compile_for_ones(prefix_attention.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
+    options = prefix_attention.suffix_options(32, 128, 32, 8)
+    compile_for_ones(prefix_attention.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
+    options = {"KV_HEADS": 32, "CAUSAL": True, "HAS_LENGTHS": True}
+    options |= attention.attention_options(1, 128)
+    compile_for_ones(attention.attention_kernel, ATTENTION, options)
+    options = {"SAME": True, "PLAIN": False, "SUPPRESS": False, "num_warps": 4, "num_stages": 3}
+    options |= {"BLOCK": sample._BLOCK, "BLOCKS_A_PROGRAM": sample._BLOCKS_A_PROGRAM}
+    compile_for_ones(sample.block_stats_kernel, SAMPLE, options)
+    options = {"GREEDY": False, "FILTERED": True, "SUPPRESS": True, "MAX_BLOCKS": 256}
+    options |= {"BLOCK": sample._BLOCK, "num_warps": 4, "num_stages": 3}
+    compile_for_ones(sample.choose_kernel, SAMPLE, options)
+    options = {"USE_TOP_K": True, "USE_TOP_P": True, "SUPPRESS": True, "DIGITS": 4}
+    options |= {"BLOCK": sample._BLOCK, "MAX_BLOCKS": 32, "num_warps": 8, "num_stages": 3}
+    compile_for_ones(sample.filter_kernel, SAMPLE, options)
+    options = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "TOGETHER": 12}
+    options |= {"HAS_BIAS": False, "HAS_SOFTCAP": False, "num_warps": 8, "num_stages": 3}
+    compile_for_ones(linear_logp.logp_kernel, LINEAR_LOGP, options)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_with_lse(causal: bool) -> None:
     options: dict[str, Any] = attention.attention_options(1500, 128)
     options |= {"KV_HEADS": 32, "CAUSAL": causal, "HAS_LENGTHS": True}
-    arguments = {
-        "query": "*bf16",
-        "key": "*bf16",
-        "value": "*bf16",
-        "key_lengths": "*i64",
-        "out": "*bf16",
-        "lse": "*fp32",
-        "batch_stride": "i32/16",
-        "head_stride": "i32/16",
-        "key_stride": "i32/16",
-        "scale_log2": "fp32",
-        "num_rows": "i32",
-        "num_queries": "i32",
-        "num_keys": "i32",
-    }
-    compiled = build(attention.attention_kernel, arguments, options)
+    compiled = build(attention.attention_kernel, ATTENTION, options)
     assert "wgmma" in compiled.ptx and compiled.loads_16_bytes
 
 
@@ -163,20 +223,9 @@ def test_linear_logp_copies_by_tma_into_wgmma(tiles: Any, extras: bool) -> None:
     block_n, block_v, block_d, num_warps, num_stages = tiles
     options = {"BLOCK_N": block_n, "BLOCK_V": block_v, "BLOCK_D": block_d, "TOGETHER": 12}
     options |= {"HAS_BIAS": extras, "HAS_SOFTCAP": extras}
-    arguments = {
+    arguments = LINEAR_LOGP | {
         "hidden": f"tensordesc<bf16[{block_n}, {block_d}]>",
         "weight": f"tensordesc<bf16[{block_v}, {block_d}]>",
-        "bias": "*bf16",
-        "targets": "*i64",
-        "parts": "*fp32",
-        "num_tokens": "i32",
-        "vocab_size": "i32",
-        "size": "i32/16",
-        "row_tiles": "i32",
-        "splits": "i32",
-        "tiles_each": "i32",
-        "logit_scale": "fp32",
-        "softcap": "fp32",
     }
     options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = build(linear_logp.logp_kernel, arguments, options)

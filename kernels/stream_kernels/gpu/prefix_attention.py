@@ -278,7 +278,8 @@ def fused_kernel(
     tl.store(out + query_offs + offs_d[None, :], acc.to(out.dtype.element_ty), query_mask)
 
 
-@triton.jit
+# The launcher makes a constant of a number that is 1, which has no `.to`.
+@triton.jit(do_not_specialize=["num_rows"])
 def prefix_kernel(
     query,  # [R, HEADS, D]
     prefix_key,  # [Hkv, T, D]
@@ -343,7 +344,7 @@ def prefix_kernel(
     tl.store(partial_lse + split_offs + head_index, lse, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def suffix_kernel(
     query,  # [R, HEADS, D]
     suffix_key,  # [S, Hkv, C, D]

@@ -147,7 +147,8 @@ def finite_peak(peak):
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
-@triton.jit
+# The launcher makes a constant of a number that is 1, which has no `.to`.
+@triton.jit(do_not_specialize=["num_rows"])
 def block_stats_kernel(
     logits,  # [R, V]
     scores,  # [R, V]
@@ -229,7 +230,7 @@ def next_digit(
     return bins
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def filter_kernel(
     scores,  # [R, V]
     allowed,  # [V] int8
@@ -331,7 +332,7 @@ def filter_kernel(
         tl.store(stats + 3 * plane + row * num_blocks + block, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def choose_kernel(
     logits,  # [R, V]
     scores,  # [R, V]
