@@ -135,7 +135,12 @@ def _free_bytes(device: str, rank: Rank) -> int:
 def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     """What the role's engine will ask of memory, as far as files tell."""
     from stream_engine.engine.engine import rows_per_question
-    from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS, Demand
+    from stream_engine.engine.memory import (
+        DEFAULT_ROWS,
+        DEFAULT_TOKENS,
+        PENALTY_COPIES,
+        Demand,
+    )
 
     kind = "cpu" if device == "cpu" else "cuda"
     sampling, slot_tokens, penalty = _answers(role, config)
@@ -153,10 +158,10 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
         slot_tokens=slot_tokens,
         prompt_tokens=PICTURE_PROMPT_TOKENS if sees else TEXT_PROMPT_TOKENS,
         rows_per_question=rows_per_question(role, sampling),
-        logit_copies=1.0 + (penalty != 1.0),
+        logit_copies=1.0 + (PENALTY_COPIES if penalty != 1.0 else 0.0),
         device=kind,
         grows=kind == "cpu",
-        graphs=captured and penalty == 1.0,
+        graphs=captured,
     )
 
 

@@ -11,14 +11,16 @@ The module knows nothing of requests: it is handed rows as plain numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from stream_kernels import HostLayout, sample, uniforms
+from stream_kernels import HostLayout
 from torch import Tensor
 
 from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import DecodeStep, active
 
 if TYPE_CHECKING:
@@ -56,12 +58,7 @@ class CaptureError(RuntimeError):
 def can_capture(engine: Engine) -> bool:
     """Whether decode steps of this engine may be CUDA graphs."""
     model = engine.model
-    return (
-        model.device.type == "cuda"
-        and engine.sampling.repetition_penalty == 1.0
-        and model.tensor_parallel == 1
-        and model.offload is None
-    )
+    return model.device.type == "cuda" and model.tensor_parallel == 1 and model.offload is None
 
 
 class GraphDecoder:
@@ -72,13 +69,14 @@ class GraphDecoder:
         engine.cache.num_spare_slots = 1
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
-        # One memory pool for all graphs: no two run at once, and what outlives a step lies outside.
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.site = _CaptureSite(engine.model.device)
 
     def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
         if self.generation != self.engine.cache.generation:
             self.graphs.clear()
+            self.site.renew_pool()
+            self.generation = self.engine.cache.generation
         num_rows, layout = len(batch.tokens), batch.layout
         widest = max(len(rows) for rows in layout.groups)
         widest = _round_up(widest, 4)
@@ -91,12 +89,11 @@ class GraphDecoder:
         captured = self.graphs.get(size)
         if captured is None:
             try:
-                captured = self.graphs[size] = _CapturedStep(self.engine, *size, pool=self.pool)
+                captured = self.graphs[size] = _CapturedStep(self.engine, *size, site=self.site)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 raise CaptureError(str(error)) from error
-        self.generation = self.engine.cache.generation
         captured.load(batch)
         captured.replay(num_steps)
         tokens = captured.history_tokens[:num_steps, :num_rows].tolist()
@@ -104,11 +101,54 @@ class GraphDecoder:
         return tokens, logps
 
 
+class _CaptureSite:
+    """Where an engine's steps are captured: a stream and a memory pool of its own.
+
+    cuBLAS keeps a workspace for each stream; on this one it is made while steps warm up, outside
+    of the pool, and no other engine's graphs come to use it. One pool serves all graphs that are
+    alive together: no two run at once, and what outlives a step lies outside. Once they are
+    dropped the pool is not used again, because torch may not have let go of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pool: Any = None
+
+    def renew_pool(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
+
+    def capture(
+        self, warm_up: Callable[[], None], step: Callable[[], None]
+    ) -> torch.cuda.CUDAGraph | None:
+        """Run `warm_up`, then record `step`; None where there are no graphs.
+
+        The current stream is what it was, come what may.
+        """
+        if self.stream is None:
+            return None
+        current = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            warm_up()
+        current.wait_stream(self.stream)
+        try:
+            # Threads that prepare the next prompts must not be able to break a capture.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                step()
+        finally:  # a capture that fails leaves its stream current
+            torch.cuda.set_stream(current)
+        return graph
+
+
 class _CapturedStep:
     """One graph and its static buffers. Spare rows have empty prefixes; none reads their draws."""
 
     def __init__(
-        self, engine: Engine, rows: int, groups: int, widest: int, *, pool: Any = None
+        self, engine: Engine, rows: int, groups: int, widest: int, *, site: _CaptureSite
     ) -> None:
         self.engine = engine
         device = engine.model.device
@@ -129,43 +169,31 @@ class _CapturedStep:
         self.history_tokens = zeros(STEPS_PER_READ, rows, dtype=torch.int64)
         self.history_logps = zeros(STEPS_PER_READ, rows, dtype=torch.float32)
         self.cursor = zeros(1, dtype=torch.int64)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
-            self.capture(device, pool)
+        # What a capture computes meanwhile goes to the spare slot.
+        self.slots.fill_(engine.cache.num_slots - 1)
+        self.graph = site.capture(self.warm_up, self.step)
 
-    def capture(self, device: torch.device, pool: Any) -> None:
-        """Record one step; what it computes meanwhile goes to the spare slot."""
-        self.slots.fill_(self.engine.cache.num_slots - 1)
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compile kernels and warm workspaces outside of the capture
-                self.cursor.zero_()
-                self.step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.cursor.zero_()
-        with torch.cuda.graph(graph, pool=pool):
+    def warm_up(self) -> None:
+        """Compile kernels, make workspaces, let the slabs grow: all that a capture must not."""
+        for _ in range(2):
+            self.cursor.zero_()
             self.step()
-        self.graph = graph
+        self.cursor.zero_()
 
     def step(self) -> None:
         """Feed the tokens, draw the next, note them, and move every row one place on."""
-        engine, model, sampling = self.engine, self.engine.model, self.engine.sampling
+        engine, model = self.engine, self.engine.model
         decode = DecodeStep(
             engine.cache, self.spans, self.group_rows, self.slots, self.lengths, None
         )
         with active(decode):
             hidden = model.forward(model.embed(self.tokens), self.positions)
-        tokens, logps = sample(
-            engine.logits(hidden),
-            uniforms(self.seeds, self.counts),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            suppress=engine.suppressed,
-            vocab_size=model.vocab_size,
-        )
+        seen = None
+        if engine.seen is not None:
+            slots = self.slots.long()
+            engine.seen.note(slots, self.tokens)
+            seen = engine.seen.of(slots)
+        tokens, logps = draw(engine, engine.logits(hidden), self.seeds, self.counts, seen)
         place = self.cursor[None].expand(1, self.num_rows)
         self.history_tokens.scatter_(0, place, tokens[None])
         self.history_logps.scatter_(0, place, logps[None])

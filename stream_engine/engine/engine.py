@@ -7,6 +7,7 @@ say so in `describe()`.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
 from stream_engine.engine.batching import TokenBudget, is_out_of_memory, map_ahead
 from stream_engine.engine.cpu import keep_freed_memory, pack_linears
 from stream_engine.engine.decode import STEPS_PER_READ, GraphDecoder, can_capture
+from stream_engine.engine.draw import SeenTokens
 from stream_engine.engine.generate import (
     GenerateRequest,
     Generation,
@@ -35,6 +37,7 @@ from stream_engine.engine.generate import (
 from stream_engine.engine.memory import (
     DEFAULT_ROWS,
     DEFAULT_TOKENS,
+    PENALTY_COPIES,
     Demand,
     MemoryPlan,
     host_available,
@@ -111,6 +114,15 @@ class Engine:
         )
         self.cache = KVCache(max_prefix_tokens=1 << 30)
         self.scheduler = Scheduler(self)
+        self.seen = (
+            SeenTokens(self.cache, model.lm_head.weight.shape[0], model.device)
+            if sampling.repetition_penalty != 1.0
+            else None
+        )
+        if kind == "cuda":
+            # cuDNN's attention makes a plan for every new length and stride of a prompt, which
+            # takes longer than the prompt does; flash attention takes any.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if kind == "cpu":
             keep_freed_memory()
             # recurrent layers read their weights themselves, which a packed one does not allow
@@ -291,7 +303,8 @@ class Engine:
         itemsize = model.dtype.itemsize
         on_cuda = model.device.type == "cuda"
         copies = 1.0 + 2 * (model.logit_softcap is not None)
-        copies += self.sampling.repetition_penalty != 1.0
+        if self.seen is not None:
+            copies += PENALTY_COPIES
         if not on_cuda and itemsize != 4:
             copies += itemsize / 4
         return Demand(
@@ -337,6 +350,8 @@ class Engine:
         if not self.rehearses:
             confirmed = self.model.device.type != "cuda" and plan.total <= self.available()
             self.plan = replace(plan, confirmed=confirmed)
+            if self.model.device.type == "cuda":
+                self._preallocate(plan)
             return confirmed or self.model.tensor_parallel > 1
         try:
             self._preallocate(plan)
@@ -385,7 +400,8 @@ class Engine:
     def close(self) -> None:
         """Free the model's memory; the engine is of no use afterwards."""
         self.cache.clear()
-        del self.model
+        del self.model, self.head_weight, self.graphs, self.seen
+        gc.collect()  # the engine and its parts refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

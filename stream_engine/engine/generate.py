@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from stream_kernels import HostLayout, sample, uniforms
+from stream_kernels import HostLayout
 from torch import Tensor
 
 from stream_engine.engine.batching import is_out_of_memory
@@ -38,6 +38,7 @@ from stream_engine.engine.decode import (
     DecodeInput,
     decode_eagerly,
 )
+from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import (
     CacheFullError,
     ExtendStep,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREFILL_AHEAD = 3
+"""Questions that a prefill may take beyond those whose rows are wanted now."""
 EARLY_CALLS = 4
 """Calls for which early work is kept: where a judge shares the engine, its calls come between."""
 
@@ -206,6 +209,7 @@ class Scheduler:
         try:
             self.engine.plan_generation()
             while self.queue.peek() or any(group.is_wanted for group in self.groups.values()):
+                shortage: BaseException | None = None
                 try:
                     self.admit()
                     self.activate()
@@ -215,7 +219,11 @@ class Scheduler:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    self.retreat(error)
+                    # Without its traceback, which holds the tensors of the forward that failed.
+                    shortage = error.with_traceback(None)
+                    shortage.__context__ = None
+                if shortage is not None:
+                    self.retreat(shortage)
                 yield from self.drain()
             yield from self.drain()
             is_complete = True
@@ -293,21 +301,26 @@ class Scheduler:
     # -- admission -----------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Prefill the next questions, while rows are wanted and the budget allows."""
+        """Prefill the next questions, while rows are wanted and the budget allows.
+
+        Once one question is wanted, some more come along: a prefill of one costs as many launches
+        as a prefill of several. Their rows wait.
+        """
+        most = self.engine.budget.rows + PREFILL_AHEAD * self.engine.rows_per_question
         while len(self.batch) + len(self.ready) < self.engine.budget.rows:
             queue = self.ahead if self.queue.peek() is None else self.queue
-            admitted = self.take_batch(queue)
+            admitted = self.take_batch(queue, most)
             if not admitted:
                 return
             self.prefill(admitted, queue)
 
-    def take_batch(self, queue: _Queue) -> list[tuple[GenerateRequest, int]]:
-        """Waiting requests for one prefill, each with its span's start."""
+    def take_batch(self, queue: _Queue, most: int) -> list[tuple[GenerateRequest, int]]:
+        """Waiting requests for one prefill, with their spans' starts: up to `most` rows in all."""
         budget = self.engine.budget
         taken: list[tuple[GenerateRequest, int]] = []
         num_tokens = 0
         num_rows = len(self.batch) + len(self.ready)
-        while num_rows < budget.rows and (request := queue.peek()) is not None:
+        while num_rows < most and (request := queue.peek()) is not None:
             length = len(request.prompt)
             refusal = self.engine.refusal(request.prompt, self.longest_suffix(request))
             if refusal is not None:
@@ -384,6 +397,8 @@ class Scheduler:
                 row.slot = self.cache.allocate_slot()
                 rows.append(row)
             self.batch.extend(rows)
+            if self.engine.seen is not None:
+                self.engine.seen.begin([_slot(row) for row in rows])
             states = self.extend(rows) if num_tokens else self.first_states(rows)
             self.take_tokens(rows, states)
 
@@ -462,26 +477,27 @@ class Scheduler:
 
     def take_tokens(self, rows: Sequence[_Row], hidden: Tensor) -> None:
         """Sample each row's next token from its hidden state [R, D]; close rows that end."""
-        engine, sampling = self.engine, self.engine.sampling
+        engine = self.engine
         logits = engine.logits(hidden)
         rows, logits = self.drop_nonfinite(rows, logits)
         if not rows:
             return
         seeds = torch.tensor([row.request.seed for row in rows], device=logits.device)
         counts = torch.tensor([len(row.result.token_ids) for row in rows], device=logits.device)
-        tokens, logps = sample(
-            logits,
-            uniforms(seeds, counts),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            suppress=engine.suppressed,
-            vocab_size=engine.model.vocab_size,
-            penalized=penalize(
-                logits, [row.result.token_ids for row in rows], sampling.repetition_penalty
-            ),
-        )
+        tokens, logps = draw(engine, logits, seeds, counts, self.seen(rows))
         self.accept(rows, tokens.tolist(), logps.tolist())
+
+    def seen(self, rows: Sequence[_Row]) -> Tensor | None:
+        """What a repetition penalty falls on, each row's last token noted: bool [R, V]."""
+        seen = self.engine.seen
+        if seen is None:
+            return None
+        device = seen.marks.device
+        fed = [row for row in rows if row.result.token_ids]
+        if fed:
+            tokens = torch.tensor([row.result.token_ids[-1] for row in fed], device=device)
+            seen.note(torch.tensor([_slot(row) for row in fed], device=device), tokens)
+        return seen.of(torch.tensor([_slot(row) for row in rows], device=device))
 
     def accept(self, rows: Sequence[_Row], tokens: list[int], logps: list[float]) -> None:
         """Note one drawn token a row; close the rows that end with it. Closed rows take none."""
@@ -562,23 +578,6 @@ class Scheduler:
     def drain(self) -> Iterator[Generation | RequestFailure]:
         while self.results:
             yield self.results.popleft()
-
-
-def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor | None:
-    """Logits [R, V] after a repetition penalty on each row's own tokens; None when it is 1.
-
-    Keskar et al. 2019 (CTRL), as transformers applies it when it is given embeddings: the
-    prompt's tokens do not count. Positive logits are divided by the penalty, others multiplied.
-    """
-    if penalty == 1.0:
-        return None
-    penalized = logits.clone()
-    for row, tokens in enumerate(seen):
-        if tokens:
-            ids = torch.tensor(sorted(set(tokens)), device=logits.device)
-            values = penalized[row, ids]
-            penalized[row, ids] = torch.where(values > 0, values / penalty, values * penalty)
-    return penalized
 
 
 def prefill_prompts(engine: Engine, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:

@@ -40,6 +40,8 @@ SUFFIX_PADDING = 2
 """Scoring pads answers of unequal lengths to the longest: about twice their tokens."""
 GRAPHS_FACTOR = 2
 """Captured steps of all sizes share one pool; pieces of unequal sizes leave gaps in it."""
+PENALTY_COPIES = 3.5
+"""Copies of the logits that a repetition penalty makes, and its marks of a byte each."""
 SAMPLER_ELEMENTS = 6 << 19
 """float32 numbers in the temporaries of the CPU's sampler, which works on slabs of rows."""
 

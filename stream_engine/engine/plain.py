@@ -16,18 +16,17 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from stream_kernels import sample, uniforms
 from torch import Tensor
 from transformers import DynamicCache
 
 from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.draw import draw, seen_in
 from stream_engine.engine.generate import (
     GeneratedRow,
     GenerateRequest,
     Generation,
     RequestFailure,
     RowRequest,
-    penalize,
 )
 from stream_engine.engine.score import (
     NextTokenLogps,
@@ -198,19 +197,12 @@ def _draw(
     engine: Engine, logits: Tensor, rows: Sequence[tuple[RowRequest, GeneratedRow]]
 ) -> tuple[list[int], list[float]]:
     """One token a row, and its log-prob under the untempered distribution."""
-    sampling = engine.sampling
     seeds = torch.tensor([request.seed for request, _ in rows], device=logits.device)
     counts = torch.tensor([len(row.token_ids) for _, row in rows], device=logits.device)
-    tokens, logps = sample(
-        logits,
-        uniforms(seeds, counts),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        suppress=engine.suppressed,
-        vocab_size=engine.model.vocab_size,
-        penalized=penalize(logits, [row.token_ids for _, row in rows], sampling.repetition_penalty),
-    )
+    seen = None
+    if engine.sampling.repetition_penalty != 1.0:
+        seen = seen_in([row.token_ids for _, row in rows], logits)
+    tokens, logps = draw(engine, logits, seeds, counts, seen)
     return tokens.tolist(), logps.tolist()
 
 

@@ -110,7 +110,8 @@ class KVCache:
         self.num_spare_slots = 0
         """Slots at the end that are never handed out; captured steps write their padding there."""
         self.generation = 0
-        """Counts (re)allocations of any slab: what holds an address compares it."""
+        """Counts changes of any slab's size: what holds an address compares it. The slab itself
+        follows when a forward next asks for it, which a replayed graph never does."""
 
     def clear(self) -> None:
         """Free all memory; every span and slot handed out becomes invalid."""
@@ -118,6 +119,7 @@ class KVCache:
         self.spans = SpanAllocator(0)
         self.num_slots = self.slot_capacity = 0
         self._free_slots = []
+        self.generation += 1
 
     # -- who owns what ---------------------------------------------------------------------------
 
@@ -131,6 +133,7 @@ class KVCache:
             if in_use and in_use + length > self.max_prefix_tokens:
                 raise CacheFullError(f"{in_use} prefix tokens in use, {length} more asked for")
             self.spans.grow(max(capacity, self.spans.capacity + length))
+            self.generation += 1
             start = self.spans.allocate(length)
             assert start is not None
         return start
@@ -143,6 +146,7 @@ class KVCache:
         if len(self._free_slots) <= self.num_spare_slots:
             old, self.num_slots = self.num_slots, self.num_slots + max(8, self.num_slots // 2)
             self._free_slots += range(old, self.num_slots)
+            self.generation += 1
         return self._free_slots.pop(0)
 
     @property
@@ -163,6 +167,7 @@ class KVCache:
         """Make every slot hold at least `tokens`."""
         if tokens > self.slot_capacity:
             self.slot_capacity = max(32, tokens, min(2 * self.slot_capacity, tokens + 256))
+            self.generation += 1
 
     def preallocate(self, *, prefix_tokens: int, slots: int, slot_tokens: int) -> None:
         """Fix the slabs' sizes ahead, so that their addresses never change (CUDA graphs)."""
@@ -172,6 +177,7 @@ class KVCache:
             self._free_slots += range(self.num_slots, slots)
             self.num_slots = slots
         self.slot_capacity = max(self.slot_capacity, slot_tokens)
+        self.generation += 1
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -198,7 +204,6 @@ class KVCache:
         prefix_shape = (heads, self.spans.capacity, size)
         suffix_shape = (self.num_slots, heads, self.slot_capacity, size)
         if old is None:
-            self.generation += 1
             self.layers[layer] = LayerStore(
                 key.new_zeros(prefix_shape),
                 key.new_zeros(prefix_shape),
@@ -206,7 +211,6 @@ class KVCache:
                 key.new_zeros(suffix_shape),
             )
         elif old.prefix_key.shape != prefix_shape or old.suffix_key.shape != suffix_shape:
-            self.generation += 1
             for name, shape in (("prefix", prefix_shape), ("suffix", suffix_shape)):
                 for part in ("key", "value"):
                     slab = getattr(old, f"{name}_{part}")

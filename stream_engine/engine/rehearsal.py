@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from stream_kernels import HostLayout, sample, uniforms
+from stream_kernels import HostLayout
 
 from stream_engine.engine.decode import (
     STEPS_PER_READ,
@@ -18,6 +18,7 @@ from stream_engine.engine.decode import (
     DecodeInput,
     decode_eagerly,
 )
+from stream_engine.engine.draw import draw
 from stream_engine.errors import RecordError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _prefill(engine: Engine, plan: MemoryPlan) -> None:
 
 
 def _decode(engine: Engine, plan: MemoryPlan) -> None:
-    sampling, rows = engine.sampling, list(range(plan.rows))
+    rows = list(range(plan.rows))
     length = max(1, plan.slot_tokens - STEPS_PER_READ)
     k = plan.rows_per_question
     groups = [rows[first : first + k] for first in range(0, len(rows), k)]
@@ -89,6 +90,8 @@ def _decode(engine: Engine, plan: MemoryPlan) -> None:
             suffix_lengths=[length] * len(rows),
         ),
     )
+    if engine.seen is not None:
+        engine.seen.begin(rows)
     if engine.graphs is not None:
         try:
             engine.graphs.run(batch, 1)
@@ -97,13 +100,6 @@ def _decode(engine: Engine, plan: MemoryPlan) -> None:
         else:
             return
     logits = engine.logits(decode_eagerly(engine, batch))
-    sample(
-        logits,
-        uniforms(torch.tensor(rows, device=logits.device), torch.zeros_like(logits[:, 0]).long()),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        suppress=engine.suppressed,
-        vocab_size=engine.model.vocab_size,
-        penalized=logits.clone() if sampling.repetition_penalty != 1.0 else None,
-    )
+    slots = torch.tensor(rows, device=logits.device)
+    seen = None if engine.seen is None else engine.seen.of(slots)
+    draw(engine, logits, slots, torch.zeros_like(slots), seen)

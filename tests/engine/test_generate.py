@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from stream_engine.engine import GenerateRequest, Generation, RequestFailure, RowRequest
 from stream_engine.engine.decode import GraphDecoder
-from stream_engine.engine.generate import penalize
+from stream_engine.engine.draw import penalize, seen_in
 from tests.engine.conftest import ask, full_forward_logps
 
 
@@ -143,11 +146,10 @@ def test_suppressed_tokens_are_never_drawn(make_engine):
 def test_repetition_penalty_equals_transformers():
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     seen = [[1, 4, 4], []]
-    penalized = penalize(logits, seen, 1.3)
+    penalized = penalize(logits, seen_in(seen, logits), 1.3)
     processor = RepetitionPenaltyLogitsProcessor(1.3)
     assert torch.equal(penalized[:1], processor(torch.tensor([seen[0]]), logits[:1].clone()))
     assert torch.equal(penalized[1], logits[1])
-    assert penalize(logits, seen, 1.0) is None
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(make_engine):
@@ -220,9 +222,10 @@ def test_a_prompt_longer_than_the_model_is_refused(make_engine):
     assert {r.reason for r in refused} == {"prompt_too_long"}
 
 
-def test_steps_that_feed_themselves_draw_the_same_tokens(make_engine):
+@pytest.mark.parametrize("penalty", [1.0, 1.3], ids=["", "penalty"])
+def test_steps_that_feed_themselves_draw_the_same_tokens(make_engine, penalty):
     """What a CUDA graph replays, run without the graph: static buffers, spare rows, late reads."""
-    plain, static = make_engine(max_rows=10), make_engine(max_rows=10)
+    plain, static = (make_engine(max_rows=10, repetition_penalty=penalty) for _ in range(2))
     for engine in (plain, static):
         engine.stop_token_ids = frozenset(range(0, 480, 9))
     static.cache.preallocate(prefix_tokens=2000, slots=11, slot_tokens=24)
@@ -234,3 +237,69 @@ def test_steps_that_feed_themselves_draw_the_same_tokens(make_engine):
         for row, other in zip(result.rows, expected[key].rows):
             assert scored(row)[1] == pytest.approx(scored(other)[1], abs=2e-5)
     assert static.graphs.graphs
+
+
+class FixedAddresses:
+    """Stands for CUDA's capture: a replay reads and writes the slabs that were there when it was
+    recorded, whatever the cache has become since."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        self.num_captures = 0
+
+    def renew_pool(self) -> None:
+        pass
+
+    def slabs(self) -> list[tuple[int, tuple[int, ...]]]:
+        layers = self.engine.cache.layers.values()
+        tensors = [t for s in layers for t in (s.prefix_key, s.suffix_key)]
+        if self.engine.seen is not None:
+            tensors.append(self.engine.seen.marks)
+        return [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors]
+
+    def capture(self, warm_up, step):
+        cache = self.engine.cache
+        for layer, slab in list(cache.layers.items()):  # as a warm-up's first forward lets them
+            cache.store(layer, slab.prefix_key[None, :, :1])
+        self.num_captures += 1
+        recorded = self.slabs()
+
+        def replay() -> None:
+            assert self.slabs() == recorded
+            slab = cache.layers[0]
+            assert slab.prefix_key.shape[1] == cache.spans.capacity
+            assert slab.suffix_key.shape[0] == cache.num_slots
+            assert slab.suffix_key.shape[2] == cache.slot_capacity
+            step()
+
+        return SimpleNamespace(replay=replay)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3], ids=["", "penalty"])
+def test_no_step_is_replayed_over_slabs_that_have_grown(make_engine, penalty):
+    """Longer rows and more slots than were planned: a replay would have written past the slab."""
+    plain, static = (make_engine(max_rows=6, repetition_penalty=penalty) for _ in range(2))
+    static.cache.preallocate(prefix_tokens=300, slots=3, slot_tokens=14)
+    static.graphs = GraphDecoder(static)
+    static.graphs.site = site = FixedAddresses(static)
+
+    def requests(engine):
+        short, long = ask(engine, 4, rows=2), ask(engine, 8, rows=2)[4:]
+        own = tuple(range(5, 25))
+        rows = [tuple(replace(row, suffix_ids=own) for row in r.rows) for r in long]
+        return [*short, *(replace(r, rows=own_rows) for r, own_rows in zip(long, rows))]
+
+    assert drawn(static.generate(requests(static))) == drawn(plain.generate(requests(plain)))
+    assert site.num_captures > 1
+
+
+def test_a_slot_forgets_the_answer_before(make_engine):
+    """A repetition penalty falls on a row's own tokens, not on those of who had its slot."""
+    alone, reused = (make_engine(max_rows=2, repetition_penalty=1.5) for _ in range(2))
+    expected = {}
+    for request in ask(alone, 6, rows=2):
+        expected |= drawn(alone.generate([request]))
+        alone.cache.clear()
+        alone.seen.marks.zero_()
+    assert drawn(reused.generate(ask(reused, 6, rows=2))) == expected
+    assert len(reused.seen.marks) < 12
