@@ -101,16 +101,26 @@ class Rank:
 def set_device(rank: Rank, device: str) -> str:
     """The device of this rank: `cuda:LOCAL_RANK` for "auto" where there is CUDA, else "cpu".
 
-    Imports torch, and sets its number of threads unless the environment already did.
+    It becomes the current one, on which kernels are launched and graphs captured. Imports torch,
+    and sets its number of threads unless the environment already did.
+
+    Raises:
+        ConfigError: when a CUDA device is asked for by name and there is none.
     """
     import torch
 
     if not rank.threads_set:
         torch.set_num_threads(rank.num_threads())
-    if device not in ("auto", "cuda"):
-        return device
-    if not torch.cuda.is_available():
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {device!r}, but torch {torch.__version__} finds no CUDA device"
+        )
+    if device not in ("auto", "cuda"):
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        return device
     index = rank.local_rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return f"cuda:{index}"

@@ -50,8 +50,8 @@ def split_prompt(question: str, answer: str) -> str:
 
 
 def rewrite_prompt(facts: Sequence[str]) -> str:
-    """Ask for a yes/no question for each fact."""
-    return REWRITE + "".join(f"\n- {fact}" for fact in facts)
+    """Ask for a yes/no question for each fact. RLAIF-V sets a blank line between two facts."""
+    return REWRITE + "".join(f"\n- {fact}\n" for fact in facts)
 
 
 def yes_no_prompt(question: str) -> str:

@@ -28,7 +28,10 @@ def test_prompts_are_put_together_as_published():
     assert prompts.split_prompt("What?", "A cat.").endswith(
         "### Question-answer pair:\nQuestion: What?\nAnswer: A cat."
     )
-    assert prompts.rewrite_prompt(["A.", "B."]).endswith("### Declarative sentences:\n- A.\n- B.")
+    # each fact ends its line, and the next begins with one: a blank line lies between them
+    assert prompts.rewrite_prompt(["A.", "B."]).endswith(
+        "### Declarative sentences:\n- A.\n\n- B.\n"
+    )
     assert prompts.yes_no_prompt("Is it {so}?") == "Is it {so}? Please answer yes or no."
     assert prompts.critic_prompt("What?", "{0}", "[b]").endswith(
         "Question: [What?]\nThe first response: [{0}]\nThe second response: [[b]]\nASSISTANT:\n"

@@ -39,7 +39,7 @@ REWRITE_PROMPT = (
     "You should present your result in the following format:\n"
     "### Modified sentences:\n- {Modified sentence 1}\n- {Modified sentence 2}\n- ...\n\n"
     "### Declarative sentences:"
-)  # then "\n- " and the fact, for each fact
+)  # then "\n- ", the fact and "\n", for each fact
 
 
 def split_prompt(question: str, answer: str) -> str:
@@ -48,4 +48,4 @@ def split_prompt(question: str, answer: str) -> str:
 
 
 def rewrite_prompt(facts: list[str]) -> str:
-    return REWRITE_PROMPT + "".join(f"\n- {fact}" for fact in facts)
+    return REWRITE_PROMPT + "".join(f"\n- {fact}\n" for fact in facts)

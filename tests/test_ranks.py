@@ -1,0 +1,44 @@
+"""A rank's device: named, found, and made the current one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stream_engine.errors import ConfigError
+from stream_engine.ranks import Rank, set_device
+
+RANK = Rank(local_rank=3, threads_set=True)
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Two CUDA devices that are not there; the list holds those made current."""
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "made"),
+    [
+        pytest.param("auto", "cuda:1", [1], id="by-local-rank"),
+        pytest.param("cuda:1", "cuda:1", ["cuda:1"], id="by-name"),
+        pytest.param("cpu", "cpu", [], id="cpu"),
+    ],
+)
+def test_the_device_becomes_the_current_one(current, asked, device, made):
+    """Triton launches on the current device: kernels for another's memory once went there."""
+    assert set_device(RANK, asked) == device
+    assert current == made
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:1"])
+def test_a_cuda_device_that_is_not_there_is_an_error(monkeypatch, asked):
+    """Not a run on CPU, a hundred times slower and in another precision, that nobody asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"device is '{asked}', but torch finds no CUDA device"):
+        set_device(RANK, asked)
+    assert set_device(RANK, "auto") == "cpu"
