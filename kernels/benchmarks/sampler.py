@@ -40,10 +40,12 @@ def measure_shape(
     rounds: int,
     bandwidth: float | None,
 ) -> dict[str, object]:
-    """Times and ratios; on CUDA the inputs rotate, so that no call finds its logits in L2."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    """Times and ratios; on CUDA the inputs rotate, so that no call finds its logits in L2.
+
+    Float32 logits, which are what the engine samples from on every device.
+    """
     copies = 8 if device == "cuda" else 1
-    logits = (torch.randn(copies, num_rows, vocab_size, device=device) * 3).to(dtype)
+    logits = torch.randn(copies, num_rows, vocab_size, device=device) * 3
     seeds = torch.arange(num_rows, device=device)
     points = uniforms(seeds, torch.zeros_like(seeds))
     process = hf_processors(settings)

@@ -22,12 +22,15 @@ from stream_engine.engine import (
     row_seed,
 )
 from stream_engine.engine.cpu import pack_linears
+from stream_engine.engine.engine import share_device
 from stream_engine.engine.prefix_cache import ATTENTION_NAME
 from stream_engine.models.base import Prompt
 from tests.benchmarks import baselines
 from tests.benchmarks.harness import Results, Variant, compare, timed
 from tests.benchmarks.synthetic import SHAPES, Shape, SyntheticVLM, build_llava
 
+BASELINE_BYTES = 16 << 30
+"""What the engines leave free on a GPU, for the caches and logits of the baselines."""
 Keep = Callable[[Results], None]
 
 
@@ -61,9 +64,16 @@ def set_up(
         temperature=0.7, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=answer_tokens
     )
     own = build_llava(shape, **where) if cuda else copy.deepcopy(hf)
-    engine = Engine(SyntheticVLM(own, shape), sampling, max_rows=max_rows or None)
+    engine = Engine(
+        SyntheticVLM(own, shape), sampling, max_rows=max_rows or None, rows_per_question=k
+    )
     other = build_llava(shape, seed=1, **where)
-    reward = Engine(SyntheticVLM(other, shape), sampling)
+    reward = Engine(SyntheticVLM(other, shape), sampling, draws=False)
+    if cuda:
+        kept = torch.empty(BASELINE_BYTES, dtype=torch.uint8, device="cuda")
+        share_device([engine, reward])
+        del kept
+        torch.cuda.empty_cache()
     continuous = baselines.Continuous(best)
     prompts = [engine.model.question(n) for n in range(questions)]
     return Setting(shape, hf, best, continuous, engine, reward, k, answer_tokens, prompts)
