@@ -78,7 +78,7 @@ def train_tower(model: vlm.TinyLlava, rng: random.Random) -> None:
 
 
 def main() -> None:
-    args = loop.start(__doc__ or "", steps=1500)
+    args = loop.start(loop.arguments(__doc__ or "", steps=1500))
     tokenizer_folder = args.out / "vlm_tokenizer"
     tokenizer_folder.mkdir(parents=True, exist_ok=True)
     model = vlm.TinyLlava(train_vlm_tokenizer(tokenizer_folder))

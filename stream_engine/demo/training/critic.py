@@ -28,7 +28,7 @@ def critic_task(scene: Scene, question: str, first: str, second: str) -> tuple[s
 
 
 def main() -> None:
-    args = loop.start(__doc__ or "", steps=1400)
+    args = loop.start(loop.arguments(__doc__ or "", steps=1400))
     model = vlm.load_checkpoint(args.out / "judge")
     model.freeze_vision()
     rng = random.Random(f"critic:{args.seed}")

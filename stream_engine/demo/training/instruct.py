@@ -21,7 +21,7 @@ ERROR_RATE = 0.6  # at temperature 0.7 about half of this is left
 
 
 def main() -> None:
-    args = loop.start(__doc__ or "", steps=400)
+    args = loop.start(loop.arguments(__doc__ or "", steps=400))
     model = vlm.load_checkpoint(args.out / "base")
     model.freeze_vision()
     rng = random.Random(f"instruct:{args.seed}")

@@ -20,7 +20,7 @@ QUESTIONS_PER_IMAGE = 8
 
 
 def main() -> None:
-    args = loop.start(__doc__ or "", steps=1000)
+    args = loop.start(loop.arguments(__doc__ or "", steps=1000))
     model = vlm.load_checkpoint(args.out / "base")
     model.freeze_vision()
     rng = random.Random(f"judge:{args.seed}")

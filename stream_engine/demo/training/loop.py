@@ -49,12 +49,17 @@ def train(
     model.eval()
 
 
-def start(description: str, *, steps: int) -> argparse.Namespace:
-    """Command line, logging, one thread and the seed of a training script."""
+def arguments(description: str, *, steps: int) -> argparse.ArgumentParser:
+    """The command line that all training scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder that holds all checkpoints")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Logging, one thread and the seed of a training script."""
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

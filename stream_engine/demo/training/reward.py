@@ -36,7 +36,7 @@ def write_pair(scene: Scene, question: str, rng: random.Random) -> tuple[str, st
 
 
 def main() -> None:
-    args = loop.start(__doc__ or "", steps=400)
+    args = loop.start(loop.arguments(__doc__ or "", steps=400))
     reference = vlm.load_checkpoint(args.out / "instruct").eval()
     model = vlm.load_checkpoint(args.out / "instruct")
     model.freeze_vision()
