@@ -96,7 +96,8 @@ def finish(args: argparse.Namespace, report: RunReport) -> int:
 def report_lines(report: RunReport) -> list[str]:
     """How a run ended: counts that add up, every problem, and the dataset's path last."""
     did_work = report.samples_added_here or report.shards_done_here or report.merged_here
-    lines = [] if did_work else ["nothing to do: all is up to date"]
+    is_up_to_date = report.status.is_finished and not did_work
+    lines = ["nothing to do: all is up to date"] if is_up_to_date else []
     lines += status_lines(report.status)
     if report.problems:
         lines += ["failed:", *(f"  {problem}" for problem in report.problems)]

@@ -12,6 +12,7 @@ from stream_engine.config import RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
 from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
+from stream_engine.run_state import RunState
 from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.results import ResultHeader, is_done, read_header
 from stream_engine.storage.run_dir import RunDir
@@ -100,6 +101,25 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     return inputs
 
 
+def seen_inputs(state: RunState) -> MergeInputs:
+    """The same from the headers that a RunState has read already; no file is opened.
+
+    The results' times are left out: the dataset that is held against these is known to be new.
+    """
+    inputs = MergeInputs(state.manifest, state.fingerprints)
+    for shard in state.shards:
+        counts = None
+        if all(state.is_complete(stage, shard) for stage in STAGES):
+            rollouts, rewards = (state.header(stage, shard) for stage in STAGES)
+            assert rollouts is not None and rewards is not None
+            counts = counts_of(shard.num_samples, rollouts, rewards)
+        inputs.digest.append((shard.index, shard.sha256, counts))
+        if counts is None:
+            inputs.missing.append(shard.index)
+            inputs.num_missing_samples += shard.num_samples
+    return inputs
+
+
 def complete_counts(
     run_dir: RunDir, info: ShardInfo, fingerprints: Mapping[Stage, str]
 ) -> ShardCounts | None:
@@ -114,8 +134,12 @@ def complete_counts(
     check_header(info, rewards, rollouts.num_results)
     if rollouts.num_samples < info.num_samples or rewards.num_samples < rollouts.num_results:
         return None
+    return counts_of(info.num_samples, rollouts, rewards)
+
+
+def counts_of(num_samples: int, rollouts: ResultHeader, rewards: ResultHeader) -> ShardCounts:
     return ShardCounts(
-        samples=info.num_samples,
+        samples=num_samples,
         failed_rollouts=rollouts.num_quarantined,
         failed_rewards=rewards.num_quarantined,
         scored=rewards.num_results,

@@ -13,7 +13,7 @@ from stream_engine.config import RunConfig
 from stream_engine.console import ProgressView, set_up_logging
 from stream_engine.errors import ConfigError
 from stream_engine.loaded_engines import LoadedEngines
-from stream_engine.merge_step import merge_when_due
+from stream_engine.merge_step import Outcome, merge_when_due
 from stream_engine.other_python import find_python, run_rewards_under
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
@@ -102,25 +102,29 @@ def run_as_worker(
     run_file = begin(run_dir, config, pipeline, rank)
     fingerprints = run_file.fingerprints
     state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
-    num_added, num_done, merged = 0, 0, False
+    here = config
+    if elsewhere and config.run_stage is None:
+        here = msgspec.structs.replace(config, run_stage=0)
+    worker = Worker(run_dir, here, pipeline, fingerprints, rank=rank, view=view, team=team)
+    works = "work" in steps and config.run_stage != 2
+    do_shards = works and not (elsewhere and config.run_stage == 1)
+    num_done = 0
+    outcome: Outcome | None = None
     with exit_on_sigterm(run_dir, rank.worker_id):
         if config.run_stage in (1, 2):
             require_rollouts(state, config)
-        if not {"shard", "work"}.isdisjoint(steps):
-            here = config
-            if elsewhere and config.run_stage is None:
-                here = msgspec.structs.replace(config, run_stage=0)
-            worker = Worker(run_dir, here, pipeline, fingerprints, rank=rank, view=view, team=team)
-            do_shards = "work" in steps and config.run_stage != 2
-            if elsewhere and config.run_stage == 1:
-                do_shards = False
-            with view:
-                num_done = worker.work(read_input="shard" in steps, do_shards=do_shards)
-            num_added = worker.num_added
-            if elsewhere and config.run_stage in (None, 1) and not is_scored(state.refresh()):
-                run_rewards_under(elsewhere, config.work_dir)
-        if "merge" in steps and config.run_stage in (None, 2):
-            merged = merge_when_due(state, config, pipeline, rank)
+        while outcome is None or (works and outcome == "unsettled"):
+            if not {"shard", "work"}.isdisjoint(steps):
+                with view:
+                    num_done += worker.work(read_input="shard" in steps, do_shards=do_shards)
+                if elsewhere and config.run_stage in (None, 1) and not is_scored(state.refresh()):
+                    run_rewards_under(elsewhere, config.work_dir)
+            outcome = "current"
+            if "merge" in steps and config.run_stage in (None, 2):
+                # Asked of the worker's own view, so that the two agree on what is left to do.
+                outcome = merge_when_due(worker.state, config, pipeline, rank, works=works)
+    merged = outcome == "merged"
+    num_added = worker.num_added
     return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)
 
 
