@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
+from stream_engine.damage import around_damage
 from stream_engine.demo import demo_models
 from stream_engine.errors import ConfigError
 from stream_engine.flags import convert_flag, read_settings
 from stream_engine.inspect_run import inspect as inspect_lines
 from stream_engine.merge_step import wait_for_lease
+from stream_engine.merger import MergeReport
 from stream_engine.merger import export as export_format
 from stream_engine.pipelines import pipeline_class
 from stream_engine.plan import plan_lines
@@ -183,8 +185,9 @@ def export(args: argparse.Namespace) -> int:
     state = open_state(args)
     rank = Rank.from_environment()
     for name in formats:
-        with wait_for_lease(state, config, rank):
-            report = export_format(
+
+        def write(name: str = name) -> MergeReport:
+            return export_format(
                 run_dir,
                 config,
                 pipeline,
@@ -193,6 +196,9 @@ def export(args: argparse.Namespace) -> int:
                 folder=Path(args.out) if args.out else None,
                 allow_partial=any(state.is_failed(shard) for shard in state.shards),
             )
+
+        with wait_for_lease(state, config, rank):
+            report = around_damage(state, config, rank.worker_id, write)
         print(f"{name}: {report.formats[name].written} pairs in {report.formats[name].folder}")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -28,16 +28,19 @@ class ShardFailure(msgspec.Struct, frozen=True, kw_only=True):
     error: str
     traceback: str
     source: str
-    """The shard's tar, and the member at fault where it is known."""
+    """The shard's tar or the damaged result, and the member at fault where it is known."""
     member: str = ""
     key: str = ""
     worker: str = ""
     time: float = 0.0
     retry_at: float = 0.0
+    damaged: Literal["result", "tar"] | None = None
+    """A finished file that was found damaged. The results of a shard whose tar is stay valid, but
+    no dataset can be built from them."""
 
     def is_final(self, max_retries: int) -> bool:
         """Whether the shard is given up until someone asks for a retry."""
-        return self.attempts > max_retries
+        return self.damaged is not None or self.attempts > max_retries
 
 
 def record_failure(
@@ -49,26 +52,33 @@ def record_failure(
     fingerprint: str,
     worker: str,
     config: WorkerConfig,
+    damaged: Literal["result", "tar"] | None = None,
+    remedy: str = "",
 ) -> ShardFailure:
-    """Write one more failed attempt at a shard, with the time of its next one (doubling)."""
+    """Write one more failed attempt at a shard, with the time of its next one (doubling).
+
+    A finished file that is `damaged` makes the failure final at once; `remedy` says what to do.
+    """
     before = read_failure(run_dir, shard)
     counts = before is not None and (before.stage, before.fingerprint) == (stage, fingerprint)
     attempts = before.attempts + 1 if before is not None and counts else 1
     member = error.member if isinstance(error, ShardReadError) else ""
+    tar = str(run_dir.shard(shard))
     now = time.time()
     failure = ShardFailure(
         shard=shard,
         stage=stage,
         fingerprint=fingerprint,
         attempts=attempts,
-        error=describe(error),
+        error=f"{describe(error)}; {remedy}" if remedy else describe(error),
         traceback="".join(traceback.format_exception(error)),
-        source=str(run_dir.shard(shard)),
+        source=error.path if damaged and isinstance(error, ShardReadError) else tar,
         member=member,
         key=member.split(".")[0] or getattr(error, "key", ""),
         worker=worker,
         time=now,
         retry_at=now + config.retry_backoff_s * 2 ** (attempts - 1),
+        damaged=damaged,
     )
     encoded = msgspec.json.format(msgspec.json.encode(failure), indent=2)
     write_atomic(run_dir.failure(shard), encoded + b"\n")

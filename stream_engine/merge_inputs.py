@@ -10,9 +10,10 @@ import msgspec
 from stream_engine import __version__
 from stream_engine.config import RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
+from stream_engine.failures import read_failure
 from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
-from stream_engine.run_state import RunState
+from stream_engine.run_state import RunState, numbered
 from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.results import ResultHeader, is_done, read_header
 from stream_engine.storage.run_dir import RunDir
@@ -82,14 +83,17 @@ class MergeInputs:
 
 
 def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInputs:
-    """Look at the manifest and at every result's header.
+    """Look at the manifest and at every result's header; shards whose tar is damaged are missing.
 
     Raises:
         ConservationError: when a result's counts are not those of what it was made from.
     """
     inputs = MergeInputs(Manifest.load(run_dir), fingerprints)
+    without_tar = set(damaged_tars(run_dir, fingerprints))
     for info in inputs.manifest.shards:
-        counts = complete_counts(run_dir, info, fingerprints)
+        counts = None
+        if info.index not in without_tar:
+            counts = complete_counts(run_dir, info, fingerprints)
         inputs.digest.append((info.index, info.sha256, counts))
         if counts is None:
             inputs.missing.append(info.index)
@@ -101,6 +105,16 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     return inputs
 
 
+def damaged_tars(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> Iterator[int]:
+    """The shards whose tar a merge found damaged under these settings, until they are put back."""
+    for index, _ in numbered(run_dir.failures_dir):
+        failure = read_failure(run_dir, index)
+        if failure is None or failure.damaged != "tar":
+            continue
+        if failure.fingerprint == fingerprints[failure.stage]:
+            yield index
+
+
 def seen_inputs(state: RunState) -> MergeInputs:
     """The same from the headers that a RunState has read already; no file is opened.
 
@@ -109,7 +123,8 @@ def seen_inputs(state: RunState) -> MergeInputs:
     inputs = MergeInputs(state.manifest, state.fingerprints)
     for shard in state.shards:
         counts = None
-        if all(state.is_complete(stage, shard) for stage in STAGES):
+        is_whole = all(state.is_complete(stage, shard) for stage in STAGES)
+        if is_whole and not state.is_failed(shard):
             rollouts, rewards = (state.header(stage, shard) for stage in STAGES)
             assert rollouts is not None and rewards is not None
             counts = counts_of(shard.num_samples, rollouts, rewards)

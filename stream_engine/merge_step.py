@@ -8,9 +8,10 @@ import time
 from typing import Literal
 
 from stream_engine.config import RunConfig
+from stream_engine.damage import around_damage
 from stream_engine.errors import ConfigError
 from stream_engine.merge_inputs import seen_inputs
-from stream_engine.merger import is_current, merge, merge_is_current
+from stream_engine.merger import MergeReport, is_current, merge, merge_is_current
 from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.ranks import Rank
 from stream_engine.run_state import RunState
@@ -29,7 +30,8 @@ def merge_when_due(
 ) -> Outcome:
     """Merge unless the dataset is up to date; waits while another worker is at it.
 
-    All shards must be settled; failed ones are left out. An `append` may bring new shards at any
+    All shards must be settled; failed ones are left out, and so are those of which a file turns
+    out to be damaged. An `append` may bring new shards at any
     moment before this worker has the lease. Whoever settles those merges, so they are no error
     here: a worker (`works`) goes back to do them, and a merge alone leaves them to others.
 
@@ -58,9 +60,13 @@ def merge_when_due(
             return "current"
         logger.info("building pairs from %d shards", len(state.shards))
         started = time.monotonic()
-        has_failed = any(state.is_failed(shard) for shard in state.shards)
-        allow_partial = has_failed and is_settled
-        report = merge(state.run_dir, config, pipeline, fingerprints, allow_partial=allow_partial)
+
+        def write() -> MergeReport:
+            has_failed = any(state.is_failed(shard) for shard in state.shards)
+            allow_partial = has_failed and is_settled
+            return merge(state.run_dir, config, pipeline, fingerprints, allow_partial=allow_partial)
+
+        report = around_damage(state, config, rank.worker_id, write)
         logger.info(
             "merged in %.1f s: %d pairs of %d candidates",
             time.monotonic() - started,

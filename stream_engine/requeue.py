@@ -3,19 +3,27 @@
 A result file is written again without its quarantined records: it then covers a part of its shard,
 which is a state that every worker knows how to complete. So a retry may be interrupted, and may be
 finished by any number of workers, like any other work.
+
+A result that turns out to be damaged is set aside, and its shard put back: only then is it computed
+again, since workers trust a result whose header and size are right.
 """
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
-from stream_engine.errors import ConfigError
+from stream_engine.damage import set_aside
+from stream_engine.errors import ConfigError, ShardReadError
 from stream_engine.failures import clear_failure
 from stream_engine.pipelines.base import STAGES
-from stream_engine.run_state import RunState, shard_lease
+from stream_engine.run_state import RunState, Shard, shard_lease
 from stream_engine.shard_work import RECORD_TYPES
 from stream_engine.storage.leases import Lease
 from stream_engine.storage.results import read_results, write_results
+
+logger = logging.getLogger(__name__)
 
 
 class Requeued(msgspec.Struct, frozen=True):
@@ -35,27 +43,43 @@ def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
     num_shards = num_records = 0
     for shard in state.refresh().shards:
         failed = state.failure(shard) is not None
-        headers = {
-            stage: header
-            for stage in STAGES
-            if (header := state.header(stage, shard)) and header.num_quarantined
-        }
-        if not failed and not headers:
+        headers = [header for stage in STAGES if (header := state.header(stage, shard))]
+        if not failed and not any(header.num_quarantined for header in headers):
             continue
         name = shard_lease(shard.index)
         lease = Lease.acquire(state.run_dir, name, worker_id=worker, timeout_s=timeout_s)
         if lease is None:
             raise ConfigError(f"a worker is at shard {shard.index}; retry when the run has ended")
         with lease:
-            for stage, header in headers.items():
-                path = state.run_dir.result(stage, shard.index)
-                records = list(read_results(path, RECORD_TYPES[stage]))
-                part = msgspec.structs.replace(
-                    header, num_samples=header.num_results, num_quarantined=0
-                )
-                write_results(state.run_dir, part, records, [])
-                num_records += header.num_quarantined
+            put_back = requeue_results(state, shard)
             if failed:
                 clear_failure(state.run_dir, shard.index)
-                num_shards += 1
+        num_shards += failed or put_back is None
+        num_records += put_back or 0
     return Requeued(num_shards, num_records, state.num_rejected())
+
+
+def requeue_results(state: RunState, shard: Shard) -> int | None:
+    """Write a shard's results again without quarantined records; returns how many those were.
+
+    None says that a result was damaged and is out of the way now: the shard is done again.
+    """
+    num_records = 0
+    for stage in STAGES:
+        header = state.header(stage, shard)
+        if header is None:
+            continue
+        try:
+            path = state.run_dir.result(stage, shard.index)
+            records = list(read_results(path, RECORD_TYPES[stage]))
+        except ShardReadError as error:
+            kept = set_aside(state.run_dir, stage, shard.index)
+            logger.warning("%s; it is kept as %s and made again", error, kept)
+            return None
+        if header.num_quarantined:
+            part = msgspec.structs.replace(
+                header, num_samples=header.num_results, num_quarantined=0
+            )
+            write_results(state.run_dir, part, records, [])
+            num_records += header.num_quarantined
+    return num_records

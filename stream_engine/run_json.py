@@ -41,7 +41,18 @@ from stream_engine.storage.run_dir import RunDir
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pyarrow", "pillow")
 KNOWN_NAMES = frozenset(
-    ("run.json", "shards", "results", "failures", "quarantine", "leases", "logs", "debug", "report")
+    (
+        "run.json",
+        "shards",
+        "results",
+        "damaged",
+        "failures",
+        "quarantine",
+        "leases",
+        "logs",
+        "debug",
+        "report",
+    )
 )
 DEMO_DATASET = "demo-questions.parquet"
 PATH_SETTINGS = (

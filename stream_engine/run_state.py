@@ -121,11 +121,15 @@ class RunState:
         )
 
     def failure(self, shard: Shard) -> ShardFailure | None:
-        """The failure on file, if it is of these settings and its stage is not done since."""
+        """The failure on file, if it is of these settings and its stage is not done since.
+
+        A damaged tar stays one whether or not the results made from it are complete.
+        """
         failure = self.failures.get(shard.index)
         if failure is None or failure.fingerprint != self.fingerprints[failure.stage]:
             return None
-        return None if self.is_complete(failure.stage, shard) else failure
+        is_mended = failure.damaged != "tar" and self.is_complete(failure.stage, shard)
+        return None if is_mended else failure
 
     def is_failed(self, shard: Shard) -> bool:
         """Whether the shard was tried as often as allowed."""

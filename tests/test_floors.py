@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "card",
+            "damage",
             "failures",
             "inspect_run",
             "loaded_engines",

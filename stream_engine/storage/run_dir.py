@@ -5,6 +5,7 @@ It knows names, not contents, and creates nothing: writers make the folders they
     run.json                       settings, fingerprints, versions
     shards/000012.tar              samples, and shards/manifest.jsonl, the list of shards
     results/<stage>/000012.msgpack
+    damaged/<stage>-000012.msgpack results whose bytes were found changed, kept to be looked at
     failures/000012.json           why a shard failed
     quarantine/*.jsonl             records set aside, with their reasons
     leases/  logs/  debug/
@@ -47,6 +48,10 @@ class RunDir:
 
     def result(self, stage: str, index: int) -> Path:
         return self.results_dir(stage) / f"{index:06d}.msgpack"
+
+    def damaged(self, stage: str, index: int) -> Path:
+        """Where a result goes whose bytes are not those that were written."""
+        return self.root / "damaged" / f"{stage}-{index:06d}.msgpack"
 
     @property
     def failures_dir(self) -> Path:
