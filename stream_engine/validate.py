@@ -152,8 +152,18 @@ def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
 def jsonl_rows(folder: Path, _name: str) -> Iterator[tuple[str, Row | str]]:
     """Every row of train.jsonl, or a problem instead, each with its place."""
     path = folder / "train.jsonl"
+    begins_with_image = True
     for number, row in enumerate(lines_of(path)):
-        yield f"{path}, row {number}", "not a JSON object" if row is None else row
+        where = f"{path}, row {number}"
+        if row is None:
+            yield where, "not a JSON object"
+            continue
+        if number == 0:
+            begins_with_image = bool(row.get("images"))
+        elif row.get("images") and not begins_with_image:
+            begins_with_image = True  # said once
+            yield where, "the first row with images is not the first of all; `images` may not load"
+        yield where, row
 
 
 def schema_problems(file: Any, name: str) -> Iterator[str]:
@@ -270,7 +280,7 @@ def ms_swift_problems(row: Row, folder: Path) -> Iterator[str]:
     user, assistant = row["messages"]
     if (user["role"], assistant["role"]) != ("user", "assistant"):
         yield f"roles are {user['role']}, {assistant['role']}"
-    yield from mark_problems(user["content"], row["images"], folder)
+    yield from mark_problems(user["content"], row.get("images", []), folder)
     question = user["content"].replace("<image>", "")
     yield from text_problems(question, assistant["content"], row["rejected_response"])
 
@@ -281,7 +291,7 @@ def llama_factory_problems(row: Row, folder: Path) -> Iterator[str]:
     roles = (human["from"], row["chosen"]["from"], row["rejected"]["from"])
     if roles != ("human", "gpt", "gpt"):
         yield f"turns are from {', '.join(roles)}"
-    yield from mark_problems(human["value"], row["images"], folder)
+    yield from mark_problems(human["value"], row.get("images", []), folder)
     question = human["value"].replace("<image>", "")
     yield from text_problems(question, row["chosen"]["value"], row["rejected"]["value"])
 

@@ -145,6 +145,20 @@ def test_a_bad_jsonl_row_is_named(
     assert problem in found
 
 
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_a_row_with_images_after_one_without_is_a_problem_where_none_leads(
+    run_dir: RunDir, name: str
+) -> None:
+    """`datasets` then types the column by rows without images, if there are enough of these."""
+    folder = folder_of(run_dir, name)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines.sort(key=lambda line: len(json.loads(line)["images"]))
+    assert json.loads(lines[0])["images"] == []
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (found,) = validate(folder)
+    assert "the first row with images is not the first of all" in found
+
+
 def test_parquet_without_image_metadata_is_a_problem(run_dir: RunDir) -> None:
     """As pandas writes it: images would load as dicts, and TRL refuse them."""
     path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"

@@ -17,7 +17,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import msgspec
 
@@ -181,7 +181,13 @@ class TrlExport(ParquetExport):
 
 
 class JsonlExport(Export):
-    """Rows to `train.jsonl`, images to files beside it, named by the sample's key."""
+    """Rows to `train.jsonl`, images to files beside it, named by the sample's key.
+
+    `datasets` types the column `images` by the file's first 10 MB, and takes lists that are all
+    empty there for lists of nulls, which no later row with an image fits. So the first row has an
+    image: rows without one that come before it wait in a file of their own. When no row has an
+    image there is no column.
+    """
 
     data_files = "train.jsonl"
 
@@ -189,13 +195,15 @@ class JsonlExport(Export):
         super().__init__(folder, max_part_bytes=max_part_bytes)
         (folder / "images").mkdir(exist_ok=True)
         self.path = folder / self.data_files
-        self.file = open(self.path, "wb")  # noqa: SIM115  closed in close()
+        self.waiting_path = folder / ".waiting.jsonl"
+        self.file: BinaryIO = open(self.waiting_path, "w+b")  # noqa: SIM115  closed in close()
+        self.has_images = False
         self.num_rows = 0
         self.last_key = ""
 
     @abstractmethod
-    def to_row(self, row: PairRow, images: list[str]) -> dict[str, Any]:
-        """The row's JSON object; `images` are paths relative to the folder."""
+    def to_row(self, row: PairRow) -> dict[str, Any]:
+        """The row's JSON object but for its `images`."""
 
     def write(self, row: PairRow) -> str | None:
         names = [
@@ -206,14 +214,34 @@ class JsonlExport(Export):
             for name, image in zip(names, row.sample.images):
                 (self.folder / name).write_bytes(image.data)
             self.last_key = row.sample.key
-        self.file.write(msgspec.json.encode(self.to_row(row, names)) + b"\n")
+        columns = self.to_row(row)
+        if names and not self.has_images:
+            self.begin_with({**columns, "images": names})
+        else:
+            self.write_line({**columns, "images": names} if self.has_images else columns)
         self.num_rows += 1
         return None
+
+    def begin_with(self, first: dict[str, Any]) -> None:
+        """Begin the file with the first row that has an image; those that waited follow."""
+        self.has_images = True
+        with self.file as waiting:
+            self.file = open(self.path, "wb")  # noqa: SIM115  closed in close()
+            self.write_line(first)
+            waiting.seek(0)
+            for line in waiting:
+                self.write_line({**msgspec.json.decode(line), "images": []})
+        self.waiting_path.unlink()
+
+    def write_line(self, columns: dict[str, Any]) -> None:
+        self.file.write(msgspec.json.encode(columns) + b"\n")
 
     def close(self) -> list[Part]:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+        if not self.has_images:
+            self.waiting_path.rename(self.path)
         fsync_folder(self.folder / "images")
         fsync_folder(self.folder)
         return [Part(name=self.path.name, rows=self.num_rows, bytes=self.path.stat().st_size)]
@@ -222,46 +250,40 @@ class JsonlExport(Export):
 class MsSwiftExport(JsonlExport):
     """ms-swift's DPO rows: messages, rejected_response, images."""
 
-    def to_row(self, row: PairRow, images: list[str]) -> dict[str, Any]:
+    def to_row(self, row: PairRow) -> dict[str, Any]:
+        question = "<image>" * len(row.sample.images) + question_text(row.sample)
         return {
             "messages": [
-                {"role": "user", "content": "<image>" * len(images) + question_text(row.sample)},
+                {"role": "user", "content": question},
                 {"role": "assistant", "content": row.chosen.text},
             ],
             "rejected_response": row.rejected.text,
-            "images": images,
         }
 
 
 class LlamaFactoryExport(JsonlExport):
     """LLaMA-Factory's ranking rows in ShareGPT form, and the dataset_info.json that names them."""
 
-    info: ClassVar[dict[str, Any]] = {
-        "stream_engine": {
-            "file_name": JsonlExport.data_files,
-            "ranking": True,
-            "formatting": "sharegpt",
-            "columns": {
-                "messages": "conversations",
-                "chosen": "chosen",
-                "rejected": "rejected",
-                "images": "images",
-            },
-        }
-    }
-
-    def to_row(self, row: PairRow, images: list[str]) -> dict[str, Any]:
-        question = "<image>" * len(images) + question_text(row.sample)
+    def to_row(self, row: PairRow) -> dict[str, Any]:
+        question = "<image>" * len(row.sample.images) + question_text(row.sample)
         return {
             "conversations": [{"from": "human", "value": question}],
             "chosen": {"from": "gpt", "value": row.chosen.text},
             "rejected": {"from": "gpt", "value": row.rejected.text},
-            "images": images,
         }
 
     def close(self) -> list[Part]:
+        columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+        info = {
+            "stream_engine": {
+                "file_name": self.data_files,
+                "ranking": True,
+                "formatting": "sharegpt",
+                "columns": columns | ({"images": "images"} if self.has_images else {}),
+            }
+        }
         path = self.folder / "dataset_info.json"
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self.info), indent=2) + b"\n")
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
         fsync_file(path)
         return super().close()
 

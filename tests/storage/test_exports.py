@@ -243,6 +243,41 @@ def test_llama_factory_rows_fit_their_dataset_info(tmp_path: Path) -> None:
     assert image.size == (8, 8)
 
 
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_rows_with_images_load_after_megabytes_without(tmp_path: Path, name: str) -> None:
+    """`datasets` took the empty lists of its first 10 MB for lists of nulls, and failed at the
+    first row with an image."""
+    datasets = pytest.importorskip("datasets")
+    long = {"question": "What is it? " * 400}
+    rows = [
+        *pair_rows(800, num_images=0, **long),
+        *pair_rows(2, num_images=2),
+        *pair_rows(800, num_images=0, **long),
+    ]
+    (part,) = export(name, tmp_path / "d", rows)
+    path = tmp_path / "d" / part.name
+    assert part.bytes == path.stat().st_size > 2 * 10_500_000
+    dataset = datasets.load_dataset(
+        "json", data_files=str(path), cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert part.rows == len(dataset) == len(rows)
+    with_images = [images for images in dataset["images"][:] if images]
+    assert len(with_images) == 6 and all(len(images) == 2 for images in with_images)
+    assert sorted(p.name for p in (tmp_path / "d").iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_a_dataset_without_any_image_has_no_column_of_them(tmp_path: Path, name: str) -> None:
+    rows = pair_rows(2, num_images=0)
+    (part,) = export(name, tmp_path, rows)
+    lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
+    assert part.rows == len(lines) == len(rows)
+    assert not any("images" in line for line in lines)
+    if name == "llama_factory":
+        (info,) = json.loads((tmp_path / "dataset_info.json").read_text()).values()
+        assert set(info["columns"].values()) == set(lines[0])
+
+
 def test_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'trl'.*rlaifv, trl"):
         export_class("tlr")
