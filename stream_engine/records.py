@@ -11,11 +11,15 @@ default; a change of meaning raises SCHEMA_VERSION.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import msgspec
 
 SCHEMA_VERSION = 1
+
+IMAGE_MARK = "<image>"
+"""Where an image stands in a question, as LLaVA-style datasets write it."""
 
 
 class EncodedImage(msgspec.Struct, frozen=True):
@@ -41,6 +45,16 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     origin_split: str = ""
     image_path: str = ""
     metainfos: str = ""
+
+
+def without_marks(question: str) -> str:
+    """A question without image marks, and without the white space that set them off.
+
+    Models are asked in these words and trainers are given them, so that both see the same tokens.
+    A question without marks stays as it is.
+    """
+    ends = rf"\A\s*({IMAGE_MARK}\s*)+|(\s*{IMAGE_MARK})+\s*\Z"
+    return re.sub(rf"{IMAGE_MARK}\n?", "", re.sub(ends, "", question))
 
 
 def sample_key(idx: str, question: str, images: tuple[EncodedImage, ...]) -> str:

@@ -30,6 +30,7 @@ from stream_engine.models.native import (
     load_native,
 )
 from stream_engine.models.processors import load_processor
+from stream_engine.records import without_marks
 
 # Their language model looks at the image by other means than positions of its own sequence, or has
 # no language model apart from the whole.
@@ -124,6 +125,7 @@ class HfVlm(VisionLanguageModel):
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         for mark in self._marks:
             question = question.replace(mark, "")
+        question = without_marks(question)
         content: list[dict[str, Any]] = [
             {"type": "image", "image": image.convert("RGB")} for image in images
         ]

@@ -47,12 +47,12 @@ from stream_engine.models.checkpoints import (
 )
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
 from stream_engine.models.language import language_config
+from stream_engine.records import IMAGE_MARK, without_marks
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions."
 )
-IMAGE_MARK = "<image>"
 
 CLIP_L_336 = {
     "hidden_size": 1024,
@@ -137,9 +137,8 @@ class LlavaModel(VisionLanguageModel):
         self.tokens_per_image = tower.embeddings.num_patches + self.keeps_cls
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
-        question = question.replace(IMAGE_MARK, "")
         marks = f"{IMAGE_MARK}\n" * len(images)
-        text = f"{SYSTEM} USER: {marks}{question} ASSISTANT:"
+        text = f"{SYSTEM} USER: {marks}{without_marks(question)} ASSISTANT:"
         ids = self._tokenize(text)
         pixels = [clip_pixels(image, self.preprocessing, pad=self.pads) for image in images]
         return Prompt(ids=ids, digest=self.digest(ids, pixels), vision=pixels)

@@ -40,7 +40,7 @@ from stream_engine.models.language import (
     load_tokenizer,
     stop_token_ids,
 )
-from stream_engine.models.placeholders import IMAGE_MARK, drop_marks
+from stream_engine.records import IMAGE_MARK, without_marks
 
 SYSTEM = "You are a helpful assistant."
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -225,7 +225,7 @@ def marked(question: str, num_images: int) -> str:
     if num_images > 1 and question.count(IMAGE_MARK) == num_images:
         return question
     front = " ".join([IMAGE_MARK] * num_images)
-    return front + "\n" * bool(num_images) + drop_marks(question)
+    return front + "\n" * bool(num_images) + without_marks(question)
 
 
 @once_per_image

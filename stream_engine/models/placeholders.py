@@ -7,13 +7,11 @@ first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 
 from stream_engine.errors import RecordError
 from stream_engine.models.base import IMAGE_SLOT
-
-IMAGE_MARK = "<image>"
+from stream_engine.records import IMAGE_MARK, without_marks
 
 
 def place_images(question: str, blocks: Sequence[str]) -> str:
@@ -22,12 +20,7 @@ def place_images(question: str, blocks: Sequence[str]) -> str:
     if blocks and len(chunks) == len(blocks) + 1:
         filled = [chunk + block for chunk, block in zip(chunks, blocks)]
         return "".join([*filled, chunks[-1]])
-    return "\n".join([*blocks, drop_marks(question)])
-
-
-def drop_marks(question: str) -> str:
-    """The question without marks; a line that held nothing else goes with its mark."""
-    return re.sub(rf"{IMAGE_MARK}\n?", "", question)
+    return "\n".join([*blocks, without_marks(question)])
 
 
 def fill_slots(

@@ -8,7 +8,8 @@
 An export is handed rows one at a time and holds at most one row group of them. A row that its
 schema cannot express is refused by a reason, which the merger counts.
 
-A question may hold a literal `<image>`; every trainer puts its own in front, so it is taken out.
+A question may hold a literal `<image>`. Marks that stand inside the text, one for each image, stay
+where they are; else the images come first, as every trainer puts them, and marks are taken out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import msgspec
 
 from stream_engine.config import nearest
 from stream_engine.errors import ConfigError
-from stream_engine.records import Answer, PreferencePair, Sample
+from stream_engine.records import IMAGE_MARK, Answer, PreferencePair, Sample, without_marks
 from stream_engine.storage.atomic import fsync_folder
 from stream_engine.storage.parquet import (
     FLOAT,
@@ -126,11 +127,13 @@ class RlaifvExport(ParquetExport):
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
         if len(row.sample.images) != 1:
             return "needs_one_image"
+        if inline_parts(row.sample) is not None:
+            return "inline_image_mark"  # the trainer puts the image in front, whatever is asked
         image = row.sample.images[0]
         return {
             "ds_name": row.sample.ds_name or "stream_engine",
             "image": {"bytes": image.data, "path": image.path},
-            "question": question_text(row.sample),
+            "question": without_marks(row.sample.question),
             "chosen": row.chosen.text,
             "rejected": row.rejected.text,
             "origin_dataset": row.sample.origin_dataset,
@@ -161,11 +164,13 @@ class TrlExport(ParquetExport):
 
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
         images = [{"bytes": image.data, "path": image.path} for image in row.sample.images]
-        image_parts: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in images]
-        question = {"type": "text", "text": question_text(row.sample)}
+        content = [
+            {"type": "image" if part is None else "text", "text": part}
+            for part in question_parts(row.sample)
+        ]
         return {
             "images": images,
-            "prompt": [{"role": "user", "content": [*image_parts, question]}],
+            "prompt": [{"role": "user", "content": content}],
             "chosen": self.reply(row.chosen),
             "rejected": self.reply(row.rejected),
             "idx": row.sample.idx,
@@ -251,10 +256,9 @@ class MsSwiftExport(JsonlExport):
     """ms-swift's DPO rows: messages, rejected_response, images."""
 
     def to_row(self, row: PairRow) -> dict[str, Any]:
-        question = "<image>" * len(row.sample.images) + question_text(row.sample)
         return {
             "messages": [
-                {"role": "user", "content": question},
+                {"role": "user", "content": marked_question(row.sample)},
                 {"role": "assistant", "content": row.chosen.text},
             ],
             "rejected_response": row.rejected.text,
@@ -265,9 +269,8 @@ class LlamaFactoryExport(JsonlExport):
     """LLaMA-Factory's ranking rows in ShareGPT form, and the dataset_info.json that names them."""
 
     def to_row(self, row: PairRow) -> dict[str, Any]:
-        question = "<image>" * len(row.sample.images) + question_text(row.sample)
         return {
-            "conversations": [{"from": "human", "value": question}],
+            "conversations": [{"from": "human", "value": marked_question(row.sample)}],
             "chosen": {"from": "gpt", "value": row.chosen.text},
             "rejected": {"from": "gpt", "value": row.rejected.text},
         }
@@ -310,9 +313,31 @@ def export_class(name: str) -> type[Export]:
     return EXPORTS[name]
 
 
-def question_text(sample: Sample) -> str:
-    """The question without literal `<image>` marks."""
-    return sample.question.replace("<image>", "").strip()
+def question_parts(sample: Sample) -> list[str | None]:
+    """The user's turn in order: texts, and None where an image stands."""
+    front: list[str | None] = [None] * len(sample.images)
+    return inline_parts(sample) or [*front, without_marks(sample.question)]
+
+
+def marked_question(sample: Sample) -> str:
+    """The user's turn with one mark an image."""
+    parts = question_parts(sample)
+    return "".join(IMAGE_MARK if part is None else part for part in parts)
+
+
+def inline_parts(sample: Sample) -> list[str | None] | None:
+    """The parts of a question with a mark inside its text for each image; None for any other.
+
+    Marks in front of the whole text, or one mark behind it, are the plain form: images first.
+    """
+    texts = sample.question.split(IMAGE_MARK)
+    num_marks = len(texts) - 1
+    is_in_front = not any(map(str.strip, texts[:-1]))
+    is_plain = is_in_front or (num_marks == 1 and not texts[1].strip())
+    if num_marks != len(sample.images) or is_plain:
+        return None
+    parts = [part for text in texts for part in (text, None)][:-1]
+    return [part for part in parts if part != ""]
 
 
 def logps_json(row: PairRow) -> str:

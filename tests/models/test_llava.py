@@ -14,6 +14,7 @@ from stream_engine.config import ModelConfig
 from stream_engine.models import load_model
 from stream_engine.models.base import IMAGE_SLOT
 from stream_engine.models.images import clip_pixels
+from stream_engine.records import without_marks
 from tests.models.conftest import GOLDEN
 from tests.models.forwards import answer_logits, greedy, sequence_logits, token_logps
 
@@ -80,6 +81,15 @@ def test_prompt_ids_are_the_originals(golden, index):
     assert golden.model.prompt(question, [golden.images["wide"]]).ids == expected
     marked = question.replace("in", "in<image>")  # a literal mark is removed, not an image's place
     assert golden.model.prompt(marked, [golden.images["wide"]]).ids == expected
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>\n", " <image> What?"])
+def test_a_question_is_asked_in_the_words_that_are_exported(golden, question):
+    """A newline was left where a mark had been: the trainer's prompt was a token shorter than the
+    one that was sampled from, and its stored log-probs off by one."""
+    asked = golden.model.prompt(question, [golden.images["wide"]])
+    assert asked.ids == golden.model.prompt(without_marks(question), [golden.images["wide"]]).ids
+    assert asked.ids == golden.model.prompt("What?", [golden.images["wide"]]).ids
 
 
 def test_a_question_without_an_image_has_no_image_block(golden):

@@ -164,6 +164,53 @@ def test_trl_prompt_has_as_many_image_parts_as_images(tmp_path: Path, num_images
     assert not {"image", "label", "messages", "completion"} & set(row)
 
 
+BETWEEN = "Is <image> older than <image>?"
+
+
+@pytest.mark.parametrize(
+    ("question", "num_images", "parts"),
+    [
+        pytest.param(BETWEEN, 2, ["Is ", None, " older than ", None, "?"], id="inside"),
+        pytest.param("Is <image> old?", 1, ["Is ", None, " old?"], id="one-inside"),
+        pytest.param("Old: <image><image>", 2, ["Old: ", None, None], id="two-behind"),
+        pytest.param("<image>\nOld?", 1, [None, "Old?"], id="in-front"),
+        pytest.param("Old?\n<image>", 1, [None, "Old?"], id="behind"),
+        pytest.param("<image>\n<image>\nOld?", 2, [None, None, "Old?"], id="two-in-front"),
+        pytest.param("Is <image> old?", 2, [None, None, "Is  old?"], id="other-number"),
+        pytest.param("Is <image> old?", 0, ["Is  old?"], id="no-image"),
+        pytest.param("Old?\n", 1, [None, "Old?\n"], id="no-mark"),
+    ],
+)
+def test_marks_inside_a_question_stay_where_they_are(
+    tmp_path: Path, question: str, num_images: int, parts: list[str | None]
+) -> None:
+    """They were gathered in front: "<image><image>Is  older than ?" asks nothing."""
+    rows = pair_rows(1, num_images=num_images, question=question)
+    marked = "".join("<image>" if part is None else part for part in parts)
+    for name in ("trl", "ms_swift", "llama_factory"):
+        export(name, tmp_path / name, rows)
+    (part,) = (tmp_path / "trl").glob("*.parquet")
+    (turn,) = pq.read_table(part).to_pylist()[0]["prompt"]
+    assert [(content["type"], content["text"]) for content in turn["content"]] == [
+        ("image" if part is None else "text", part) for part in parts
+    ]
+    first, *_ = (tmp_path / "ms_swift/train.jsonl").read_text().splitlines()
+    assert json.loads(first)["messages"][0]["content"] == marked
+    first, *_ = (tmp_path / "llama_factory/train.jsonl").read_text().splitlines()
+    assert json.loads(first)["conversations"][0]["value"] == marked
+
+
+def test_rlaifv_refuses_a_mark_inside_the_question(tmp_path: Path) -> None:
+    """Its trainer puts the image in front; without its mark the question is another one."""
+    writer = EXPORTS["rlaifv"](tmp_path, max_part_bytes=10**6)
+    (row, *_) = pair_rows(1, question="Is <image> old?")
+    assert writer.write(row) == "inline_image_mark"
+    (row, *_) = pair_rows(1, question="<image>\nOld?")
+    assert writer.write(row) is None
+    (part,) = writer.close()
+    assert pq.read_table(tmp_path / part.name)["question"].to_pylist() == ["Old?"]
+
+
 @pytest.mark.parametrize("name", ["rlaifv", "trl"])
 def test_parts_and_row_groups_are_bounded(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
