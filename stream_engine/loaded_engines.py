@@ -43,7 +43,7 @@ class LoadedEngines:
         self.rank = rank
         self.team = team
         self._loaded: dict[EngineKey, Engine] = {}
-        self._unsaid: dict[str, Engine] = {}
+        self._unsaid: list[tuple[ModelRole, Engine]] = []
         self._device = ""
         self.one_at_a_time = False
 
@@ -83,17 +83,23 @@ class LoadedEngines:
             engine = self._loaded[key] = load_engine(role, models, config.part(SamplingConfig))
             seconds = time.monotonic() - started
             logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
-            self._unsaid[role.name] = engine
+            self._unsaid.append((role, engine))
         return self._loaded[key]
 
     def plan(self) -> None:
-        """Divide the memory that new engines have left, and note what they say of themselves."""
+        """Divide the memory that new engines have left, and note what they say of themselves.
+
+        Raises:
+            ConfigError: when one runs in another precision here than where it ran before.
+        """
         if not self._unsaid:
             return
         from stream_engine.engine import share_device
 
         share_device(list(self._loaded.values()))
-        said = {name: engine.describe() for name, engine in self._unsaid.items()}
+        said = {
+            role.name: {"stage": role.stage, **engine.describe()} for role, engine in self._unsaid
+        }
         self._unsaid.clear()
         if self.rank.place == 0:
             note_engines(self.run_dir, said, worker=self.rank.worker_id)

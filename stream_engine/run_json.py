@@ -73,7 +73,11 @@ class StageInputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFile(msgspec.Struct, kw_only=True):
-    """The content of run.json. `engines` is what each role's engine said of itself when loaded."""
+    """The content of run.json.
+
+    `engines` is what each role's engine said of itself when it was first loaded under these
+    settings, with the stage that it works at.
+    """
 
     schema_version: int = SCHEMA_VERSION
     created: float = 0.0
@@ -161,6 +165,12 @@ def open_run(
             run_file.settings["dataset_path"], settings["dataset_path"]
         )
         if run_file.settings != settings or run_file.stages != stages:
+            unchanged = [stage for stage in STAGES if run_file.stages[stage] == stages[stage]]
+            run_file.engines = {
+                role: said
+                for role, said in run_file.engines.items()
+                if said.get("stage") in unchanged
+            }
             run_file.settings = settings
             run_file.stages = dict(stages.items())
             save(run_dir, run_file)
@@ -204,14 +214,9 @@ def _settle_changes(
             f"settings changed since {run_dir.root} was made: {what}. Give --overwrite to discard "
             "exactly these, or another --work_dir"
         )
-    at_work = [
-        lease.worker_id
-        for lease in list_leases(run_dir)
-        if lease.name.startswith(SHARD_LEASE) and not lease.is_stale
-    ]
-    if at_work:
+    if workers := at_work(run_dir):
         raise SettingsChangedError(
-            f"cannot discard results while workers are at it: {', '.join(at_work)}"
+            f"cannot discard results while workers are at it: {', '.join(workers)}"
         )
     for stage in with_results:
         discard(run_dir, stage)
@@ -243,6 +248,15 @@ def ranking_changes(run_file: RunFile, config: RunConfig) -> list[str]:
     return [f"changed: {', '.join(changes)}; pairs are built again from the results on hand"]
 
 
+def at_work(run_dir: RunDir) -> list[str]:
+    """The workers that hold a shard."""
+    return [
+        lease.worker_id
+        for lease in list_leases(run_dir)
+        if lease.name.startswith(SHARD_LEASE) and not lease.is_stale
+    ]
+
+
 def has_results(run_dir: RunDir, stage: Stage) -> bool:
     folder = run_dir.results_dir(stage)
     return folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir())
@@ -260,13 +274,39 @@ def discard(run_dir: RunDir, stage: Stage) -> None:
 
 
 def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, worker: str) -> None:
-    """Keep what the engines said of themselves: resolved sampling, family, dtype, device."""
+    """Keep what the engines said of themselves: resolved sampling, family, dtype, device.
+
+    Raises:
+        ConfigError: when one is on another kind of device, or in another precision, than where it
+            made results before, or makes them now.
+    """
     with changing(run_dir, worker):
         run_file = read_run_file(run_dir)
-        new = {role: said for role, said in engines.items() if role not in run_file.engines}
+        new = {}
+        for role, said in engines.items():
+            noted = run_file.engines.get(role, said)
+            if precision(said) != precision(noted) and is_relied_on(run_dir, noted, worker):
+                raise ConfigError(
+                    f"{role} would run here on {' in '.join(precision(said))}, but this run's "
+                    f"{role} is on {' in '.join(precision(noted))}, and log-probs of different "
+                    "precisions do not compare: mend this machine's devices (is the GPU driver "
+                    "loaded?) or leave it out; to change the whole run, give another --work_dir"
+                )
+            if role not in run_file.engines or precision(said) != precision(noted):
+                new[role] = said
         if new:
             run_file.engines |= new
             save(run_dir, run_file)
+
+
+def precision(said: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of device and the dtype that an engine said it has."""
+    return str(said["device"]).partition(":")[0], str(said["dtype"])
+
+
+def is_relied_on(run_dir: RunDir, noted: Mapping[str, Any], worker: str) -> bool:
+    """Whether results exist that a noted engine made, or other workers are at some."""
+    return has_results(run_dir, noted["stage"]) or any(at != worker for at in at_work(run_dir))
 
 
 def save(run_dir: RunDir, run_file: RunFile) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stream_engine.cli import main
+from stream_engine.demo.data import write_dataset
 from stream_engine.errors import ConfigError, SettingsChangedError
-from stream_engine.run_json import read_run_file
+from stream_engine.run_json import note_engines, read_run_file
 from stream_engine.runner import RunReport, run
 from stream_engine.storage.leases import Lease
 from stream_engine.storage.run_dir import RunDir
@@ -131,6 +133,54 @@ def test_versions_and_settings_are_kept(tmp_path: Path, dataset: Path) -> None:
     assert {"torch", "python", "stream_engine"} <= run_file.versions.keys()
     assert run_file.config().dataset_path == (str(dataset),)
     assert run_file.fingerprints.keys() == {"rollouts", "rewards"}
+
+
+def said(device: str, dtype: str) -> dict[str, dict[str, object]]:
+    return {"instruct": {"stage": "rollouts", "device": device, "dtype": dtype}}
+
+
+def test_a_worker_in_another_precision_is_refused(tmp_path: Path, dataset: Path) -> None:
+    """A node with a broken driver joined on its CPU in float32: its log-probs compared with no
+    other's, and it held the last shards for days."""
+    rerun(tmp_path, dataset)
+    run_dir = RunDir(tmp_path / "run")
+    note_engines(run_dir, said("cuda:3", "bfloat16"), worker="rank0@a")
+    note_engines(run_dir, said("cuda:0", "bfloat16"), worker="rank1@a")
+    for other in (said("cpu", "bfloat16"), said("cuda:3", "float32")):
+        with pytest.raises(ConfigError, match=r"this run's instruct is on cuda in bfloat16.*mend"):
+            note_engines(run_dir, other, worker="rank2@b")
+    assert read_run_file(run_dir).engines == said("cuda:3", "bfloat16")
+
+
+def test_a_worker_in_another_precision_is_refused_before_the_first_result(
+    tmp_path: Path, dataset: Path
+) -> None:
+    run(echo_config(tmp_path / "run", dataset), steps=("shard",), show_progress=False)
+    run_dir = RunDir(tmp_path / "run")
+    note_engines(run_dir, said("cuda:3", "bfloat16"), worker="rank0@a")
+    lease = Lease.acquire(run_dir, "shard-000001", worker_id="rank0@a", timeout_s=60)
+    assert lease is not None
+    with lease, pytest.raises(ConfigError, match="instruct would run here on cpu in float32"):
+        note_engines(run_dir, said("cpu", "float32"), worker="rank2@b")
+    note_engines(run_dir, said("cpu", "float32"), worker="rank2@b")  # the other gave up
+    assert read_run_file(run_dir).engines == said("cpu", "float32")
+
+
+def test_engines_of_earlier_settings_are_forgotten(tmp_path: Path) -> None:
+    """The card said temperature 0.7 after --overwrite with 1.3: what the first engine said of
+    itself stayed for good."""
+    words = ("run", "--demo", "--sample_k=2", "--rank=1", "--max_new_tokens=8", "--device=cpu")
+    data = write_dataset(tmp_path / "questions.parquet", count=2, seed=5)
+    words = (*words, f"--dataset_path={data}", f"--work_dir={tmp_path / 'run'}")
+    assert main([*words, "--temperature=0.7"]) == 0
+    engines = read_run_file(RunDir(tmp_path / "run")).engines
+    assert engines["instruct"]["sampling"]["temperature"] == 0.7
+    assert main([*words, "--temperature=1.3", "--overwrite"]) == 0
+    run_file = read_run_file(RunDir(tmp_path / "run"))
+    assert run_file.engines["instruct"]["sampling"]["temperature"] == 1.3
+    assert run_file.engines.keys() == engines.keys()
+    card = (tmp_path / "run/dataset/README.md").read_text()
+    assert "1.3" in card and "0.7" not in card
 
 
 def test_datasets_of_several_calls_are_all_kept(tmp_path: Path, dataset: Path) -> None:
