@@ -41,6 +41,14 @@ def count_words(text: str) -> int:
     return len(words(text))
 
 
+Ngrams = frozenset[tuple[str, ...]]
+
+
+def ngrams(text: Sequence[str], n: int) -> Ngrams:
+    """The distinct runs of n words."""
+    return frozenset(tuple(text[i : i + n]) for i in range(len(text) - n + 1))
+
+
 def similarity(a: Sequence[str], b: Sequence[str], *, n: int | None = None) -> float:
     """Jaccard similarity of two texts' sets of word n-grams, from 0 to 1.
 
@@ -48,32 +56,40 @@ def similarity(a: Sequence[str], b: Sequence[str], *, n: int | None = None) -> f
     compared too; two texts without any word are equal. With `n` a text shorter than n has no
     n-grams, and is similar to nothing.
     """
-    if n is None:
-        n = min(NGRAM, len(a), len(b))
-        if n == 0:
-            return float(len(a) == len(b))
-    grams_a = {tuple(a[i : i + n]) for i in range(len(a) - n + 1)}
-    grams_b = {tuple(b[i : i + n]) for i in range(len(b) - n + 1)}
-    union = len(grams_a | grams_b)
-    return len(grams_a & grams_b) / union if union else 0.0
+    return AnswerTexts({0: list(a), 1: list(b)}).similarity(0, 1, n=n)
+
+
+class AnswerTexts:
+    """The words of one sample's answers by index; each set of n-grams is built once."""
+
+    def __init__(self, words: dict[int, list[str]]) -> None:
+        self.words = words
+        self._ngrams: dict[tuple[int, int], Ngrams] = {}
+
+    def ngrams(self, index: int, n: int) -> Ngrams:
+        if (index, n) not in self._ngrams:
+            self._ngrams[index, n] = ngrams(self.words[index], n)
+        return self._ngrams[index, n]
+
+    def similarity(self, a: int, b: int, *, n: int | None) -> float:
+        """`similarity` of two answers, by index."""
+        if n is None:
+            n = min(NGRAM, len(self.words[a]), len(self.words[b]))
+            if n == 0:
+                return float(len(self.words[a]) == len(self.words[b]))
+        grams_a, grams_b = self.ngrams(a, n), self.ngrams(b, n)
+        num_common = len(grams_a & grams_b)
+        num_either = len(grams_a) + len(grams_b) - num_common
+        return num_common / num_either if num_either else 0.0
 
 
 def drop_near_duplicates(
-    scores: Iterable[AnswerScore],
-    texts: dict[int, list[str]],
-    *,
-    threshold: float,
-    n: int | None = None,
+    scores: Iterable[AnswerScore], texts: AnswerTexts, *, threshold: float, n: int | None = None
 ) -> list[AnswerScore]:
-    """Keep each answer that is not too similar to one kept before it; the order stays.
-
-    Args:
-        texts: the words of each answer, by its index.
-    """
+    """Keep each answer that is not too similar to one kept before it; the order stays."""
     kept: list[AnswerScore] = []
     for score in scores:
-        text = texts[score.index]
-        if all(similarity(text, texts[other.index], n=n) <= threshold for other in kept):
+        if all(texts.similarity(score.index, o.index, n=n) <= threshold for o in kept):
             kept.append(score)
     return kept
 
@@ -102,7 +118,7 @@ def rank_by_reward(
     `sum` order (1st with 8th, 2nd with 9th, ...); pairs come in that order, not by margin; equal
     sums are paired, though never a lower with a higher.
     """
-    texts = {answer.index: words(answer.text) for answer in answers}
+    texts = AnswerTexts({answer.index: words(answer.text) for answer in answers})
     by_sum = sorted(rewards.scores, key=lambda score: (-score.scores["sum"], score.index))
     by_avg = sorted(rewards.scores, key=lambda score: (-score.scores["avg"], score.index))
     if compat == "rlaifv":
@@ -120,6 +136,7 @@ def rank_by_reward(
     bottom_by_avg = {score.index for score in by_avg[-rank:]}
     best = [score for score in by_sum[:rank] if score.index in top_by_avg]
     worst = [score for score in by_sum[-rank:] if score.index in bottom_by_avg]
+    num_words = {index: len(text) for index, text in texts.words.items()}
     if strict_follow_rank:
         matches = list(zip(best, worst if compat == "rlaifv" else reversed(worst)))
     else:
@@ -127,7 +144,7 @@ def rank_by_reward(
             (chosen, rejected)
             for chosen in best
             for rejected in worst
-            if abs(len(texts[chosen.index]) - len(texts[rejected.index])) < distance
+            if abs(num_words[chosen.index] - num_words[rejected.index]) < distance
         ]
     if compat == "rlaifv":
         return [

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from stream_engine import ranking
 from stream_engine.ranking import (
     count_words,
     rank_by_denied_facts,
@@ -118,6 +119,19 @@ def test_similarity_compares_texts_of_unequal_length() -> None:
     long = [f"w{i}" for i in range(40)]
     assert similarity(long, long) == 1.0
     assert similarity(long, [*long[:-1], "other"]) == pytest.approx(30 / 32)
+
+
+@pytest.mark.parametrize("compat", [None, "rlaifv"])
+def test_the_ngrams_of_an_answer_are_built_once(
+    monkeypatch: pytest.MonkeyPatch, compat: str | None
+) -> None:
+    """They were built anew for each of the 45 comparisons, in both orders and in both passes."""
+    built = []
+    build = ranking.ngrams
+    monkeypatch.setattr(ranking, "ngrams", lambda text, n: built.append(text) or build(text, n))
+    answers = [answer(i, " ".join(f"w{i}x{j}" for j in range(30))) for i in range(10)]
+    assert by_reward(answers, [scored(i, -i) for i in range(10)], compat=compat)
+    assert sorted(built) == sorted(words(one.text) for one in answers)
 
 
 def test_equal_scores_make_no_pair() -> None:
