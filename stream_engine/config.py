@@ -109,7 +109,7 @@ class RankingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_length_bias: float = 0.5
     """Length balance stops when mean(words of chosen - words of rejected) is at most this."""
     compat: Literal["rlaifv"] | None = None
-    """rlaifv: the ancestor's exact selection rules."""
+    """rlaifv: the ancestor's selection rules, with words of our own (see README)."""
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

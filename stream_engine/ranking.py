@@ -10,7 +10,10 @@ so the same records give the same pairs. Candidates come best first (largest mar
 later filter keeps the first few of each sample.
 
 `compat="rlaifv"` follows the rules of RLAIF-V's data engine where they are well defined; each
-function says where that differs.
+function says where that differs. The words are ours in both: RLAIF-V counts those of
+nltk.word_tokenize (punctuation too, "don't" as two, a run of Chinese as one), and its 10-grams are
+of jieba.cut, where spaces and punctuation are tokens: about five English words long. So `distance`
+and the near-duplicate test decide differently near their thresholds.
 """
 
 from __future__ import annotations
