@@ -49,7 +49,8 @@ class InputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_samples: int | None = None
     """Read at most this many samples of each input (for trials)."""
     max_image_pixels: int = 178_956_970
-    """Images with more pixels are rejected as decompression bombs (Pillow's own limit)."""
+    """Images with more pixels are rejected as decompression bombs (Pillow's own limit), and so are
+    those too long for their width: more than twice that on a square, or 200 times as long."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

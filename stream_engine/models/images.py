@@ -79,26 +79,42 @@ def once_per_image(
     return remembering
 
 
+BAND_PIXELS = 1 << 22
+"""Of a padded square, what is in memory at a time: a picture of 2048 x 2048 in one piece."""
+
+
 @once_per_image
 def clip_pixels(image: Image.Image, preprocessing: ClipPreprocessing, *, pad: bool) -> Tensor:
     """Pixels [3, H, W] in float32: pad to a square if asked, resize, centre crop, normalise."""
     image = image.convert("RGB")
+    length, resample = preprocessing.shortest_edge, preprocessing.resample
     if pad:
-        image = pad_to_square(image, preprocessing.background())
-    image = resize_shortest_edge(image, preprocessing.shortest_edge, preprocessing.resample)
+        image = squared(image, preprocessing.background(), length, resample)
+    else:
+        image = resize_shortest_edge(image, length, resample)
     image = centre_crop(image, preprocessing.crop_width, preprocessing.crop_height)
     return normalise(image, preprocessing.mean, preprocessing.std)
 
 
-def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """Centre an RGB picture on a square of its longer side."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+def squared(
+    image: Image.Image, background: tuple[int, ...], length: int, resample: int
+) -> Image.Image:
+    """An RGB picture centred on a square of its longer side, resized to `length` pixels a side.
+
+    Pillow resizes in two passes, first along the rows, then down the columns. Here the first is run
+    on a band of rows at a time, so that the square, which may be a hundred times as large as its
+    picture, is never in memory.
+    """
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    band_height = max(1, BAND_PIXELS // side)
+    narrow = Image.new("RGB", (length, side))
+    for y in range(0, side, band_height):
+        band = Image.new("RGB", (side, min(band_height, side - y)), background)
+        band.paste(image, (left, top - y))
+        resized = band.resize((length, band.height), resample=Image.Resampling(resample))
+        narrow.paste(resized, (0, y))
+    return narrow.resize((length, length), resample=Image.Resampling(resample))
 
 
 def resize_shortest_edge(image: Image.Image, length: int, resample: int) -> Image.Image:

@@ -33,7 +33,7 @@ from stream_engine.models.checkpoints import (
     resolve_device,
     resolve_dtype,
 )
-from stream_engine.models.images import normalise, once_per_image, pad_to_square
+from stream_engine.models.images import normalise, once_per_image, squared
 from stream_engine.models.language import (
     LANGUAGE_NAME,
     load_language_model,
@@ -231,13 +231,13 @@ def marked(question: str, num_images: int) -> str:
 @once_per_image
 def preprocess_image(image: Image.Image, front: Front, *, cuts: bool) -> Picture:
     """One picture, cut into crops, or whole on a square."""
+    side, resample = front.anyres.crop, Image.Resampling.BICUBIC
     if cuts:
         place, seen = layout(image.size, front.anyres), views(image, front.anyres)
+        resized = [view.resize((side, side), resample=resample) for view in seen]
     else:
         background = tuple(int(value * 255) for value in front.mean)
-        place, seen = None, [pad_to_square(image.convert("RGB"), background)]
-    size = (front.anyres.crop, front.anyres.crop)
-    resized = [view.resize(size, resample=Image.Resampling.BICUBIC) for view in seen]
+        place, resized = None, [squared(image.convert("RGB"), background, side, resample)]
     return Picture(torch.stack([normalise(v, front.mean, front.std) for v in resized]), place)
 
 

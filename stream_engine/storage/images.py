@@ -1,8 +1,8 @@
 """Images of an input row: found, fenced in, and checked by decoding them once.
 
 Their bytes are kept as they are. Every problem is a RecordError with one of the reasons
-missing_image_file, path_outside_root, bad_base64, image_too_large, truncated_image,
-undecodable_image.
+missing_image_file, path_outside_root, bad_base64, image_too_large, image_too_long,
+truncated_image, undecodable_image.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 
 MAX_BYTES_PER_PIXEL = 8
 """No encoding of a picture needs more: 16 bits in four channels."""
+
+MAX_SQUARE = 2
+"""Of max_pixels, for a square of the longer side, to which several models pad: 18918 pixels long by
+default, where a telephone's panorama has 16384."""
+
+MAX_ASPECT = 200
+"""A side in terms of the other. Models that bring the short side to a fixed length make the long
+one as many times longer; Qwen2-VL's processor has the same limit."""
 
 DECODE_ERRORS = (
     OSError,
@@ -58,11 +66,7 @@ def check_image(data: bytes, max_pixels: int) -> None:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 is_identified = True
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise RecordError(
-                        "image_too_large", f"{width} x {height} pixels, the limit is {max_pixels}"
-                    )
+                check_size(*image.size, max_pixels)
                 if image.format == "PNG":
                     image.verify()  # checksums and the end chunk, which decoding skips
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -75,6 +79,22 @@ def check_image(data: bytes, max_pixels: int) -> None:
         reason = "truncated_image" if is_cut else "undecodable_image"
         detail = "not an image in a known format" if not is_identified else str(error)
         raise RecordError(reason, detail) from error
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise RecordError for a picture that takes too much memory as it is, padded or resized."""
+    longer, shorter = max(width, height), max(1, min(width, height))
+    if width * height > max_pixels:
+        raise RecordError(
+            "image_too_large", f"{width} x {height} pixels, the limit is {max_pixels}"
+        )
+    if longer**2 > MAX_SQUARE * max_pixels or longer > MAX_ASPECT * shorter:
+        longest = min(int((MAX_SQUARE * max_pixels) ** 0.5), MAX_ASPECT * shorter)
+        raise RecordError(
+            "image_too_long",
+            f"{width} x {height} pixels: models pad or resize it to a multiple of that; with a "
+            f"shorter side of {shorter} the longer one may have {longest}; crop or shrink it",
+        )
 
 
 def looks_cut(data: bytes, error: Exception, is_identified: bool) -> bool:

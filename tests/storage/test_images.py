@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.storage.images import check_image, decode_base64, read_image_file
+from stream_engine.storage.images import check_image, check_size, decode_base64, read_image_file
 from tests.storage.conftest import picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -87,6 +88,32 @@ def test_a_bomb_is_refused_by_its_header(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason_of(check_image, bomb(*size), 10**6) == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((8000, 1000), id="panorama"),
+        pytest.param((16384, 3900), id="telephone-panorama"),
+        pytest.param((13000, 13000), id="large-square"),
+        pytest.param((60, 9000), id="column-of-text"),
+    ],
+)
+def test_ordinary_long_pictures_pass(size):
+    check_size(*size, InputConfig().max_image_pixels)
+
+
+@pytest.mark.parametrize("size", [(1200, 149_000), (149_000, 1200), (1, 400), (13_000, 50)])
+def test_a_picture_that_models_would_blow_up_is_refused(size):
+    """1200 x 149000 pixels are within max_image_pixels, and would take 89 GB on a square; the
+    short side of 1 x 400, brought to 336 pixels, makes the other 134400."""
+    with pytest.raises(RecordError, match="crop or shrink it") as caught:
+        check_size(*size, InputConfig().max_image_pixels)
+    assert caught.value.reason == "image_too_long"
+
+
+def test_the_length_of_a_picture_is_read_from_its_header():
+    assert reason_of(check_image, bomb(3000, 10), 10**6) == "image_too_long"
 
 
 def test_base64_with_prefix_and_line_breaks_is_read():
