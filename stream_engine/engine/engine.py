@@ -11,10 +11,10 @@ import gc
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -69,6 +69,8 @@ from stream_engine.records import EncodedImage
 SMALLER = 0.85
 """A plan that did not hold is made anew for this share of the memory."""
 HOST_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
+
+MadeT = TypeVar("MadeT")
 
 logger = logging.getLogger(__name__)
 
@@ -159,17 +161,17 @@ class Engine:
     ) -> Iterator[tuple[str, Prompt | RecordError]]:
         """Prompts for (key, question, images), in order, made ahead in threads.
 
-        Decoding and preprocessing happen here; what cannot be decoded comes back as a RecordError.
+        Decoding and preprocessing happen here; what cannot be decoded, or does not fit the host's
+        memory, comes back as a RecordError.
         """
 
         def make(
             item: tuple[str, str, Sequence[EncodedImage]],
         ) -> tuple[str, Prompt | RecordError]:
             key, question, images = item
-            try:
-                return key, self.model.prompt(question, [decode_image(i) for i in images])
-            except RecordError as error:
-                return key, error
+            return key, or_record_error(
+                lambda: self.model.prompt(question, [decode_image(i) for i in images])
+            )
 
         yield from map_ahead(make, questions, threads=HOST_THREADS, ahead=4 * HOST_THREADS)
 
@@ -182,10 +184,9 @@ class Engine:
             item: tuple[str, Sequence[str], Sequence[EncodedImage]],
         ) -> tuple[str, SharedPrompt | RecordError]:
             key, texts, images = item
-            try:
-                return key, share_prompt(self, texts, [decode_image(i) for i in images])
-            except RecordError as error:
-                return key, error
+            return key, or_record_error(
+                lambda: share_prompt(self, texts, [decode_image(i) for i in images])
+            )
 
         yield from map_ahead(make, questions, threads=HOST_THREADS, ahead=4 * HOST_THREADS)
 
@@ -501,6 +502,22 @@ def free_bytes(device: torch.device, *, ranks: int) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free // -(-ranks // torch.cuda.device_count())
+
+
+def or_record_error(make: Callable[[], MadeT]) -> MadeT | RecordError:
+    """What `make` makes of one record on the host, or why that cannot be."""
+    try:
+        return make()
+    except RecordError as error:
+        return error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return RecordError(
+            "out_of_host_memory",
+            f"preparing its images took more memory than the host has ({error}); a lower "
+            "--max_image_pixels rejects such images when they are read",
+        )
 
 
 def decode_image(image: EncodedImage) -> Image.Image:

@@ -15,7 +15,8 @@ empty, which would otherwise be a third of all steps for a shard of a hundred qu
 been drawn for them by the end of the call is kept, and handed over when they are asked for.
 
 On out-of-memory everything in flight goes back to waiting, the budget halves, and the same answers
-are drawn again. The engine knows nothing of pipelines.
+are drawn again; memory that ran out where requests are made is not the device's, and ends the call.
+The engine knows nothing of pipelines.
 """
 
 from __future__ import annotations
@@ -144,13 +145,22 @@ class _Queue:
     ) -> None:
         """`is_handled` says of a new request that it need not wait."""
         self.source = iter(source)
+        self.source_error: BaseException | None = None
         self.is_handled = is_handled
         self.waiting: deque[GenerateRequest] = deque()
 
     def peek(self) -> GenerateRequest | None:
-        """The next waiting request, or None when there is none."""
+        """The next waiting request, or None when there is none.
+
+        What the source raises is kept: no smaller batch mends it, and a generator that has raised
+        looks like one that has come to its end.
+        """
         while not self.waiting:
-            following = next(self.source, None)
+            try:
+                following = next(self.source, None)
+            except (RuntimeError, MemoryError) as error:
+                self.source_error = error
+                raise
             if following is None:
                 return None
             if not self.is_handled(following):
@@ -217,7 +227,8 @@ class Scheduler:
                         self.decode()
                     self.engine.budget.succeed()
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
+                    of_source = error in (self.queue.source_error, self.ahead.source_error)
+                    if of_source or not is_out_of_memory(error):
                         raise
                     # Without its traceback, which holds the tensors of the forward that failed.
                     shortage = error.with_traceback(None)
@@ -320,22 +331,27 @@ class Scheduler:
         taken: list[tuple[GenerateRequest, int]] = []
         num_tokens = 0
         num_rows = len(self.batch) + len(self.ready)
-        while num_rows < most and (request := queue.peek()) is not None:
-            length = len(request.prompt)
-            refusal = self.engine.refusal(request.prompt, self.longest_suffix(request))
-            if refusal is not None:
-                failure = RequestFailure(request.key, *refusal)
-                self.deliver(queue.pop(), failure, is_wanted=queue is self.queue)
-                continue
-            if taken and num_tokens + length > budget.tokens:
-                break
-            try:
-                start = self.cache.allocate_span(length)
-            except CacheFullError:
-                break
-            taken.append((queue.pop(), start))
-            num_tokens += length
-            num_rows += len(request.rows)
+        try:
+            while num_rows < most and (request := queue.peek()) is not None:
+                length = len(request.prompt)
+                refusal = self.engine.refusal(request.prompt, self.longest_suffix(request))
+                if refusal is not None:
+                    failure = RequestFailure(request.key, *refusal)
+                    self.deliver(queue.pop(), failure, is_wanted=queue is self.queue)
+                    continue
+                if taken and num_tokens + length > budget.tokens:
+                    break
+                try:
+                    start = self.cache.allocate_span(length)
+                except CacheFullError:
+                    break
+                taken.append((queue.pop(), start))
+                num_tokens += length
+                num_rows += len(request.rows)
+        except BaseException:  # of the requests' source: nobody else knows of these spans
+            for request, start in taken:
+                self.cache.release_span(start, len(request.prompt))
+            raise
         return taken
 
     def longest_suffix(self, request: GenerateRequest) -> int:

@@ -12,6 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from stream_engine.engine import GenerateRequest, Generation, RequestFailure, RowRequest
 from stream_engine.engine.decode import GraphDecoder
 from stream_engine.engine.draw import penalize, seen_in
+from stream_engine.errors import RecordError
 from tests.engine.conftest import ask, full_forward_logps
 
 
@@ -178,6 +179,49 @@ def test_a_question_that_never_fits_fails_by_name(make_engine):
     results = list(engine.generate(ask(engine, 2)))
     assert {r.reason for r in results} == {"out_of_memory"}
     assert {r.key for r in results} == {"0", "1"}
+
+
+def test_memory_that_runs_out_where_requests_are_made_is_not_the_devices(make_engine):
+    """It was taken for the device's: the budget was halved, and as a generator that has raised
+    looks exhausted, the remaining requests were lost without a word."""
+    engine = make_engine()
+
+    def source():
+        yield from ask(engine, 2)
+        raise MemoryError("a picture of 16000 x 16000")
+
+    with pytest.raises(MemoryError, match="16000"):
+        list(engine.generate(source()))
+    assert engine.budget.scale == 1.0
+    assert not engine.is_busy, "its spans in the cache were not released"
+    assert len(drawn(engine.generate(ask(engine, 4)))) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_record_that_does_not_fit_the_hosts_memory_is_set_aside_alone(
+    make_engine, monkeypatch, error, shared
+):
+    """It once ended the prompts of the whole shard."""
+    engine = make_engine()
+    prompt = engine.model.prompt
+
+    def hungry(question, images):
+        if question == "huge":
+            raise error
+        return prompt(question, images)
+
+    monkeypatch.setattr(engine.model, "prompt", hungry)
+    texts = ["small", "huge", "small too"]
+    if shared:
+        prepared = dict(engine.prepare_shared((text, [text], []) for text in texts))
+    else:
+        prepared = dict(engine.prepare((text, text, []) for text in texts))
+    assert list(prepared) == texts
+    assert [isinstance(made, RecordError) for made in prepared.values()] == [False, True, False]
+    assert prepared["huge"].reason == "out_of_host_memory"
 
 
 def test_nan_fails_only_the_question_that_has_it(make_engine):
