@@ -65,6 +65,7 @@ from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
+from stream_engine.storage.images import check_depth
 
 SMALLER = 0.85
 """A plan that did not hold is made anew for this share of the memory."""
@@ -521,12 +522,17 @@ def or_record_error(make: Callable[[], MadeT]) -> MadeT | RecordError:
 
 
 def decode_image(image: EncodedImage) -> Image.Image:
-    """Decode an image fully. Raises RecordError("undecodable_image") where Pillow cannot."""
+    """Decode an image fully.
+
+    Raises:
+        RecordError: where Pillow cannot, or its pixels do not become RGB.
+    """
     try:
         decoded = Image.open(BytesIO(image.data))
         decoded.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RecordError("undecodable_image", f"{image.path}: {error}") from error
+    check_depth(decoded)
     return decoded
 
 

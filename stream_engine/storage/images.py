@@ -2,7 +2,7 @@
 
 Their bytes are kept as they are. Every problem is a RecordError with one of the reasons
 missing_image_file, path_outside_root, bad_base64, image_too_large, image_too_long,
-truncated_image, undecodable_image.
+unsupported_pixel_depth, truncated_image, undecodable_image.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def check_image(data: bytes, max_pixels: int) -> None:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 is_identified = True
                 check_size(*image.size, max_pixels)
+                check_depth(image)
                 if image.format == "PNG":
                     image.verify()  # checksums and the end chunk, which decoding skips
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -94,6 +95,19 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
             "image_too_long",
             f"{width} x {height} pixels: models pad or resize it to a multiple of that; with a "
             f"shorter side of {shorter} the longer one may have {longest}; crop or shrink it",
+        )
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raise RecordError for pixels of more than 8 bits, which no model's front end can show.
+
+    Pillow cuts them off at 255 on the way to RGB: a depth map or a scan becomes a white sheet.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        raise RecordError(
+            "unsupported_pixel_depth",
+            f"{image.mode} pixels (16 or 32 bits, or floats) would all turn white or black as RGB; "
+            "scale them to 8 bits, which only you know how to do",
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import pytest
 import torch
+from PIL import Image
 
 from stream_engine.config import SamplingConfig
 from stream_engine.engine import resolve_sampling, row_seed
@@ -102,6 +105,14 @@ def test_undecodable_image_is_a_record_error():
         decode_image(EncodedImage(b"\x89PNG not really", "a.png"))
     assert caught.value.reason == "undecodable_image"
     assert "a.png" in str(caught.value)
+
+
+def test_pixels_that_would_turn_white_are_a_record_error():
+    buffer = BytesIO()
+    Image.new("I;16", (4, 4), 40_000).save(buffer, "PNG")
+    with pytest.raises(RecordError) as caught:
+        decode_image(EncodedImage(buffer.getvalue()))
+    assert caught.value.reason == "unsupported_pixel_depth"
 
 
 def test_a_language_model_that_sees_the_future_is_refused(make_engine):

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -71,16 +72,18 @@ def test_a_flipped_bit_in_a_png_is_noticed():
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG that says it is that large, and would take that memory if it were decoded."""
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"\0" * 10_000)
+
+
+def png(header: bytes, pixels: bytes) -> bytes:
+    """A PNG of these very parts."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         body = name + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 10_000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 @pytest.mark.parametrize("size", [(1001, 1000), (14_000, 14_000), (100_000, 100_000)])
@@ -114,6 +117,35 @@ def test_a_picture_that_models_would_blow_up_is_refused(size):
 
 def test_the_length_of_a_picture_is_read_from_its_header():
     assert reason_of(check_image, bomb(3000, 10), 10**6) == "image_too_long"
+
+
+def deep_picture(mode: str, format: str) -> bytes:
+    """A ramp from 0 to 60000, as a depth camera or a scanner stores it."""
+    ramp = np.linspace(0, 60_000, 24 * 16).reshape(16, 24)
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    buffer = io.BytesIO()
+    Image.fromarray(ramp.astype(dtype)).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("I;16", "PPM")],
+)
+def test_pixels_that_would_turn_white_are_refused(mode: str, format: str):
+    """Pillow makes RGB of them by cutting off at 255: they reached the models as blank sheets."""
+    data = deep_picture(mode, format)
+    with pytest.raises(RecordError, match="scale them to 8 bits") as caught:
+        check_image(data, 10**6)
+    assert caught.value.reason == "unsupported_pixel_depth"
+
+
+def test_sixteen_bits_in_three_channels_pass():
+    """Pillow reads these as 8 bits by their upper bytes."""
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = png(header, b"\0" + bytes([200, 0] * 6))
+    check_image(data, 10**6)
+    assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (200, 200, 200)
 
 
 def test_base64_with_prefix_and_line_breaks_is_read():
