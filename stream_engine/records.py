@@ -23,7 +23,8 @@ IMAGE_MARK = "<image>"
 
 
 class EncodedImage(msgspec.Struct, frozen=True):
-    """An image as its original encoded bytes; decoded only when a batch needs it."""
+    """An image as encoded bytes, the original's where that is upright; decoded when a batch needs
+    it."""
 
     data: bytes
     path: str = ""

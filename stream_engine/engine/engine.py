@@ -65,7 +65,7 @@ from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
-from stream_engine.storage.images import check_depth
+from stream_engine.storage.images import check_depth, upright
 
 SMALLER = 0.85
 """A plan that did not hold is made anew for this share of the memory."""
@@ -522,7 +522,7 @@ def or_record_error(make: Callable[[], MadeT]) -> MadeT | RecordError:
 
 
 def decode_image(image: EncodedImage) -> Image.Image:
-    """Decode an image fully.
+    """Decode an image fully, turned as its EXIF orientation says (ingest stores none).
 
     Raises:
         RecordError: where Pillow cannot, or its pixels do not become RGB.
@@ -533,7 +533,7 @@ def decode_image(image: EncodedImage) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RecordError("undecodable_image", f"{image.path}: {error}") from error
     check_depth(decoded)
-    return decoded
+    return upright(decoded)
 
 
 def _stop_ids(generation_defaults: dict[str, Any]) -> frozenset[int]:

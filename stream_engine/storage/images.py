@@ -1,8 +1,9 @@
 """Images of an input row: found, fenced in, and checked by decoding them once.
 
-Their bytes are kept as they are. Every problem is a RecordError with one of the reasons
-missing_image_file, path_outside_root, bad_base64, image_too_large, image_too_long,
-unsupported_pixel_depth, truncated_image, undecodable_image.
+Their bytes are kept as they are, but for pictures that a tag says to turn (EXIF orientation): those
+are stored upright and without the tag, since some readers obey it and others do not. Every problem
+is a RecordError with one of the reasons missing_image_file, path_outside_root, bad_base64,
+image_too_large, image_too_long, unsupported_pixel_depth, truncated_image, undecodable_image.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import warnings
 import zlib
 
 import fsspec
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import get_sampling
 
 from stream_engine.errors import RecordError
 from stream_engine.storage.inputs import is_url
@@ -54,11 +56,28 @@ DECODE_ERRORS = (
 """What Pillow's decoders raise on hostile bytes."""
 
 
-def check_image(data: bytes, max_pixels: int) -> None:
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by its EXIF orientation; the others are upright."""
+
+JPEG_QUALITY = 95
+HALF_WIDTH_SAMPLING = 1
+"""Pillow's number for 4:2:2, which a quarter turn makes 4:4:0; that it cannot write."""
+
+
+def check_image(data: bytes, max_pixels: int) -> bool:
     """Decode an image completely, and raise RecordError when that fails or it is too large.
 
-    The size is read from the header first, so that a bomb is refused before it is decoded. JPEG
-    is decoded at an eighth of its size: all of its data is read, in a fraction of the time.
+    Returns whether it is upright; `turned_upright` makes it so. The size is read from the header
+    first, so that a bomb is refused before it is decoded. JPEG is decoded at an eighth of its size:
+    all of its data is read, in a fraction of the time.
     """
     is_identified = False
     try:
@@ -73,6 +92,7 @@ def check_image(data: bytes, max_pixels: int) -> None:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 image.draft("RGB", (1, 1))
                 image.load()
+                return orientation_of(image) not in TURNS
     except Image.DecompressionBombError as error:
         raise RecordError("image_too_large", str(error)) from error
     except DECODE_ERRORS as error:
@@ -109,6 +129,44 @@ def check_depth(image: Image.Image) -> None:
             f"{image.mode} pixels (16 or 32 bits, or floats) would all turn white or black as RGB; "
             "scale them to 8 bits, which only you know how to do",
         )
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded image; 1, upright, where that cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded image as its EXIF orientation says that it is to be seen."""
+    turn = TURNS.get(orientation_of(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def turned_upright(data: bytes) -> bytes:
+    """An image that `check_image` passed, encoded anew: upright, without its EXIF and XMP data.
+
+    A JPEG stays one, of quality 95 and with its own subsampling of colours (full colours where
+    its halves would change sides); all others are encoded without loss.
+    """
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        image.load()
+        profile = image.info.get("icc_profile")
+        buffer = io.BytesIO()
+        if image.format in ("JPEG", "MPO"):
+            sampling = get_sampling(image)
+            if sampling == HALF_WIDTH_SAMPLING or sampling < 0:
+                sampling = 0
+            upright(image).save(
+                buffer, "JPEG", quality=JPEG_QUALITY, subsampling=sampling, icc_profile=profile
+            )
+        elif image.format == "WEBP":
+            upright(image).save(buffer, "WEBP", lossless=True, exact=True, icc_profile=profile)
+        else:
+            upright(image).save(buffer, "PNG", icc_profile=profile)
+    return buffer.getvalue()
 
 
 def looks_cut(data: bytes, error: Exception, is_identified: bool) -> bool:

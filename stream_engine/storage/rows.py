@@ -19,7 +19,12 @@ from typing import Any
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.records import EncodedImage, Sample, sample_key
-from stream_engine.storage.images import check_image, decode_base64, read_image_file
+from stream_engine.storage.images import (
+    check_image,
+    decode_base64,
+    read_image_file,
+    turned_upright,
+)
 
 Row = dict[str, Any]
 
@@ -95,7 +100,8 @@ def images_of(row: Row, folder: str, config: InputConfig) -> tuple[EncodedImage,
         data, path = image_content(value, folder, config)
         if not path and isinstance(default_path, str):
             path = default_path
-        check_image(data, config.max_image_pixels)
+        if not check_image(data, config.max_image_pixels):
+            data = turned_upright(data)
         images.append(EncodedImage(data, path))
     return tuple(images)
 

@@ -6,7 +6,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from stream_engine.config import SamplingConfig
 from stream_engine.engine import resolve_sampling, row_seed
@@ -113,6 +113,14 @@ def test_pixels_that_would_turn_white_are_a_record_error():
     with pytest.raises(RecordError) as caught:
         decode_image(EncodedImage(buffer.getvalue()))
     assert caught.value.reason == "unsupported_pixel_depth"
+
+
+def test_models_see_a_tagged_picture_upright():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = BytesIO()
+    Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
+    assert decode_image(EncodedImage(buffer.getvalue())).size == (4, 8)
 
 
 def test_a_language_model_that_sees_the_future_is_refused(make_engine):

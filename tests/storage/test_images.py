@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import get_sampling
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.storage.images import check_image, check_size, decode_base64, read_image_file
+from stream_engine.storage.images import (
+    check_image,
+    check_size,
+    decode_base64,
+    read_image_file,
+    turned_upright,
+)
 from tests.storage.conftest import picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -146,6 +153,61 @@ def test_sixteen_bits_in_three_channels_pass():
     data = png(header, b"\0" + bytes([200, 0] * 6))
     check_image(data, 10**6)
     assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (200, 200, 200)
+
+
+def quarters(format: str, orientation: int, **options) -> bytes:
+    """Four differently coloured quarters, 64 x 32, with an EXIF orientation."""
+    image = Image.new("RGB", (64, 32))
+    for i, colour in enumerate([(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 60)]):
+        image.paste(colour, (32 * (i % 2), 16 * (i // 2), 32 * (i % 2) + 32, 16 * (i // 2) + 16))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "a camera"
+    buffer = io.BytesIO()
+    image.save(buffer, format, exif=exif, **options)
+    return buffer.getvalue()
+
+
+def decoded(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_stored_as_it_is_to_be_seen(format: str, orientation: int):
+    """Models saw the pixels as the file lays them out, sideways, while `datasets` turns them for
+    the trainer on loading, and other trainers do not."""
+    data = quarters(format, orientation, **({"lossless": True} if format == "WEBP" else {}))
+    assert check_image(data, 10**6) == (orientation == 1)
+    seen = ImageOps.exif_transpose(decoded(data)).convert("RGB")
+    stored = decoded(turned_upright(data))
+    assert stored.format == format
+    assert not stored.getexif()
+    assert stored.size == seen.size == ((64, 32) if orientation < 5 else (32, 64))
+    error = np.asarray(stored.convert("RGB"), np.int16) - np.asarray(seen, np.int16)
+    assert abs(error).mean() <= (3 if format == "JPEG" else 0)  # colours blur at the edges
+
+
+@pytest.mark.parametrize(
+    ("subsampling", "kept"),
+    [
+        pytest.param("4:4:4", 0, id="full"),
+        pytest.param("4:2:0", 2, id="quarter"),
+        pytest.param("4:2:2", 0, id="half-width-has-no-half-height"),
+    ],
+)
+def test_a_turned_jpeg_keeps_its_subsampling_where_that_can_be(subsampling: str, kept: int):
+    data = quarters("JPEG", 6, subsampling=subsampling)
+    assert get_sampling(decoded(turned_upright(data))) == kept
+
+
+def test_an_orientation_that_cannot_be_read_or_means_nothing_is_upright():
+    assert check_image(quarters("JPEG", 9), 10**6)
+    assert check_image(quarters("JPEG", 0), 10**6)
+    broken = quarters("JPEG", 6).replace(b"Exif\0\0MM", b"Exif\0\0XX")
+    assert check_image(broken, 10**6)
 
 
 def test_base64_with_prefix_and_line_breaks_is_read():

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 
 from stream_engine.errors import ConfigError
 from stream_engine.records import Failure, Sample, sample_key
@@ -283,6 +284,24 @@ def test_too_many_pixels_are_rejected_by_the_setting(tmp_path: Path):
     path = write_parquet(tmp_path / "a.parquet", [make_row(0)])
     assert isinstance(read(path, max_image_pixels=24 * 16)[0], Sample)
     assert read(path, max_image_pixels=24 * 16 - 1)[0].reason == "image_too_large"
+
+
+def test_a_sideways_picture_is_read_upright_and_an_upright_one_as_it_is(tmp_path: Path):
+    """The engine, and every trainer that loads the dataset, must see the same pixels."""
+    image = Image.new("RGB", (8, 4), "red")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    sideways = io.BytesIO()
+    image.save(sideways, "PNG", exif=exif)
+    rows = [{"question": "1", "image": {"bytes": sideways.getvalue(), "path": "a.png"}}]
+    (sample,) = read(write_parquet(tmp_path / "a.parquet", [*rows]))
+    (stored,) = sample.images
+    assert Image.open(io.BytesIO(stored.data)).size == (4, 8)
+    assert stored.path == "a.png"
+    assert sample.key == sample_key("", "1", sample.images)
+    write_shard(tmp_path / "000000.tar", 0, [sample])
+    (again,) = read(tmp_path / "000000.tar")
+    assert (again.key, again.images[0].data) == (sample.key, stored.data)
 
 
 def test_text_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path):
