@@ -4,8 +4,8 @@ A row is a dict with the columns of any of the formats:
 
     idx | question_id            the id; numbers become strings, 7.0 becomes "7"; none: the key
     question                     the text
-    image | images               {"bytes", "path"}, raw bytes or base64, or a list of these
-    image_path                   read where the row has no image
+    image | images               {"bytes", "path"}, raw bytes, base64 or a path, or a list of these
+    image_path                   read where the row has no image; then metainfos' image_path
     ds_name origin_dataset origin_split image_path metainfos        carried through, as text
     ds_question_id               kept in metainfos
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from stream_engine.config import InputConfig
@@ -25,8 +26,14 @@ from stream_engine.storage.images import (
     read_image_file,
     turned_upright,
 )
+from stream_engine.storage.shards import UNKNOWN_EXTENSION, image_extension
 
 Row = dict[str, Any]
+
+FILE_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}$")
+MAX_PATH = 4096
+MAX_BARE_PATH = 100
+"""Of a path without a suffix, which could be base64 as well: RLAIF-V's limit."""
 
 COLUMNS = frozenset(
     (
@@ -91,10 +98,12 @@ def idx_of(row: Row) -> str:
 
 def images_of(row: Row, folder: str, config: InputConfig) -> tuple[EncodedImage, ...]:
     """The row's images, each decoded once as a check; `image_path` stands in for none."""
+    default_path = row.get("image_path")
+    if is_missing(default_path) or default_path == "":
+        default_path = metainfos_path(row)
     values = as_list(row.get("images")) or as_list(row.get("image"))
     if not values:
-        values = [{"path": path} for path in as_list(row.get("image_path"))]
-    default_path = row.get("image_path")
+        values = [{"path": path} for path in as_list(default_path)]
     images = []
     for value in values:
         data, path = image_content(value, folder, config)
@@ -106,14 +115,29 @@ def images_of(row: Row, folder: str, config: InputConfig) -> tuple[EncodedImage,
     return tuple(images)
 
 
+def metainfos_path(row: Row) -> Any:
+    """The image_path within metainfos, which may be a dict or its JSON text."""
+    metainfos = row.get("metainfos")
+    if isinstance(metainfos, str) and "image_path" in metainfos:
+        try:
+            metainfos = json.loads(metainfos)
+        except (ValueError, RecursionError):
+            return None
+    return metainfos.get("image_path") if isinstance(metainfos, dict) else None
+
+
 def image_content(value: Any, folder: str, config: InputConfig) -> tuple[bytes, str]:
     """The encoded bytes and the path of one image in any of its forms."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value), ""
+    if isinstance(value, str) and names_file(value):
+        value = {"path": value}
     if isinstance(value, str):
         return decode_base64(value), ""
     if isinstance(value, dict):
         data, path = value.get("bytes"), text_of(value.get("path"))
+        if isinstance(data, str) and data:
+            return decode_base64(data), path
         if data:
             return image_content(data, folder, config)[0], path
         if path:
@@ -122,15 +146,44 @@ def image_content(value: Any, folder: str, config: InputConfig) -> tuple[bytes, 
     raise RecordError("undecodable_image", f"{type(value).__name__} is no image")
 
 
+def names_file(text: str) -> bool:
+    """Whether a text in an image's place is a path: it ends in a suffix, or is short with a slash.
+
+    Base64 has no dots, but slashes, and that of the smallest pictures is as short as a path.
+    """
+    if text.startswith("data:") or len(text) > MAX_PATH:
+        return False
+    if FILE_SUFFIX.search(text):
+        return True
+    return "/" in text and len(text) <= MAX_BARE_PATH and not holds_image(text)
+
+
+def holds_image(text: str) -> bool:
+    """Whether a text is base64 that begins as images do."""
+    try:
+        return image_extension(decode_base64(text)) != UNKNOWN_EXTENSION
+    except RecordError:
+        return False
+
+
 def as_list(value: Any) -> list[Any]:
-    """A value, a list of values, or nothing, as a list; empty stand-ins for "no image" vanish."""
-    if is_missing(value) or value in ("", b""):
-        return []
+    """A value, a list of values, or nothing, as a list.
+
+    Empty stand-ins for "no image" are nothing, as is a list of such alone; among images they stay,
+    to be rejected.
+    """
     if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, dict) and value.get("bytes") is None and not value.get("path"):
-        return []
-    return [value]
+        return [] if all(map(is_nothing, value)) else list(value)
+    return [] if is_nothing(value) else [value]
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value says that there is no image: null, an empty text, a dict of these."""
+    if is_missing(value):
+        return True
+    if isinstance(value, dict):
+        return value.get("bytes") in (None, "") and not value.get("path")
+    return isinstance(value, (str, bytes)) and not value
 
 
 def metainfos_of(row: Row) -> str:

@@ -216,9 +216,10 @@ def image_extension(data: bytes) -> str:
         return "webp"
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         return "avif"
-    return "img"
+    return UNKNOWN_EXTENSION
 
 
+UNKNOWN_EXTENSION = "img"
 IMAGE_MAGIC = {
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",

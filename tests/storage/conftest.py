@@ -67,13 +67,13 @@ def write_parquet(path: Path, rows: list[Row], **options: Any) -> Path:
 
 
 def write_jsonl(path: Path, rows: list[Row | str]) -> Path:
-    """Rows as JSON lines; images become base64, and strings are written as they are."""
+    """Rows as JSON lines; bytes of images become base64, and strings are written as they are."""
 
     def line(row: Row | str) -> str:
         if isinstance(row, str):
             return row
         image = row.get("image")
-        if isinstance(image, dict):
+        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
             row = {**row, "image": base64.b64encode(image["bytes"]).decode()}
         return json.dumps(row)
 

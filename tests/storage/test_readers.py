@@ -195,6 +195,90 @@ def test_a_parquet_image_with_a_path_alone_is_read_from_it(tmp_path: Path):
     assert read(write_parquet(tmp_path / "a.parquet", rows))[0].images[0].data == picture(1)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"image": "a.png"}, id="image"),
+        pytest.param({"image": "sub/../a.png"}, id="image-in-a-folder"),
+        pytest.param({"image": "sub/picture7"}, id="no-suffix"),
+        pytest.param({"image": f"{'sub/../' * 40}a.png"}, id="longer-than-rlaifv-allows"),
+        pytest.param({"images": ["a.png"]}, id="images"),
+        pytest.param({"images": [{"path": "a.png"}]}, id="images-of-dicts"),
+        pytest.param({"image": {"bytes": "", "path": "a.png"}}, id="empty-bytes"),
+        pytest.param({"metainfos": {"image_path": "a.png"}}, id="metainfos"),
+        pytest.param({"metainfos": '{"image_path": "a.png"}', "image": ""}, id="metainfos-text"),
+        pytest.param({"image_path": "", "metainfos": {"image_path": "a.png"}}, id="both"),
+    ],
+)
+def test_a_path_in_an_images_place_is_read_through_the_fence(tmp_path: Path, row: Row):
+    """LLaVA's own layout, `"image": "a.jpg"`, was taken for base64, and every row rejected."""
+    (tmp_path / "rows/sub").mkdir(parents=True)
+    for name in ("rows/a.png", "rows/sub/picture7"):
+        (tmp_path / name).write_bytes(picture(1))
+    path = write_jsonl(tmp_path / "rows/a.jsonl", [{"question": "?", **row}])
+    (sample,) = read(path)
+    assert [image.data for image in sample.images] == [picture(1)]
+    (tmp_path / "elsewhere").mkdir()
+    (fenced,) = read(path, image_root=str(tmp_path / "elsewhere"))
+    assert fenced.reason == "path_outside_root"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "gone.jpg"},
+        {"image": "coco/train2017/000000033471"},
+        {"images": ["a.png", "gone.jpg"]},
+        {"image": {"bytes": "", "path": "gone.jpg"}},
+        {"image": "", "image_path": "gone.jpg"},
+        {"metainfos": {"image_path": "gone.jpg"}},
+        {"image": "http://images.example/a.jpg"},
+    ],
+)
+def test_a_picture_that_is_named_and_not_found_is_no_question_without_one(tmp_path, row: Row):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (failure,) = read(write_jsonl(tmp_path / "a.jsonl", [{"question": "?", **row}]))
+    assert failure.reason == "missing_image_file"
+
+
+def test_base64_with_slashes_is_no_path(tmp_path: Path):
+    """The smallest pictures are as short as paths; a broken long one is still named as base64."""
+    dot = "R0lGODlhAQABAIAAAP///////yH5BAEAAAEALAAAAAABAAEAAAICTAEAOw=="
+    assert "/" in dot and len(dot) < 100
+    rows: list[Row | str] = [
+        {"question": "1", "image": dot},
+        {"question": "2", "image": f"data:image/gif;base64,{dot}"},
+        {"question": "3", "image": f"*{'ab/d' * 40}"},
+    ]
+    first, second, failure = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert first.images == second.images and first.images
+    assert failure.reason == "bad_base64"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": {"bytes": "", "path": ""}},
+        {"image": {"bytes": None, "path": None}},
+        {"images": []},
+        {"images": [{"bytes": "", "path": ""}, None]},
+        {"image": "", "image_path": "", "metainfos": {"image_path": ""}},
+        {"metainfos": {"other": 1}},
+        {"metainfos": "image_path: none"},
+    ],
+)
+def test_empty_stand_ins_for_an_image_are_no_image(tmp_path: Path, row: Row):
+    (sample,) = read(write_jsonl(tmp_path / "a.jsonl", [{"question": "?", **row}]))
+    assert sample.images == ()
+
+
+def test_an_empty_place_among_images_is_rejected(tmp_path: Path):
+    images = [{"bytes": picture(1), "path": "a.png"}, {"bytes": None, "path": None}]
+    rows = [{"question": "?", "images": images}]
+    (failure,) = read(write_parquet(tmp_path / "a.parquet", rows))
+    assert failure.reason == "undecodable_image"
+
+
 def test_a_data_set_at_a_url_reads_like_a_local_one(tmp_path: Path):
     fs = fsspec.filesystem("memory")
     local = write_jsonl(
