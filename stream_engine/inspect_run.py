@@ -25,11 +25,14 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
     if target.isdecimal() and int(target) < len(state.shards):
         yield from inspect_shard(state, state.manifest.shards[int(target)])
         return
+    is_found = False
     for info in state.manifest.shards:
-        if target in info.keys or target in info.ids:
-            names = info.keys if target in info.keys else info.ids
-            yield from inspect_sample(state, info, info.keys[names.index(target)])
-            return
+        for key, idx in zip(info.keys, info.ids):
+            if target in (key, idx):  # an id is that of one sample in each input
+                is_found = True
+                yield from inspect_sample(state, info, key)
+    if is_found:
+        return
     rejected = [f for f in quarantined(state.run_dir) if target in (f.key, f.idx)]
     if not rejected:
         raise ConfigError(

@@ -122,6 +122,18 @@ def test_inspect_shows_a_sample_with_its_answers(
     assert text.index("what0") < text.index("what3")  # best first
 
 
+def test_inspect_shows_every_sample_of_an_id_that_two_inputs_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_questions(tmp_path / "a.jsonl", TEN[:3], first_id=500)
+    second = write_questions(tmp_path / "b.jsonl", TEN[5:8], first_id=500)
+    report = run(echo_config(tmp_path / "run", f"{first},{second}"), show_progress=False)
+    assert (report.exit_status, report.status.samples.done) == (0, 6)
+    assert main(["inspect", "501", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert TEN[1] in text and TEN[6] in text
+
+
 def test_inspect_of_something_unknown_is_one_line(
     finished: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

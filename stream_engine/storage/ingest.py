@@ -84,7 +84,7 @@ def ingest(
     if not to_read:
         return report
     remove_leftovers(run_dir.shards_dir, older_than_s=0.0)
-    with KnownSamples(manifest.shards) as known:
+    with KnownSamples(manifest.shards.lines()) as known:
         for source, state in to_read.items():
             InputReading(run_dir, manifest, known, source, config, report, on_progress).run(state)
     return report
@@ -163,7 +163,7 @@ class InputReading:
         if isinstance(item, Failure):
             state = "rejected"
         else:
-            state = self.known.classify(item.idx, item.key)
+            state = self.known.classify(item.idx, item.key, self.source)
             if state == "conflict":
                 item = conflict(row, item)
         for counts in (self.counts, self.total):
@@ -224,10 +224,11 @@ class QuarantineWriter:
 
 
 def conflict(row: InputRow, sample: Sample) -> Failure:
-    """The reject of a row whose id belongs to another sample already."""
+    """The reject of a row whose id belongs to another sample of its source already."""
     return Failure(
         reason="conflicting_id",
-        detail=f"another sample has the id {sample.idx!r}; the first one is kept",
+        detail=f"another sample of this input has the id {sample.idx!r}; the first one is kept. "
+        "Make the ids unique, or drop their column: ids are then made from the content",
         source=row.source,
         row=row.row,
         key=sample.key,

@@ -75,12 +75,17 @@ class ShardList(Sequence[ShardInfo]):
 
     def at(self, offsets: Sequence[int]) -> Iterator[ShardInfo]:
         """The shards whose lines begin at these offsets."""
+        return (line.shard for line in self.lines(offsets))
+
+    def lines(self, offsets: Sequence[int] | None = None) -> Iterator[ShardLine]:
+        """The lines that begin at these offsets; else all."""
+        offsets = self.offsets if offsets is None else offsets
         if not offsets:
             return
         with open(self.path, "rb") as file:
             for offset in list(offsets):
                 file.seek(offset)
-                yield msgspec.json.decode(file.readline(), type=ShardLine).shard
+                yield msgspec.json.decode(file.readline(), type=ShardLine)
 
 
 class Manifest:

@@ -120,19 +120,41 @@ def test_changed_reading_settings_read_an_input_again(run_dir: RunDir, tmp_path:
     assert counts(ingest(run_dir, [str(path)], CONFIG)) == (6, 4, 2, {})
 
 
-def test_of_two_samples_with_one_id_the_first_is_kept(run_dir: RunDir, tmp_path: Path):
+def test_of_two_samples_of_an_input_with_one_id_the_first_is_kept(run_dir: RunDir, tmp_path: Path):
     rows = [make_row(1), make_row(2), {**make_row(3), "idx": 1}, make_row(1)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert counts(ingest(run_dir, [str(path)], CONFIG)) == (4, 2, 1, {"conflicting_id": 1})
     (failure,) = quarantined(run_dir)
     assert (failure.source, failure.row, failure.idx) == (str(path), 2, "1")
     assert len(failure.key) == 32
+    assert "drop their column" in failure.detail
 
-    other = write_jsonl(tmp_path / "b.jsonl", [{**make_row(4), "idx": "2"}, make_row(5)])
-    report = ingest(run_dir, [str(other)], CONFIG)
-    assert counts(report) == (2, 1, 0, {"conflicting_id": 1})
-    assert [failure.idx for failure in quarantined(run_dir)] in (["1", "2"], ["2", "1"])
+    write_jsonl(path, [{**make_row(4), "idx": "2"}, make_row(5)])
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (2, 1, 0, {"conflicting_id": 1})
     assert ids_of(run_dir) == ["1", "2", "5"]
+
+
+def test_two_inputs_may_both_count_from_zero(tmp_path: Path):
+    """The second was rejected as a whole, row by row, although the samples had other keys."""
+    first = write_jsonl(tmp_path / "a.jsonl", numbers(0, 3))
+    second = [{**make_row(10 + i), "idx": i} for i in range(3)]
+    other = write_jsonl(tmp_path / "b.jsonl", [*second, make_row(1), make_row(7), make_row(7)])
+    together, apart = RunDir(tmp_path / "together"), RunDir(tmp_path / "apart")
+    report = ingest(together, [str(first), str(other)], CONFIG)
+    assert counts(report) == (9, 7, 1, {"conflicting_id": 1})
+    assert ids_of(together) == ["0", "1", "2", "0", "1", "2", "7"]
+    assert [failure.source for failure in quarantined(together)] == [str(other)]
+    assert len({sample.key for sample in samples_of(together)}) == 7
+    for path in (first, other):
+        ingest(apart, [str(path)], CONFIG)
+    assert tree(together.root) == tree(apart.root)
+
+
+def test_a_sample_that_another_input_brought_holds_its_id_in_this_one_too(run_dir, tmp_path: Path):
+    ingest(run_dir, [str(write_jsonl(tmp_path / "a.jsonl", numbers(0, 3)))], CONFIG)
+    other = write_jsonl(tmp_path / "b.jsonl", [make_row(1), {**make_row(9), "idx": 1}])
+    report = ingest(run_dir, [str(other)], CONFIG)
+    assert counts(report) == (2, 0, 1, {"conflicting_id": 1})
 
 
 def test_every_row_is_added_known_or_named_in_quarantine(run_dir: RunDir, tmp_path: Path):
@@ -345,7 +367,11 @@ def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Pat
             ids = [f"{index}-{i}" for i in range(8)]
             keys = [f"{index * 8 + i:032x}" for i in range(8)]
             shard = {"index": index, "num_samples": 8, "num_bytes": 1, "sha256": "0"}
-            line = {"kind": "shard", "shard": {**shard, "keys": keys, "ids": ids}}
+            line = {
+                "kind": "shard",
+                "shard": {**shard, "keys": keys, "ids": ids},
+                "source": str(tmp_path / "a.jsonl"),
+            }
             file.write(json.dumps(line).encode() + b"\n")
     rows = [make_row(1), {**make_row(2), "idx": "9999-7"}]
     report = ingest(run_dir, [str(write_jsonl(tmp_path / "a.jsonl", rows))], CONFIG)
