@@ -41,7 +41,7 @@ from stream_engine.records import Failure, Sample
 from stream_engine.run_state import RunState, Shard, shard_lease
 from stream_engine.shard_work import ShardWork, StageRecord
 from stream_engine.storage.ingest import IngestReport, ingest
-from stream_engine.storage.inputs import canonical_source, input_fingerprint
+from stream_engine.storage.inputs import input_fingerprint
 from stream_engine.storage.leases import Lease, list_leases
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import read_shard
@@ -57,7 +57,6 @@ IDLE_S = 0.25
 REFRESH_S = 1.0
 MAX_HOPELESS_SHARDS = 2
 ALONE_S = 60.0
-UNREADABLE_FILE = "unreadable_file"
 MIN_RECORDS_TO_JUDGE = 200
 
 PASSES: dict[int | None, tuple[tuple[Stage, ...], ...]] = {
@@ -104,6 +103,7 @@ class Worker:
         self.current_pass = self.passes[0] if self.passes else ()
         self.is_placed = False
         self.unread: dict[str, str] = {}
+        self.manifest_start = 0
         self.num_added = 0
         self.num_hopeless = 0
         self.last_error: Exception | None = None
@@ -120,6 +120,7 @@ class Worker:
         if read_input and self.config.run_stage in (None, 0):
             self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
         self.state.refresh()
+        self.manifest_start = self.state.manifest.end
         try:
             return self.work_until_settled(do_shards=do_shards)
         finally:
@@ -156,18 +157,19 @@ class Worker:
 
     def ingest(self) -> bool:
         """Read inputs that nobody has read yet; False while another worker is at it."""
-        if self.is_ingested():
+        if not self.unread_sources():
             return True
         lease = self.lease("ingest")
         if lease is None:
             return False
         with lease:
             self.state.refresh()
-            if not self.is_ingested():
-                logger.info("reading %s", ", ".join(self.config.dataset_path))
+            sources = self.unread_sources()
+            if sources:
+                logger.info("reading %s", ", ".join(sources))
                 report = ingest(
                     self.run_dir,
-                    self.config.dataset_path,
+                    sources,
                     self.config.part(InputConfig),
                     on_progress=self.ingest_progress,
                 )
@@ -176,15 +178,24 @@ class Worker:
         self.unread = {}
         return True
 
-    def is_ingested(self) -> bool:
-        """Whether all inputs were read to their end; files that could not be opened are retried."""
+    def unread_sources(self) -> list[str]:
+        """The inputs that are left to read.
+
+        One that anybody has read since this worker began is not, although it may look changed from
+        here, or hold files that could not be read: those are tried once a launch, not by each of
+        its workers in turn.
+        """
         part = self.config.part(InputConfig)
         manifest = self.state.manifest
-        return all(
-            manifest.is_read(source, mark, part)
-            and not manifest.inputs[canonical_source(source)].rejected.get(UNREADABLE_FILE)
+        return [
+            source
             for source, mark in self.unread.items()
-        )
+            if not manifest.was_read_since(self.manifest_start, source, part)
+            and (
+                not manifest.is_read(source, mark, part)
+                or manifest.unreadable_files(source, mark, part)
+            )
+        ]
 
     def ingest_progress(self, report: IngestReport) -> None:
         """Show how far reading is, and stop it when the data are plainly wrong."""

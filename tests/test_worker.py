@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from stream_engine import worker as worker_module
 from stream_engine.config import RunConfig
+from stream_engine.console import ProgressView
 from stream_engine.errors import ConfigError, MissingStageError, StreamEngineError
 from stream_engine.failures import read_failure
-from stream_engine.runner import RunReport, run
+from stream_engine.pipelines import pipeline_class
+from stream_engine.ranks import Rank
+from stream_engine.runner import RunReport, begin, run
 from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.run_dir import RunDir
+from stream_engine.worker import Worker
 from tests.conftest import file_states, parts, write_questions
 from tests.echo_pipeline import CALLS, echo_config
 
@@ -228,3 +234,53 @@ def test_the_run_function_is_public(tmp_path: Path) -> None:
     config = echo_config(tmp_path / "run", dataset)
     assert isinstance(config, stream_engine.RunConfig) and RunConfig is stream_engine.RunConfig
     assert stream_engine.run(config, show_progress=False).exit_status == 0
+
+
+def make_worker(config: RunConfig, number: int) -> Worker:
+    """One of two workers of a run."""
+    rank = Rank(rank=number, world_size=2)
+    run_dir = RunDir(config.work_dir)
+    pipeline = pipeline_class(config.pipeline_name)(config)
+    fingerprints = begin(run_dir, config, pipeline, rank).fingerprints
+    view = ProgressView(silent=True)
+    return Worker(run_dir, config, pipeline, fingerprints, rank=rank, view=view)
+
+
+@pytest.mark.parametrize("change", ["unreadable-file", "another-time"])
+def test_an_input_is_read_once_a_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Each worker in turn read the whole input when one of its files could not be read, or when
+    its nodes saw different times of change: 64 workers, 64 times."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    dataset = write_questions(folder / "a.jsonl", TEN)
+    if change == "unreadable-file":
+        (folder / "b.parquet").write_bytes(b"no parquet")
+    config = echo_config(tmp_path / "run", folder)
+    first, second = make_worker(config, 0), make_worker(config, 1)
+    reads: list[list[str]] = []
+    ingest = worker_module.ingest
+
+    def watched(run_dir, sources, settings, **options):
+        reads.append(list(sources))
+        return ingest(run_dir, sources, settings, **options)
+
+    monkeypatch.setattr(worker_module, "ingest", watched)
+    lease = second.lease
+
+    def lease_when_the_first_has_read(name: str):
+        if not reads:
+            if change == "another-time":
+                os.utime(dataset, (1000, 1000))
+            first.work(do_shards=False)
+            return None
+        return lease(name)
+
+    monkeypatch.setattr(second, "lease", lease_when_the_first_has_read)
+    second.work(do_shards=False)
+    assert reads == [[str(folder)]]
+    assert not second.unread_sources()
+    make_worker(config, 0).work(do_shards=False)
+    tries_again = change == "unreadable-file"
+    assert len(reads) == 1 + tries_again

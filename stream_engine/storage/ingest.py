@@ -15,17 +15,19 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 
 import msgspec
 
 from stream_engine.config import InputConfig
-from stream_engine.errors import ConservationError
+from stream_engine.errors import ConservationError, ShardReadError
 from stream_engine.records import Failure, Sample
 from stream_engine.storage.atomic import fsync_folder, remove_leftovers, temporary_path
 from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.known import KnownSamples
-from stream_engine.storage.manifest import InputInfo, Manifest, reading_settings
-from stream_engine.storage.readers import InputRow, read_rows
+from stream_engine.storage.manifest import InputInfo, Manifest, RowCounts, reading_settings
+from stream_engine.storage.readers import UNREADABLE_FILE, InputRow, read_rows
+from stream_engine.storage.results import read_quarantine
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import write_shard
 
@@ -34,19 +36,15 @@ ROWS_PER_PROGRESS = 50
 OnProgress = Callable[["IngestReport"], object]
 
 
-class IngestReport(msgspec.Struct, kw_only=True):
+class IngestReport(RowCounts, kw_only=True):
     """Rows of the inputs that were read: read = added + known + the rejected, by reason.
 
     What an interrupted ingest of the same input had added counts as added again.
     """
 
-    read: int = 0
-    added: int = 0
-    known: int = 0
-    rejected: dict[str, int] = {}
     num_shards: int = 0
     """Shards written by this call."""
-    skipped_inputs: list[str] = []
+    skipped_inputs: list[str] = msgspec.field(default_factory=list)
     """Inputs that were read to their end before and have not changed."""
 
     @property
@@ -65,7 +63,8 @@ def ingest(
 
     `on_progress` gets the report so far, every 50 rows, before each shard is put in place and at
     the end of each input; it may raise to stop, and the rejects up to there are in the quarantine
-    file then. An input with a file that could not be read is read again by the next call.
+    file then. Of an input that did not change, the files that could not be read are tried again by
+    each call, and only those.
 
     Raises:
         ConfigError: when a source does not exist or its format is unknown.
@@ -78,7 +77,7 @@ def ingest(
         source: state
         for source, state in states.items()
         if not manifest.is_read(source, state, config)
-        or manifest.inputs[source].rejected.get("unreadable_file")
+        or manifest.unreadable_files(source, state, config)
     }
     report.skipped_inputs = [source for source in states if source not in to_read]
     if not to_read:
@@ -109,7 +108,12 @@ class InputReading:
         self.source = source
         self.config = config
         self.total = report
-        self.counts = IngestReport()
+        self.before = RowCounts()
+        self.counts = RowCounts()
+        self.file_counts = RowCounts()
+        self.file = ""
+        self.unreadable: dict[str, RowCounts] = {}
+        self.only: list[str] | None = None
         self.num_written = 0
         self.num_resumed = 0
         self.on_progress = on_progress or (lambda report: None)
@@ -117,22 +121,50 @@ class InputReading:
     def run(self, fingerprint: str) -> None:
         """Write the input's shards, its quarantine file and its line in the manifest."""
         self.known.set_pending(self.manifest.unfinished_shards(self.source))
+        self.take_up(self.manifest.unreadable_files(self.source, fingerprint, self.config))
         with QuarantineWriter(self.run_dir, self.source) as self.quarantine:
+            for failure in self.rejects_before():
+                self.quarantine.write(failure)
             self.write_shards(self.new_samples())
             self.on_progress(self.total)
         self.known.clear_pending()
         self.check_conservation()
+        counts = self.before.plus(self.counts)
         self.manifest.append_input(
             InputInfo(
                 source=self.source,
                 fingerprint=fingerprint,
                 settings=reading_settings(self.config),
-                read=self.counts.read,
-                added=self.counts.added,
-                known=self.counts.known,
-                rejected=self.counts.rejected,
+                read=counts.read,
+                added=counts.added,
+                known=counts.known,
+                rejected=counts.rejected,
+                unreadable=self.unreadable,
             )
         )
+
+    def take_up(self, unreadable: list[str]) -> None:
+        """Read these files alone when everything about the others is on hand.
+
+        It is not when the quarantine file was lost or damaged, and with `max_samples` it is not
+        plain which rows are the first.
+        """
+        if not unreadable or self.config.max_samples is not None:
+            return
+        self.only = unreadable
+        self.before = self.manifest.inputs[self.source].readable_counts
+        try:
+            num_rejects = sum(1 for _ in self.rejects_before())
+        except ShardReadError:
+            num_rejects = -1
+        if num_rejects != sum(self.before.rejected.values()):
+            self.only, self.before = None, RowCounts()
+
+    def rejects_before(self) -> Iterator[Failure]:
+        """The rejects of the files that are not read again."""
+        if self.only is not None:
+            path = quarantine_path(self.run_dir, self.source)
+            yield from (f for f in read_quarantine(path) if f.source not in self.only)
 
     def write_shards(self, samples: Iterator[Sample]) -> None:
         """Cut the new samples into shards; the last one may be smaller."""
@@ -152,7 +184,7 @@ class InputReading:
 
     def new_samples(self) -> Iterator[Sample]:
         """The samples the run does not hold yet; everything else is counted."""
-        for row in read_rows(self.source, self.config):
+        for row in read_rows(self.source, self.config, only=self.only):
             if self.count(row):
                 assert isinstance(row.item, Sample)
                 yield row.item
@@ -166,7 +198,9 @@ class InputReading:
             state = self.known.classify(item.idx, item.key, self.source)
             if state == "conflict":
                 item = conflict(row, item)
-        for counts in (self.counts, self.total):
+        if row.source != self.file:
+            self.file, self.file_counts = row.source, RowCounts()
+        for counts in (self.counts, self.total, self.file_counts):
             counts.read += 1
             if isinstance(item, Failure):
                 counts.rejected[item.reason] = counts.rejected.get(item.reason, 0) + 1
@@ -177,6 +211,8 @@ class InputReading:
         self.num_resumed += state == "pending"
         if isinstance(item, Failure):
             self.quarantine.write(item)
+            if item.reason == UNREADABLE_FILE:
+                self.unreadable[row.source] = self.file_counts
         if self.counts.read % ROWS_PER_PROGRESS == 0:
             self.on_progress(self.total)
         return state == "new"
@@ -185,7 +221,7 @@ class InputReading:
         """Every row that was read is in a shard, was there before, or is in quarantine."""
         counts = self.counts
         num_added = self.num_written + self.num_resumed
-        num_rejected = self.quarantine.num_written
+        num_rejected = self.quarantine.num_written - sum(self.before.rejected.values())
         if counts.read != num_added + counts.known + num_rejected or counts.added != num_added:
             raise ConservationError(
                 f"{self.source}: read {counts.read} rows, but added {num_added}, "
@@ -197,8 +233,7 @@ class QuarantineWriter:
     """The quarantine file of one input, put in place however the reading ends."""
 
     def __init__(self, run_dir: RunDir, source: str) -> None:
-        digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
-        self.path = run_dir.quarantine(f"input-{digest}")
+        self.path = quarantine_path(run_dir, source)
         self.num_written = 0
 
     def __enter__(self) -> QuarantineWriter:
@@ -221,6 +256,12 @@ class QuarantineWriter:
             self.temporary.unlink()
             self.path.unlink(missing_ok=True)
         fsync_folder(self.path.parent)
+
+
+def quarantine_path(run_dir: RunDir, source: str) -> Path:
+    """The quarantine file of an input."""
+    digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+    return run_dir.quarantine(f"input-{digest}")
 
 
 def conflict(row: InputRow, sample: Sample) -> Failure:

@@ -24,6 +24,29 @@ from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.run_dir import RunDir
 
 
+class RowCounts(msgspec.Struct, kw_only=True):
+    """Rows that were read: read = added + known + the rejected, by reason."""
+
+    read: int = 0
+    added: int = 0
+    known: int = 0
+    rejected: dict[str, int] = {}
+
+    def plus(self, other: RowCounts, *, times: int = 1) -> RowCounts:
+        """The sum, or with `times=-1` the difference."""
+        reasons = sorted(self.rejected.keys() | other.rejected.keys())
+        sums = {
+            name: self.rejected.get(name, 0) + times * other.rejected.get(name, 0)
+            for name in reasons
+        }
+        return RowCounts(
+            read=self.read + times * other.read,
+            added=self.added + times * other.added,
+            known=self.known + times * other.known,
+            rejected={name: count for name, count in sums.items() if count},
+        )
+
+
 class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="input"):
     """An input that was read to its end: read = added + known + the rejected."""
 
@@ -35,6 +58,18 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     added: int
     known: int
     rejected: dict[str, int] = {}
+    unreadable: dict[str, RowCounts] = {}
+    """Files that could not be read to their ends, and what of the counts is theirs."""
+
+    @property
+    def readable_counts(self) -> RowCounts:
+        """The counts without those of the unreadable files."""
+        counts = RowCounts(
+            read=self.read, added=self.added, known=self.known, rejected=self.rejected
+        )
+        for theirs in self.unreadable.values():
+            counts = counts.plus(theirs, times=-1)
+        return counts
 
 
 class ShardLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shard"):
@@ -95,6 +130,8 @@ class Manifest:
         self.path = path
         self.shards = ShardList(path)
         self.inputs: dict[str, InputInfo] = {}
+        self._input_offsets: dict[str, int] = {}
+        self._whole_states: dict[str, set[tuple[str, str]]] = {}
         self._unfinished: dict[str, list[int]] = {}
         self.size = 0
         self.end = 0
@@ -124,9 +161,7 @@ class Manifest:
         try:
             kind = msgspec.json.decode(line, type=LineKind)
             if kind.kind == "input":
-                info = msgspec.json.decode(line, type=InputInfo)
-                self.inputs[info.source] = info
-                self._unfinished.pop(info.source, None)
+                self._add_input(msgspec.json.decode(line, type=InputInfo))
             else:
                 self.shards.offsets.append(self.end)
                 self._unfinished.setdefault(kind.source, []).append(self.end)
@@ -135,16 +170,47 @@ class Manifest:
         self.end += len(line)
         return True
 
+    def _add_input(self, info: InputInfo) -> None:
+        self.inputs[info.source] = info
+        self._input_offsets[info.source] = self.end
+        self._unfinished.pop(info.source, None)
+        if not info.unreadable:
+            states = self._whole_states.setdefault(info.source, set())
+            states.add((info.fingerprint, info.settings))
+
     def is_complete(self, sources: Sequence[str], config: InputConfig | None = None) -> bool:
         """Whether every source, as it is now, was read to its end (with `config`'s settings)."""
         return all(self.is_read(source, input_fingerprint(source), config) for source in sources)
 
     def is_read(self, source: str, fingerprint: str, config: InputConfig | None = None) -> bool:
-        """Whether this very state of a source was read to its end."""
+        """Whether this very state of a source was read to its end, lately or before.
+
+        Nodes that see different times of change for one file have each a state of their own.
+        """
+        states = set(self._whole_states.get(canonical_source(source), ()))
         info = self.inputs.get(canonical_source(source))
-        if info is None or info.fingerprint != fingerprint:
-            return False
-        return config is None or info.settings == reading_settings(config)
+        if info is not None:
+            states.add((info.fingerprint, info.settings))
+        if config is None:
+            return fingerprint in {state for state, _ in states}
+        return (fingerprint, reading_settings(config)) in states
+
+    def unreadable_files(self, source: str, fingerprint: str, config: InputConfig) -> list[str]:
+        """The files of a source in this state that could not be read to their ends."""
+        info = self.inputs.get(canonical_source(source))
+        state = (fingerprint, reading_settings(config))
+        if info is None or (info.fingerprint, info.settings) != state:
+            return []
+        return sorted(info.unreadable)
+
+    def was_read_since(self, end: int, source: str, config: InputConfig) -> bool:
+        """Whether a source was read by anybody after the manifest had that `end`."""
+        info = self.inputs.get(canonical_source(source))
+        return (
+            info is not None
+            and info.settings == reading_settings(config)
+            and self._input_offsets[info.source] >= end
+        )
 
     def unfinished_shards(self, source: str) -> Iterator[ShardInfo]:
         """The shards of a source that were written since it was last read to its end."""

@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,6 +34,7 @@ from stream_engine.storage.shards import tar_samples
 
 __all__ = ["InputRow", "input_fingerprint", "list_inputs", "read_rows", "read_samples"]
 
+UNREADABLE_FILE = "unreadable_file"
 ROWS_PER_BATCH = 16
 PARQUET_BUFFER_BYTES = 1 << 20
 IMAGE_SUFFIXES = frozenset(
@@ -63,9 +64,15 @@ def read_samples(source: str, config: InputConfig) -> Iterator[Sample | Failure]
         yield row.item
 
 
-def read_rows(source: str, config: InputConfig) -> Iterator[InputRow]:
-    """Like `read_samples`, with each item's file and row; at most `max_samples` rows."""
-    rows = (row for file in list_inputs(source) for row in read_file(file, config))
+def read_rows(
+    source: str, config: InputConfig, *, only: Collection[str] | None = None
+) -> Iterator[InputRow]:
+    """Like `read_samples`, with each item's file and row; at most `max_samples` rows.
+
+    `only` names the files to read, where not all are.
+    """
+    files = (file for file in list_inputs(source) if only is None or file.path in only)
+    rows = (row for file in files for row in read_file(file, config))
     return islice(rows, config.max_samples)
 
 
@@ -80,7 +87,7 @@ def read_file(file: InputFile, config: InputConfig) -> Iterator[InputRow]:
                 yield InputRow(file.path, position, convert(file, position, row, folder, config))
     except (Unreadable, OSError, pa.ArrowException) as error:
         failure = Failure(
-            reason="unreadable_file",
+            reason=UNREADABLE_FILE,
             detail=f"after {position + 1} rows: {error}" if position >= 0 else str(error),
             source=file.path,
             row=position + 1,

@@ -12,13 +12,14 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import ConservationError
 from stream_engine.records import Failure, Sample
 from stream_engine.storage import ingest as ingest_module
+from stream_engine.storage import readers as readers_module
 from stream_engine.storage.atomic import is_temporary
 from stream_engine.storage.ingest import IngestReport, ingest
 from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.results import read_quarantine
 from stream_engine.storage.run_dir import RunDir
-from stream_engine.storage.shards import read_shard
-from tests.storage.conftest import make_row, tree, write_jsonl, write_parquet
+from stream_engine.storage.shards import read_shard, write_shard
+from tests.storage.conftest import make_row, make_sample, tree, write_jsonl, write_parquet
 
 CONFIG = InputConfig(samples_per_shard=4)
 
@@ -72,7 +73,7 @@ def test_an_input_that_did_not_change_is_not_read_again(run_dir: RunDir, tmp_pat
     path = write_parquet(tmp_path / "a.parquet", numbers(0, 10))
     ingest(run_dir, [str(path)], CONFIG)
     before = tree(run_dir.root)
-    monkeypatch.setattr(ingest_module, "read_rows", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(ingest_module, "read_rows", lambda *_, **__: pytest.fail("it was read"))
     report = ingest(run_dir, [str(path)], CONFIG)
     assert counts(report) == (0, 0, 0, {})
     assert report.skipped_inputs == [str(path)]
@@ -178,15 +179,87 @@ def test_every_row_is_added_known_or_named_in_quarantine(run_dir: RunDir, tmp_pa
     ]
 
 
-def test_an_input_with_an_unreadable_file_is_tried_again(run_dir: RunDir, tmp_path: Path):
-    write_jsonl(tmp_path / "data/a.jsonl", numbers(0, 3))
-    (tmp_path / "data/b.parquet").write_bytes(b"no parquet")
-    source = str(tmp_path / "data")
+def mixed_folder(folder: Path) -> Path:
+    """A folder with a reject in one file, a tar that is cut, and a file that is none."""
+    write_jsonl(folder / "a.jsonl", [*numbers(0, 3), {"idx": 9, "question": ""}])
+    tar = folder / "b.tar"
+    write_shard(tar, 0, [make_sample(i) for i in range(10, 40)])
+    os.truncate(tar, tar.stat().st_size * 2 // 3)
+    (folder / "c.parquet").write_bytes(b"no parquet")
+    return folder
+
+
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are read from now on."""
+    names: list[str] = []
+    read_file = readers_module.read_file
+
+    def watched(file, config):
+        names.append(Path(file.path).name)
+        return read_file(file, config)
+
+    monkeypatch.setattr(readers_module, "read_file", watched)
+    return names
+
+
+def test_only_the_unreadable_files_of_an_input_are_tried_again(run_dir, tmp_path, monkeypatch):
+    """All of the input was read again, hours long, by each worker of each launch in turn."""
+    source = str(mixed_folder(tmp_path / "data"))
     ingest(run_dir, [source], CONFIG)
-    assert counts(ingest(run_dir, [source], CONFIG)) == (4, 0, 3, {"unreadable_file": 1})
-    write_parquet(tmp_path / "data/b.parquet", numbers(3, 5))
-    assert counts(ingest(run_dir, [source], CONFIG)) == (5, 2, 3, {})
-    assert not any(run_dir.quarantine_dir.iterdir())
+    first, rejects = Manifest.load(run_dir).inputs[source], quarantined(run_dir)
+    num_cut = first.unreadable[f"{source}/b.tar"].read - 1
+    assert first.rejected == {"empty_question": 1, "unreadable_file": 2}
+    assert first.read == 4 + num_cut + 2
+    names = files_read(monkeypatch)
+    report = ingest(run_dir, [source], CONFIG)
+    assert names == ["b.tar", "c.parquet"]
+    assert counts(report) == (num_cut + 2, 0, num_cut, {"unreadable_file": 2})
+    again = Manifest.load(run_dir).inputs[source]
+    assert (again.read, again.rejected) == (first.read, first.rejected)
+    assert (again.added, again.known) == (3, num_cut)
+    assert quarantined(run_dir) == rejects
+    assert ids_of(run_dir)[:3] == ["0", "1", "2"] and len(ids_of(run_dir)) == 3 + num_cut
+
+
+def test_a_mended_file_makes_the_input_whole(run_dir: RunDir, tmp_path: Path):
+    source = mixed_folder(tmp_path / "data")
+    ingest(run_dir, [str(source)], CONFIG)
+    write_shard(source / "b.tar", 0, [make_sample(i) for i in range(10, 40)])
+    write_parquet(source / "c.parquet", numbers(50, 52))
+    report = ingest(run_dir, [str(source)], CONFIG)
+    assert report.rejected == {"empty_question": 1}
+    assert sorted(map(int, ids_of(run_dir))) == [*range(3), *range(10, 40), 50, 51]
+    assert counts(ingest(run_dir, [str(source)], CONFIG)) == (0, 0, 0, {})
+
+
+@pytest.mark.parametrize("damage", ["lost", "torn"])
+def test_without_its_quarantine_file_an_input_is_read_as_a_whole(run_dir, tmp_path, damage):
+    source = str(mixed_folder(tmp_path / "data"))
+    ingest(run_dir, [source], CONFIG)
+    rejects = quarantined(run_dir)
+    (path,) = run_dir.quarantine_dir.iterdir()
+    path.unlink() if damage == "lost" else path.write_bytes(path.read_bytes()[:-9])
+    ingest(run_dir, [source], CONFIG)
+    assert quarantined(run_dir) == rejects
+
+
+def test_with_max_samples_an_input_is_read_as_a_whole(run_dir, tmp_path, monkeypatch):
+    source = str(mixed_folder(tmp_path / "data"))
+    few = InputConfig(samples_per_shard=4, max_samples=100)
+    ingest(run_dir, [source], few)
+    names = files_read(monkeypatch)
+    ingest(run_dir, [source], few)
+    assert names == ["a.jsonl", "b.tar", "c.parquet"]
+
+
+def test_nodes_that_see_one_file_with_different_times_read_it_once_each(run_dir, tmp_path: Path):
+    """Each launch read it again from its start, as the other node's time was the last one noted."""
+    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 3))
+    reports = []
+    for time in (1000, 2000, 1000, 2000):
+        os.utime(path, (time, time))
+        reports.append(ingest(run_dir, [str(path)], CONFIG).read)
+    assert reports == [3, 3, 0, 0]
 
 
 def test_progress_reaches_the_caller_who_may_stop(run_dir: RunDir, tmp_path: Path):

@@ -5,7 +5,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import ShardError, ShardReadError
 from stream_engine.records import ShardInfo
 from stream_engine.storage.inputs import canonical_source, input_fingerprint
-from stream_engine.storage.manifest import InputInfo, Manifest, reading_settings
+from stream_engine.storage.manifest import InputInfo, Manifest, RowCounts, reading_settings
 from stream_engine.storage.run_dir import RunDir
 from tests.storage.conftest import make_row, write_jsonl
 
@@ -83,14 +83,23 @@ def test_two_writers_cannot_overwrite_each_other(run_dir: RunDir):
     assert list(Manifest.load(run_dir).shards) == [make_info(0)]
 
 
-def test_the_latest_line_of_an_input_counts(run_dir: RunDir):
+def test_the_latest_line_of_an_input_counts_and_earlier_states_are_read_too(run_dir: RunDir):
     manifest = Manifest.load(run_dir)
     manifest.append_input(input_info("/a"))
     manifest.append_input(input_info("/a", fingerprint="g"))
     loaded = Manifest.load(run_dir)
     assert loaded.inputs == {"/a": input_info("/a", fingerprint="g")}
     assert loaded.is_read("/a", "g")
-    assert not loaded.is_read("/a", "f")
+    assert loaded.is_read("/a", "f") and not loaded.is_read("/a", "h")
+
+
+def test_an_earlier_state_with_unreadable_files_is_not_read(run_dir: RunDir):
+    manifest = Manifest.load(run_dir)
+    cut = input_info("/a", unreadable={"/a/b": RowCounts(read=1, rejected={"unreadable_file": 1})})
+    manifest.append_input(cut)
+    assert manifest.is_read("/a", cut.fingerprint)
+    manifest.append_input(input_info("/a", fingerprint="g"))
+    assert not manifest.is_read("/a", cut.fingerprint)
 
 
 def test_an_input_is_complete_until_it_or_its_settings_change(run_dir: RunDir, tmp_path):
