@@ -130,7 +130,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease_timeout_s: float = 60.0
     """A lease without a heartbeat for this long may be taken over."""
     max_bad_fraction: float = 0.5
-    """Stop early when more than this share of the first 200 or more records is bad."""
+    """Stop early when the reader rejects more than this share of the first 200 or more records, or
+    when the stages set more than this share of the first 200 or more samples aside."""
     look_ahead: Literal["auto", "always", "never"] = "auto"
     """Begin the next shard in the rows that the last answers of a shard leave empty; auto: on an
     accelerator. The batch then depends on timing, and log-probs on it in their last bits."""

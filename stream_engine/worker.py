@@ -16,6 +16,7 @@ import logging
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -200,19 +201,21 @@ class Worker:
     def ingest_progress(self, report: IngestReport) -> None:
         """Show how far reading is, and stop it when the data are plainly wrong."""
         rejected = sum(report.rejected.values())
-        refuse_bad_data(report.rejected, report.read, self.settings.max_bad_fraction)
+        refuse_bad_input(report.rejected, report.read, self.settings.max_bad_fraction)
         self.show(f"reading input: {report.read} records, {rejected} rejected")
 
     def check_bad_fraction(self) -> None:
-        """Stop early when too large a share of the samples so far was set aside."""
+        """Stop early when too large a share was rejected by the reader or set aside by the stages.
+
+        Each is judged by what it has looked at: the input may be read long before a stage begins.
+        """
+        limit = self.settings.max_bad_fraction
+        inputs = self.state.manifest.inputs.values()
+        rejected = sum((Counter(info.rejected) for info in inputs), Counter[str]())
+        refuse_bad_input(rejected, sum(info.read for info in inputs), limit)
         headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
-        read = self.state.num_rejected() + sum(header.num_samples for header in headers)
-        bad = {
-            "rejected by the reader": self.state.num_rejected(),
-            "set aside by rollouts": sum(header.num_quarantined for header in headers),
-            "set aside by rewards": self.state.num_quarantined("rewards"),
-        }
-        refuse_bad_data(bad, read, self.settings.max_bad_fraction)
+        aside = {stage: self.state.num_quarantined(stage) for stage in STAGES}
+        refuse_bad_samples(aside, sum(header.num_samples for header in headers), limit)
 
     # -- shards ----------------------------------------------------------------------------------
 
@@ -466,17 +469,35 @@ def caught(work: Callable[[], T]) -> T | Exception:
         return error
 
 
-def refuse_bad_data(bad: Mapping[str, int], read: int, max_fraction: float) -> None:
-    """Raise ConfigError when more than `max_fraction` of at least 200 records is bad."""
-    total = sum(bad.values())
-    if read < MIN_RECORDS_TO_JUDGE or total <= max_fraction * read:
-        return
-    reason = max(bad, key=lambda name: bad[name])
-    raise ConfigError(
-        f"{total} of the first {read} records are bad, more than max_bad_fraction "
-        f"{max_fraction:g} (most of them: {reason}); look at quarantine/ in the work_dir, or raise "
-        "--max_bad_fraction"
-    )
+def refuse_bad_input(rejected: Mapping[str, int], read: int, max_fraction: float) -> None:
+    """Raise ConfigError when the reader rejected too large a share of the records."""
+    if is_mostly_bad(rejected, read, max_fraction):
+        raise ConfigError(
+            f"the reader rejected {sum(rejected.values())} of the first {read} records, more than "
+            f"max_bad_fraction {max_fraction:g} (most of them: {largest(rejected)}); correct the "
+            "input, whose bad rows are named in quarantine/ of the work_dir, or raise "
+            "--max_bad_fraction"
+        )
+
+
+def refuse_bad_samples(aside: Mapping[Stage, int], done: int, max_fraction: float) -> None:
+    """Raise ConfigError when the stages set aside too large a share of their samples."""
+    if is_mostly_bad(aside, done, max_fraction):
+        raise ConfigError(
+            f"{sum(aside.values())} of the first {done} samples were set aside, more than "
+            f"max_bad_fraction {max_fraction:g} (most of them by {largest(aside)}); mend what "
+            "quarantine/ of the work_dir names and run `stream-engine retry-failed`, or raise "
+            "--max_bad_fraction"
+        )
+
+
+def is_mostly_bad(bad: Mapping[Any, int], looked_at: int, max_fraction: float) -> bool:
+    """Whether the share of bad ones is too large; fewer than 200 are not judged."""
+    return looked_at >= MIN_RECORDS_TO_JUDGE and sum(bad.values()) > max_fraction * looked_at
+
+
+def largest(counts: Mapping[T, int]) -> T:
+    return max(counts, key=lambda name: counts[name])
 
 
 def require_rollouts(state: RunState, config: RunConfig) -> None:

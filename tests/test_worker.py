@@ -132,15 +132,22 @@ def test_settings_that_no_retry_can_mend_stop_the_run(tmp_path: Path) -> None:
 
 def test_plainly_bad_data_stop_the_run_early(tmp_path: Path) -> None:
     questions = [f"aside with {i}" for i in range(300)] + TEN
-    with pytest.raises(ConfigError, match=r"records are bad.*set aside by rollouts"):
+    with pytest.raises(ConfigError, match=r"samples were set aside.*by rollouts.*retry-failed"):
         run_on(tmp_path, questions, samples_per_shard=50)
     assert CALLS.total() < 300
 
 
 def test_plainly_bad_input_stops_the_run_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"records are bad.*question"):
+    with pytest.raises(ConfigError, match=r"reader rejected .*empty_question.*correct the input"):
         run_on(tmp_path, [""] * 250 + TEN)
     assert not CALLS
+
+
+def test_a_small_share_of_rejected_records_stops_nothing(tmp_path: Path) -> None:
+    """Rejected records were set against finished samples, of which there are none at first."""
+    questions = [f"what is {i}" for i in range(600)] + [""] * 250
+    report = run_on(tmp_path, questions, samples_per_shard=300)
+    assert (report.status.samples.done, report.status.samples.quarantined) == (600, 250)
 
 
 def test_stages_run_one_by_one_give_the_same_dataset(tmp_path: Path) -> None:
