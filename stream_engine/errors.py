@@ -5,6 +5,8 @@
     │   └── SettingsChangedError       settings differ from those that made the existing results
     ├── MissingStageError              an earlier stage has not been run; says which command runs it
     ├── CheckpointError                a model directory cannot be loaded as it is
+    ├── DeviceLostError                this process can compute no more; a new one may
+    ├── ModelsFailedError              no record of a shard came through the models
     ├── ParallelError                  the ranks that share a model were lost or fell out of step
     ├── RecordError                    one record is bad: quarantined by reason, the rest goes on
     ├── ShardError                     one shard is bad: retried, then recorded as failed
@@ -35,6 +37,14 @@ class MissingStageError(StreamEngineError):
 
 class CheckpointError(StreamEngineError):
     """A checkpoint cannot be loaded as it is; the message names the file or tensor."""
+
+
+class DeviceLostError(StreamEngineError):
+    """The device gives the same error to whatever this process asks of it; a new process may do."""
+
+
+class ModelsFailedError(StreamEngineError):
+    """Every record of a shard failed in the models: the models are at fault, not the records."""
 
 
 class ParallelError(StreamEngineError):

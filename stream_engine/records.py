@@ -67,6 +67,10 @@ def sample_key(idx: str, question: str, images: tuple[EncodedImage, ...]) -> str
     return digest.hexdigest()
 
 
+FORWARD_ERROR = "forward_error"
+"""The reason of a Failure whose record the model's own code could not stand."""
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """A record set aside: where it came from, and why. One line of a quarantine file."""
 

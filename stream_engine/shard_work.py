@@ -18,9 +18,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stream_engine.config import Stage
-from stream_engine.errors import ShardError
+from stream_engine.errors import ModelsFailedError, ShardError
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.records import Failure, Sample, SampleRewards, SampleRollouts, ShardInfo
+from stream_engine.records import (
+    FORWARD_ERROR,
+    Failure,
+    Sample,
+    SampleRewards,
+    SampleRollouts,
+    ShardInfo,
+)
 from stream_engine.storage.leases import Lease
 from stream_engine.storage.results import (
     ResultHeader,
@@ -95,6 +102,7 @@ class ShardWork:
 
         Raises:
             LeaseLostError: when another worker took the shard over; nothing was written then.
+            ModelsFailedError: when all of several records failed in the models' own code.
         """
         self.stage = stage
         started = time.monotonic()
@@ -118,6 +126,12 @@ class ShardWork:
             raise ShardError(
                 f"{self.pipeline.name} gave no single outcome for {len(lost)} records of "
                 f"shard {self.info.index} at stage {stage}, the first is {lost[0]}"
+            )
+        broken = [failure for failure in failures.values() if failure.reason == FORWARD_ERROR]
+        if not records and len(broken) > 1:
+            raise ModelsFailedError(
+                f"no record of shard {self.info.index} came through stage {stage}; {len(broken)} "
+                f"failed in a model's forward, the last with: {broken[-1].detail}"
             )
         seconds = time.monotonic() - started
         self.write(stage, inputs.keys(), records, failures, seconds, num_tokens)

@@ -6,7 +6,9 @@ it again; a finished run is a no-op that loads no model.
 
 Retry policy: a shard that raises is tried again after a back-off, by whoever comes first. On the
 last attempt its records are processed one by one and those that raise are quarantined; when every
-one does, the shard is left as failed.
+one does, the shard is left as failed. A worker that loses its device (CUDA answers every call with
+the error of an earlier one) records the attempt, gives its shard back and ends: the others go on,
+and a launcher that restarts it gives it a new device context.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from stream_engine.console import ProgressView
 from stream_engine.errors import (
     CheckpointError,
     ConfigError,
+    DeviceLostError,
     LeaseLostError,
     MissingStageError,
     ParallelError,
@@ -335,6 +338,11 @@ class Worker:
             return False
         if isinstance(error, Exception):
             self.record(work, error)
+            if is_device_lost(error):
+                raise DeviceLostError(
+                    f"this worker's device was lost at shard {shard.index} and only a new process "
+                    f"can use it again, so run the same command: {str(error).splitlines()[0]}"
+                ) from error
             self.num_hopeless += is_last and not isinstance(error, ShardError)
             self.last_error = error
             return False
@@ -441,15 +449,24 @@ class Worker:
             self.view.update(self.meter.progress(self.state, doing))
 
 
+def is_device_lost(error: Exception) -> bool:
+    """Whether a model's code raised what says that this process can compute no more."""
+    if not isinstance(error, RuntimeError):
+        return False
+    from stream_engine.engine import batching  # imports torch
+
+    return batching.is_device_lost(error)
+
+
 def isolated(work: ShardWork, inputs: Mapping[str, Any]) -> Iterator[StageRecord | Failure]:
     """Outcomes one input at a time: what raises becomes a Failure, unless the whole shard does."""
     raised: list[tuple[str, Exception]] = []
     num_good = work.num_kept
     for key, item in inputs.items():
         outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
-        if isinstance(outcomes, UNMENDABLE):
-            raise outcomes
         if isinstance(outcomes, Exception):
+            if isinstance(outcomes, UNMENDABLE) or is_device_lost(outcomes):
+                raise outcomes
             raised.append((key, outcomes))
         else:
             num_good += 1

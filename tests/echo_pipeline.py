@@ -2,7 +2,8 @@
 
 "boom ..."    raises, always                       "flaky ..."  raises on its first call
 "aside ..."   is set aside at the rollouts         "unscored ..." is set aside at the rewards
-"settings ..." raises ConfigError                   anything else is answered
+"settings ..." raises ConfigError                "broken ..." fails in the model's forward
+"lost ..."    loses the device on its first call    anything else is answered
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from stream_engine.errors import ConfigError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranking import rank_by_reward
 from stream_engine.records import (
+    FORWARD_ERROR,
     Answer,
     AnswerScore,
     Failure,
@@ -62,6 +64,9 @@ class EchoPipeline(Pipeline):
         for sample in reversed(samples):
             CALLS[f"rollouts {sample.question}"] += 1
             misbehave(sample.question, CALLS[f"rollouts {sample.question}"])
+            if sample.question.startswith("broken"):
+                yield Failure(reason=FORWARD_ERROR, detail="no such token", key=sample.key)
+                continue
             if sample.question.startswith("aside") and "aside" in SET_ASIDE:
                 yield Failure(reason="too_odd", key=sample.key)
                 continue
@@ -91,6 +96,8 @@ class EchoPipeline(Pipeline):
 def misbehave(question: str, num_calls: int) -> None:
     if question.startswith("boom") or (question.startswith("flaky") and num_calls == 1):
         raise RuntimeError(f"cannot stand {question!r}")
+    if question.startswith("lost") and num_calls == 1:
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if question.startswith("settings"):
         raise ConfigError("these models do not go together")
 

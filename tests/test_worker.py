@@ -10,7 +10,12 @@ import pytest
 from stream_engine import worker as worker_module
 from stream_engine.config import RunConfig
 from stream_engine.console import ProgressView
-from stream_engine.errors import ConfigError, MissingStageError, StreamEngineError
+from stream_engine.errors import (
+    ConfigError,
+    DeviceLostError,
+    MissingStageError,
+    StreamEngineError,
+)
 from stream_engine.failures import read_failure
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
@@ -99,6 +104,27 @@ def test_a_worker_that_fails_everything_stops_before_it_spoils_all_shards(tmp_pa
     with pytest.raises(StreamEngineError, match=r"no record of 2 shards.*retry-failed"):
         run_on(tmp_path, [f"boom number {i}" for i in range(40)], max_bad_fraction=1.0)
     assert len({call for call in CALLS if call.startswith("rollouts")}) <= 12
+
+
+def test_a_worker_that_lost_its_device_ends_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    """It went on, and every record of every shard that it touched failed with the same error."""
+    with pytest.raises(DeviceLostError, match=r"shard 0 .*same command.*device-side assert"):
+        run_on(tmp_path, ["lost at first", *TEN])
+    failure = read_failure(RunDir(tmp_path / "run"), 0)
+    assert failure is not None and failure.attempts == 1
+    assert not list((tmp_path / "run/leases").glob("[!.]*"))
+    assert {call.split(maxsplit=1)[1] for call in CALLS} <= {"lost at first", *TEN[:3]}
+    report = run_on(tmp_path, ["lost at first", *TEN])
+    assert (report.status.samples.done, report.exit_status) == (11, 0)
+
+
+def test_records_that_all_fail_in_the_model_fail_their_shard(tmp_path: Path) -> None:
+    """They were set aside one and all, and the shard counted as done."""
+    report = run_on(tmp_path, [*(f"broken in {i}" for i in range(4)), *TEN, "broken alone"])
+    assert (report.status.shards.failed, report.status.samples.quarantined) == (1, 1)
+    failure = read_failure(RunDir(tmp_path / "run"), 0)
+    assert failure is not None and failure.attempts == 3
+    assert "4 failed in a model's forward, the last with: no such token" in failure.error
 
 
 def test_a_truncated_shard_is_named_and_the_others_go_on(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from stream_kernels.gemm import linear, pack
 from torch import Tensor
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
-from stream_engine.engine.batching import TokenBudget, is_out_of_memory, map_ahead
+from stream_engine.engine.batching import TokenBudget, is_device_lost, is_out_of_memory, map_ahead
 from stream_engine.engine.cpu import keep_freed_memory, pack_linears
 from stream_engine.engine.decode import STEPS_PER_READ, GraphDecoder, can_capture
 from stream_engine.engine.draw import SeenTokens
@@ -359,6 +359,8 @@ class Engine:
             self._preallocate(plan)
             rehearse(self, plan)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if is_device_lost(error):
+                raise
             self.free_memory()
             if is_out_of_memory(error):
                 logger.info("%d rows did not fit, trying fewer", plan.rows)

@@ -32,7 +32,7 @@ import torch
 from stream_kernels import HostLayout
 from torch import Tensor
 
-from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.batching import is_device_lost, is_out_of_memory
 from stream_engine.engine.decode import (
     STEPS_PER_READ,
     CaptureError,
@@ -47,6 +47,7 @@ from stream_engine.engine.prefix_cache import (
     active,
 )
 from stream_engine.models.base import Prompt
+from stream_engine.records import FORWARD_ERROR
 
 if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
@@ -364,6 +365,8 @@ class Scheduler:
                 [request.prompt for request, _ in admitted], [start for _, start in admitted]
             )
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_device_lost(error):
+                raise
             if is_out_of_memory(error):
                 if queue is self.ahead:  # not worth smaller batches for those that are asked for
                     for request, start in admitted:
@@ -378,7 +381,7 @@ class Scheduler:
                 return
             request, start = admitted[0]
             self.cache.release_span(start, len(request.prompt))
-            failure = RequestFailure(request.key, "forward_error", str(error))
+            failure = RequestFailure(request.key, FORWARD_ERROR, str(error))
             self.deliver(request, failure, is_wanted=queue is self.queue)
             return
         for (request, start), state in zip(admitted, hidden):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.batching import is_device_lost, is_out_of_memory
 from stream_engine.engine.draw import draw, seen_in
 from stream_engine.engine.generate import (
     GeneratedRow,
@@ -36,6 +36,7 @@ from stream_engine.engine.score import (
 )
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.native import CAUSAL_LAYERS
+from stream_engine.records import FORWARD_ERROR
 
 if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
@@ -230,8 +231,10 @@ def _guarded(
         try:
             result = run(request)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if is_device_lost(error):
+                raise
             if not is_out_of_memory(error):
-                return RequestFailure(request.key, "forward_error", str(error))
+                return RequestFailure(request.key, FORWARD_ERROR, str(error))
             if engine.budget.rows == 1 and engine.budget.can_halve:
                 return RequestFailure(request.key, "out_of_memory", str(error))
             engine.free_memory()

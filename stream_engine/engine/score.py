@@ -16,10 +16,11 @@ import torch
 from stream_kernels import linear_logp
 from torch import Tensor
 
-from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.engine.batching import is_device_lost, is_out_of_memory
 from stream_engine.engine.generate import RequestFailure
 from stream_engine.engine.prefix_cache import CacheFullError
 from stream_engine.models.base import Prompt
+from stream_engine.records import FORWARD_ERROR
 
 if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
@@ -161,6 +162,8 @@ def _run_batch(
         first = engine.prefill([request.prompt for request in batch], starts)
         results = read(batch, starts, first)
     except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        if is_device_lost(error):
+            raise
         for request, start in zip(batch, starts):
             engine.cache.release_span(start, len(request.prompt))
         if is_out_of_memory(error):
@@ -172,7 +175,7 @@ def _run_batch(
             engine.budget.halve()
             return
         if len(batch) == 1:
-            yield RequestFailure(batch[0].key, "forward_error", str(error))
+            yield RequestFailure(batch[0].key, FORWARD_ERROR, str(error))
             return
         for request in batch:
             start = engine.cache.allocate_span(len(request.prompt))

@@ -256,6 +256,18 @@ def test_a_prompt_that_breaks_the_forward_fails_alone(make_engine):
     assert isinstance(results["2"], Generation)
 
 
+def test_a_lost_device_fails_the_call_and_not_its_requests(make_engine):
+    """Each request of this call and of all later ones failed alone, with the same error."""
+    engine = make_engine()
+
+    def refuse(module, args, kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine.model.backbone.register_forward_pre_hook(refuse, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(engine.generate(ask(engine, 3)))
+
+
 def test_a_prompt_longer_than_the_model_is_refused(make_engine):
     engine = make_engine()
     engine.max_positions = 40

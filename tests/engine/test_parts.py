@@ -10,7 +10,13 @@ from PIL import ExifTags, Image
 
 from stream_engine.config import SamplingConfig
 from stream_engine.engine import resolve_sampling, row_seed
-from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
+from stream_engine.engine.batching import (
+    RECOVERY_STEPS,
+    TokenBudget,
+    is_device_lost,
+    is_out_of_memory,
+    map_ahead,
+)
 from stream_engine.engine.engine import decode_image
 from stream_engine.engine.prefix_cache import KVCache, SpanAllocator
 from stream_engine.engine.selftest import check_model
@@ -55,6 +61,55 @@ def test_the_slot_that_padding_is_written_to_is_never_handed_out():
         slots.append(cache.allocate_slot())
         assert max(slots) < cache.num_slots - 1
     assert len(set(slots)) == 34
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: device-side assert triggered\nFor debugging pass CUDA_LAUNCH_BLOCKING=1",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle, m, n)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "HIP error: unspecified launch failure",
+    ],
+)
+def test_an_error_that_every_further_call_gives_means_a_lost_device(text: str):
+    assert is_device_lost(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        RuntimeError("CUDA error: invalid configuration argument"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        ValueError("CUDA error"),
+    ],
+)
+def test_an_error_of_one_call_does_not_mean_a_lost_device(error: Exception):
+    assert not is_device_lost(error)
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_goes_by_many_names_and_loses_no_device(error: Exception):
+    assert is_out_of_memory(error)
+    assert not is_device_lost(error)
 
 
 def test_budget_halves_and_recovers():

@@ -126,6 +126,18 @@ def test_a_question_that_fails_fails_alone(engines, monkeypatch):
     assert [type(result) for result in others] == [Generation, Generation]
 
 
+def test_a_lost_device_fails_the_call_and_not_its_questions(engines, monkeypatch):
+    """Each question of this call and of all later ones failed alone, with the same error."""
+    _, plain = engines()
+
+    def lost(prompts):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(plain.model, "encode_images", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(plain.generate(ask(plain, 3)))
+
+
 def test_nan_is_a_failure_by_name(engines):
     _, plain = engines()
     plain.head_weight = torch.full_like(plain.model.lm_head.weight, float("nan"))

@@ -113,6 +113,19 @@ def test_a_request_that_breaks_fails_alone(make_engine):
     assert results[1].reason == "forward_error"
 
 
+def test_a_lost_device_fails_the_call_and_not_its_requests(make_engine):
+    """Each request of this call and of all later ones failed alone, with the same error."""
+    engine = make_engine()
+    requests = [ScoreRequest(r.key, r.prompt, answers(2)) for r in ask(engine, 3)]
+
+    def refuse(module, args, kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine.model.backbone.register_forward_pre_hook(refuse, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(engine.score(requests))
+
+
 def test_a_question_without_scorable_answers_gets_an_empty_result(make_engine):
     engine = make_engine()
     prompt = ask(engine, 1)[0].prompt
