@@ -11,7 +11,8 @@
     ├── RecordError                    one record is bad: quarantined by reason, the rest goes on
     ├── ShardError                     one shard is bad: retried, then recorded as failed
     │   ├── ShardReadError             the tar is short, torn or does not match its checksum
-    │   └── LeaseLostError             another worker took the shard over
+    │   ├── LeaseLostError             another worker took the shard over
+    │   └── WorkerDiedError            the worker that held the shard ended without giving it back
     └── ConservationError              the counts of a merge do not add up; nothing is written
 
 Errors of the outside world (OSError, PIL's, pyarrow's) are translated once, at the edge, with the
@@ -77,6 +78,10 @@ class ShardReadError(ShardError):
 
 class LeaseLostError(ShardError):
     """The lease on a shard is no longer this worker's."""
+
+
+class WorkerDiedError(ShardError):
+    """The worker that held the shard was killed, crashed, or fell silent."""
 
 
 class ConservationError(StreamEngineError):

@@ -1,10 +1,17 @@
-"""failures/000012.json: why a shard failed, how often it was tried, when it may be tried again."""
+"""failures/000012.json: why a shard failed, how often it was tried, when it may be tried again.
+
+A worker that ended at a shard (killed for memory, crashed, device lost) is counted apart from the
+attempts that raised, since nobody knows whether the shard was to blame or the machine: no number of
+deaths makes a shard fail. From MAX_DEATHS_TOGETHER on its records are processed one by one, each
+noted before it is begun; at MAX_DEATHS_ALONE at the same one, that record is set aside.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 import traceback
+from collections import Counter
 from typing import Any, Literal
 
 import msgspec
@@ -15,6 +22,12 @@ from stream_engine.storage.atomic import write_atomic
 from stream_engine.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
+
+MAX_DEATHS_TOGETHER = 5
+MAX_DEATHS_ALONE = 2
+"""A record that ends its worker does so each time. That a machine is taken away five times at one
+shard, which was put last after the first, and then twice at the same record, is not to be expected.
+Records processed one by one are slow, and their log-probs differ in the last bits."""
 
 
 class ShardFailure(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,10 +50,29 @@ class ShardFailure(msgspec.Struct, frozen=True, kw_only=True):
     damaged: Literal["result", "tar"] | None = None
     """A finished file that was found damaged. The results of a shard whose tar is stay valid, but
     no dataset can be built from them."""
+    alone: str = ""
+    """The record that a worker is at, or was when it ended, where they go one by one: its key."""
+    deaths: dict[str, int] = {}
+    """How many workers ended at a record that they processed alone, by its key; at "" those that
+    ended while the records were processed together."""
 
     def is_final(self, max_retries: int) -> bool:
         """Whether the shard is given up until someone asks for a retry."""
         return self.damaged is not None or self.attempts > max_retries
+
+    def needs_isolation(self, max_retries: int) -> bool:
+        """Whether its records are processed one by one from now on."""
+        return self.attempts >= max_retries or self.deaths.get("", 0) >= MAX_DEATHS_TOGETHER
+
+    def at_stage(self, stage: Stage, fingerprint: str) -> ShardFailure:
+        """The failure of a shard whose isolation goes on at the next stage."""
+        deaths = {"": self.deaths.get("", 0)}
+        return msgspec.structs.replace(self, stage=stage, fingerprint=fingerprint, deaths=deaths)
+
+    @property
+    def num_deaths(self) -> int:
+        """What orders shards: those that ended most workers come last."""
+        return sum(self.deaths.values())
 
 
 def record_failure(
@@ -54,14 +86,22 @@ def record_failure(
     config: WorkerConfig,
     damaged: Literal["result", "tar"] | None = None,
     remedy: str = "",
+    ended_worker: bool = False,
 ) -> ShardFailure:
     """Write one more failed attempt at a shard, with the time of its next one (doubling).
 
     A finished file that is `damaged` makes the failure final at once; `remedy` says what to do.
+    With `ended_worker` it is no attempt but a death, at the record that was processed alone.
     """
     before = read_failure(run_dir, shard)
-    counts = before is not None and (before.stage, before.fingerprint) == (stage, fingerprint)
-    attempts = before.attempts + 1 if before is not None and counts else 1
+    if before is not None and (before.stage, before.fingerprint) != (stage, fingerprint):
+        before = None
+    attempts = before.attempts if before is not None else 0
+    deaths = Counter(before.deaths if before is not None else {})
+    if ended_worker:
+        deaths[before.alone if before is not None else ""] += 1
+    else:
+        attempts += 1
     member = error.member if isinstance(error, ShardReadError) else ""
     tar = str(run_dir.shard(shard))
     now = time.time()
@@ -77,12 +117,24 @@ def record_failure(
         key=member.split(".")[0] or getattr(error, "key", ""),
         worker=worker,
         time=now,
-        retry_at=now + config.retry_backoff_s * 2 ** (attempts - 1),
+        retry_at=now + config.retry_backoff_s * 2 ** (attempts + deaths.total() - 1),
         damaged=damaged,
+        deaths=dict(deaths),
     )
-    encoded = msgspec.json.format(msgspec.json.encode(failure), indent=2)
-    write_atomic(run_dir.failure(shard), encoded + b"\n")
+    write_failure(run_dir, failure)
     return failure
+
+
+def note_alone(run_dir: RunDir, failure: ShardFailure, key: str) -> ShardFailure:
+    """Write down which record of a failed shard is processed alone now; "" when none is."""
+    failure = msgspec.structs.replace(failure, alone=key)
+    write_failure(run_dir, failure)
+    return failure
+
+
+def write_failure(run_dir: RunDir, failure: ShardFailure) -> None:
+    encoded = msgspec.json.format(msgspec.json.encode(failure), indent=2)
+    write_atomic(run_dir.failure(failure.shard), encoded + b"\n")
 
 
 def read_failure(run_dir: RunDir, shard: int) -> ShardFailure | None:

@@ -65,7 +65,8 @@ def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
     failure = state.failure(shard)
     if failure is not None:
         final = "given up" if state.is_failed(shard) else "to be tried again"
-        yield f"failed    at {failure.stage}, {failure.attempts} attempts, {final}"
+        deaths = f", {failure.num_deaths} workers ended at it" if failure.num_deaths else ""
+        yield f"failed    at {failure.stage}, {failure.attempts} attempts{deaths}, {final}"
         yield f"  {failure.error}"
         yield f"  last by {failure.worker}, {ago(failure.time)}"
         yield from (f"  | {line}" for line in failure.traceback.rstrip().splitlines())

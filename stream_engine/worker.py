@@ -9,6 +9,13 @@ last attempt its records are processed one by one and those that raise are quara
 one does, the shard is left as failed. A worker that loses its device (CUDA answers every call with
 the error of an earlier one) records the attempt, gives its shard back and ends: the others go on,
 and a launcher that restarts it gives it a new device context.
+
+A worker may also be killed at a shard: by the kernel for memory, by a crash in a library, or since
+its machine was taken away. It leaves its lease; whoever takes that over notes the death. The shard
+then comes after those that ended fewer workers, so that a record that kills its worker does not
+keep the other shards from being done. After five deaths its records are processed one by one, each
+noted before it is begun, and a record at which two workers died is quarantined. Preemption makes no
+shard fail: deaths are no attempts, and they are counted by the record at which they came.
 """
 
 from __future__ import annotations
@@ -34,8 +41,16 @@ from stream_engine.errors import (
     ParallelError,
     ShardError,
     StreamEngineError,
+    WorkerDiedError,
 )
-from stream_engine.failures import clear_failure, describe, record_failure
+from stream_engine.failures import (
+    MAX_DEATHS_ALONE,
+    ShardFailure,
+    clear_failure,
+    describe,
+    note_alone,
+    record_failure,
+)
 from stream_engine.loaded_engines import LoadedEngines
 from stream_engine.meter import Meter
 from stream_engine.pipelines.base import STAGES, Pipeline
@@ -43,10 +58,10 @@ from stream_engine.placement import decide_placement, worker_memory
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Failure, Sample
 from stream_engine.run_state import RunState, Shard, shard_lease
-from stream_engine.shard_work import ShardWork, StageRecord
+from stream_engine.shard_work import Process, ShardWork, StageRecord
 from stream_engine.storage.ingest import IngestReport, ingest
 from stream_engine.storage.inputs import input_fingerprint
-from stream_engine.storage.leases import Lease, list_leases
+from stream_engine.storage.leases import Holder, Lease, list_leases
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import read_shard
 
@@ -239,9 +254,22 @@ class Worker:
             for shard in self.in_order():
                 if shard.index not in held and self.is_takeable(stages, shard):
                     lease = self.lease(shard_lease(shard.index))
-                    if lease is not None:
+                    if lease is None:
+                        continue
+                    if lease.taken_from is None:
                         return stages, shard, lease
+                    with lease:
+                        self.record_death(stages, shard, lease.taken_from)
         return None
+
+    def record_death(self, stages: tuple[Stage, ...], shard: Shard, dead: Holder) -> None:
+        """Note that a worker ended while it held a shard; the shard is tried later."""
+        self.state.refresh_shard(shard)
+        left = [stage for stage in stages if not self.state.is_complete(stage, shard)]
+        if left and not self.state.is_failed(shard):
+            error = WorkerDiedError(f"the worker that held this shard died: {dead.worker_id}")
+            self.record(shard, left[0], error, ended_worker=True)
+            self.state.refresh_shard(shard)
 
     def look_ahead(self, stages: tuple[Stage, ...]) -> Iterator[Sample]:
         """The next shard's samples; it is leased when the first of them is asked for.
@@ -257,6 +285,8 @@ class Worker:
         index = found[1].index
         if found[0] != stages or self.run_dir.result("rollouts", index).exists():
             return
+        if self.state.failure(found[1]) is not None:
+            return  # it may kill this worker: not while another shard is in its hands
         info = self.state.manifest.shards[index]
         samples = caught(lambda: list(read_shard(self.run_dir.shard(index), info)))
         if isinstance(samples, Exception):
@@ -294,11 +324,15 @@ class Worker:
             self.current_pass = self.passes[0] if self.passes else ()
 
     def in_order(self) -> list[Shard]:
-        """This rank's own shards first, then those of others from the end."""
+        """This rank's own shards first, then those of others from the end; deadly ones later."""
         size, number = max(1, self.rank.num_workers), self.rank.worker
         own = [s for s in self.state.shards if s.index % size == number % size]
         others = [s for s in self.state.shards if s.index % size != number % size]
-        return own + others[::-1]
+        failures = self.state.failures
+        return sorted(
+            own + others[::-1],
+            key=lambda s: failures[s.index].num_deaths if s.index in failures else 0,
+        )
 
     def is_takeable(self, stages: tuple[Stage, ...], shard: Shard) -> bool:
         state = self.state
@@ -325,10 +359,16 @@ class Worker:
     def attempt(self, left: Sequence[Stage], shard: Shard, lease: Lease) -> bool:
         """Try once; a failure is recorded, and the run goes on."""
         failure = self.state.failure(shard)
-        is_last = failure is not None and failure.attempts >= self.settings.max_shard_retries
-        ahead = () if is_last else self.look_ahead(self.current_pass)
+        max_retries = self.settings.max_shard_retries
+        is_last = failure is not None and failure.attempts >= max_retries
+        process: Process = ShardWork.outcomes
+        ahead: Iterable[Sample] = ()
+        if failure is not None and failure.needs_isolation(max_retries):
+            failure = note_alone(self.run_dir, failure, "")
+            process = functools.partial(isolated, failure=failure)
+        else:
+            ahead = self.look_ahead(self.current_pass)
         work = self.shard_work(left, shard, lease, ahead)
-        process = isolated if is_last else ShardWork.outcomes
         with self.meter.shard():
             error = caught(functools.partial(work.do, left, process))
         if isinstance(error, UNMENDABLE):
@@ -337,8 +377,9 @@ class Worker:
             logger.warning("%s; its result is left to the other worker", error)
             return False
         if isinstance(error, Exception):
-            self.record(work, error)
-            if is_device_lost(error):
+            is_lost = is_device_lost(error)
+            self.record(shard, work.stage, error, ended_worker=is_lost)
+            if is_lost:
                 raise DeviceLostError(
                     f"this worker's device was lost at shard {shard.index} and only a new process "
                     f"can use it again, so run the same command: {str(error).splitlines()[0]}"
@@ -414,19 +455,25 @@ class Worker:
             ahead=ahead,
         )
 
-    def record(self, work: ShardWork, error: Exception) -> None:
+    def record(
+        self, shard: Shard, stage: Stage, error: Exception, *, ended_worker: bool = False
+    ) -> None:
         failure = record_failure(
             self.run_dir,
             error,
-            shard=work.info.index,
-            stage=work.stage,
-            fingerprint=self.fingerprints[work.stage],
+            shard=shard.index,
+            stage=stage,
+            fingerprint=self.fingerprints[stage],
             worker=self.rank.worker_id,
             config=self.settings,
+            ended_worker=ended_worker,
         )
-        text = "shard %d failed at %s (attempt %d of %d): %s"
         tries = self.settings.max_shard_retries + 1
-        logger.warning(text, failure.shard, failure.stage, failure.attempts, tries, failure.error)
+        which = f"attempt {failure.attempts} of {tries}"
+        if ended_worker:
+            which = f"{failure.num_deaths} workers ended at it, it is put last"
+        text = "shard %d failed at %s (%s): %s"
+        logger.warning(text, failure.shard, failure.stage, which, failure.error)
         logger.debug("%s", failure.traceback)
 
     # -- small parts -----------------------------------------------------------------------------
@@ -458,11 +505,23 @@ def is_device_lost(error: Exception) -> bool:
     return batching.is_device_lost(error)
 
 
-def isolated(work: ShardWork, inputs: Mapping[str, Any]) -> Iterator[StageRecord | Failure]:
-    """Outcomes one input at a time: what raises becomes a Failure, unless the whole shard does."""
+def isolated(
+    work: ShardWork, inputs: Mapping[str, Any], *, failure: ShardFailure
+) -> Iterator[StageRecord | Failure]:
+    """Outcomes one input at a time: what raises becomes a Failure, unless the whole shard does.
+
+    So does what ended its workers; `failure` is the shard's, in which the input at work is noted.
+    """
+    if failure.stage != work.stage:
+        failure = failure.at_stage(work.stage, work.fingerprints[work.stage])
     raised: list[tuple[str, Exception]] = []
     num_good = work.num_kept
     for key, item in inputs.items():
+        if (num_deaths := failure.deaths.get(key, 0)) >= MAX_DEATHS_ALONE:
+            detail = f"{num_deaths} workers ended while they processed it alone: {failure.error}"
+            yield work.named(Failure(reason="ends_worker", detail=detail, key=key))
+            continue
+        failure = note_alone(work.run_dir, failure, key)
         outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
         if isinstance(outcomes, Exception):
             if isinstance(outcomes, UNMENDABLE) or is_device_lost(outcomes):
@@ -471,6 +530,7 @@ def isolated(work: ShardWork, inputs: Mapping[str, Any]) -> Iterator[StageRecord
         else:
             num_good += 1
             yield from outcomes
+    note_alone(work.run_dir, failure, "")
     if raised and not num_good:
         raise raised[-1][1]
     for key, error in raised:

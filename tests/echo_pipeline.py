@@ -3,11 +3,14 @@
 "boom ..."    raises, always                       "flaky ..."  raises on its first call
 "aside ..."   is set aside at the rollouts         "unscored ..." is set aside at the rewards
 "settings ..." raises ConfigError                "broken ..." fails in the model's forward
-"lost ..."    loses the device on its first call    anything else is answered
+"lost ..."    loses the device on its first call "kill ..."   ends the process, always
+anything else is answered
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -98,6 +101,8 @@ def misbehave(question: str, num_calls: int) -> None:
         raise RuntimeError(f"cannot stand {question!r}")
     if question.startswith("lost") and num_calls == 1:
         raise RuntimeError("CUDA error: device-side assert triggered")
+    if question.startswith("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
     if question.startswith("settings"):
         raise ConfigError("these models do not go together")
 

@@ -111,7 +111,7 @@ def test_a_worker_that_lost_its_device_ends_and_the_next_one_goes_on(tmp_path: P
     with pytest.raises(DeviceLostError, match=r"shard 0 .*same command.*device-side assert"):
         run_on(tmp_path, ["lost at first", *TEN])
     failure = read_failure(RunDir(tmp_path / "run"), 0)
-    assert failure is not None and failure.attempts == 1
+    assert failure is not None and failure.num_deaths == 1
     assert not list((tmp_path / "run/leases").glob("[!.]*"))
     assert {call.split(maxsplit=1)[1] for call in CALLS} <= {"lost at first", *TEN[:3]}
     report = run_on(tmp_path, ["lost at first", *TEN])

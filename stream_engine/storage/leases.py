@@ -63,10 +63,14 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Lease:
     """An exclusive, renewed claim on a name. Made by `acquire`; also a context manager."""
 
-    def __init__(self, path: Path, holder: Holder, descriptor: int) -> None:
+    def __init__(
+        self, path: Path, holder: Holder, descriptor: int, taken_from: Holder | None
+    ) -> None:
+        """`taken_from` is the holder that ended, or fell silent, without giving the lease back."""
         self.path = path
         self.name = path.stem
         self.holder = holder
+        self.taken_from = taken_from
         self._descriptor = descriptor
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease-{self.name}", daemon=True)
@@ -83,8 +87,9 @@ class Lease:
         with claim_file(path, holder) as claim:
             # Touched through its own inode: a successor's file is never refreshed by mistake.
             descriptor = os.open(claim, os.O_RDONLY)
-            if claim_name(path, claim, timeout_s):
-                return cls(path, holder, descriptor)
+            is_ours, taken_from = claim_name(path, claim, timeout_s)
+            if is_ours:
+                return cls(path, holder, descriptor, taken_from)
             os.close(descriptor)
             return None
 
@@ -263,8 +268,11 @@ def link_exclusively(claim: Path, name: Path) -> bool:
     return True
 
 
-def claim_name(path: Path, claim: Path, timeout_s: float) -> bool:
-    """Make the claim the lease at `path` if that is free or stale; False when it is held."""
+def claim_name(path: Path, claim: Path, timeout_s: float) -> tuple[bool, Holder | None]:
+    """Make the claim the lease at `path` if that is free or stale; False when it is held.
+
+    Beside it stands the holder of the stale lease, if there was one.
+    """
     now = claim.stat().st_mtime
     while not link_exclusively(claim, path):
         current = read_lease(path)
@@ -272,12 +280,12 @@ def claim_name(path: Path, claim: Path, timeout_s: float) -> bool:
             continue  # released just now
         holder, touched = current
         if not is_stale(holder, touched, now, timeout_s):
-            return False
+            return False, None
         with right_to_end(path, holder.token, claim, now, timeout_s) as ok:
             if ok:
                 os.replace(claim, path)
-            return ok
-    return True
+            return ok, holder
+    return True, None
 
 
 @contextmanager

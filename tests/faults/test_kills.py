@@ -54,7 +54,6 @@ def test_a_run_killed_again_and_again_gives_the_undisturbed_dataset(
 def _is_undisturbed(work_dir: Path, demo_run: Path) -> None:
     assert answers(work_dir) == answers(demo_run)
     assert parts(work_dir / "dataset") == parts(demo_run / "dataset")
-    assert not list((work_dir / "failures").glob("*.json"))
 
 
 def test_the_survivor_of_a_killed_rank_finishes_alone(

@@ -111,6 +111,18 @@ def test_lease_of_a_killed_process_is_taken_over_at_once(run_dir: RunDir, start_
         lease.verify()
 
 
+def test_a_lease_says_from_whom_it_was_taken_over(run_dir: RunDir, start_holder):
+    """A record that kills its process left no trace, since nobody could tell a death."""
+    holder = start_holder("victim", timeout_s=3600)
+    assert answer(holder) == "held"
+    holder.kill()
+    holder.wait()
+    with acquire(run_dir) as lease:
+        assert lease.taken_from is not None and lease.taken_from.worker_id == "victim"
+    with acquire(run_dir) as lease:
+        assert lease.taken_from is None
+
+
 def test_a_zombie_counts_as_gone(run_dir: RunDir, start_holder):
     holder = start_holder("victim", timeout_s=3600)
     assert answer(holder) == "held"

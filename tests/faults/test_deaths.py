@@ -1,0 +1,87 @@
+"""A worker dies at a shard: the others go on, a deadly record is found, no good shard fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stream_engine import pipelines
+from stream_engine.config import RunConfig
+from stream_engine.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER
+from stream_engine.run_state import shard_lease
+from stream_engine.runner import RunReport, run
+from stream_engine.storage.leases import this_process
+from stream_engine.storage.run_dir import RunDir
+from tests.conftest import write_questions
+from tests.echo_pipeline import CALLS, echo_config
+from tests.processes import context
+
+TEN = [f"what is number {i} good for" for i in range(10)]
+
+
+def run_in_process(config: RunConfig) -> int | None:
+    """The exit status of a process that runs the echo pipeline."""
+    process = context.Process(target=_run, args=(config.to_dict(),))
+    process.start()
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def _run(settings: dict[str, object]) -> None:
+    pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
+    os._exit(run(RunConfig.create(settings), show_progress=False).exit_status)
+
+
+def plant_dead_lease(run_dir: RunDir, shard: int) -> None:
+    """The lease of a worker that was killed at a shard."""
+    dead = msgspec.structs.replace(this_process("dead", 60), process_start="1")
+    path = run_dir.lease(shard_lease(shard))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.encode(dead))
+
+
+def run_on(tmp_path: Path, questions: list[str], **settings: object) -> RunReport:
+    dataset = write_questions(tmp_path / "questions.jsonl", questions)
+    return run(echo_config(tmp_path / "run", dataset, **settings), show_progress=False)
+
+
+def test_a_record_that_kills_its_process_is_set_aside_and_the_others_go_on(tmp_path: Path) -> None:
+    """Each restart took the same shard first and died again, for ever."""
+    dataset = write_questions(tmp_path / "questions.jsonl", ["kill this", *TEN])
+    config = echo_config(tmp_path / "run", dataset)
+    run_dir = RunDir(config.work_dir)
+    num_deaths = 0
+    while (status := run_in_process(config)) == -signal.SIGKILL:
+        num_deaths += 1
+        if num_deaths == 2:
+            assert run_dir.result("rewards", 1).exists() and run_dir.result("rewards", 2).exists()
+        assert num_deaths <= MAX_DEATHS_TOGETHER + MAX_DEATHS_ALONE
+    assert (num_deaths, status) == (MAX_DEATHS_TOGETHER + MAX_DEATHS_ALONE, 2)
+    assert not list(run_dir.failures_dir.glob("*.json"))
+    quarantined = run_dir.stage_quarantine("rollouts", 0).read_text()
+    assert quarantined.count("\n") == 1 and "ends_worker" in quarantined
+
+
+@pytest.mark.usefixtures("echo")
+def test_no_number_of_deaths_makes_a_good_shard_fail(tmp_path: Path) -> None:
+    """Preemption kills workers at whatever shard they hold."""
+    run_dir = RunDir(tmp_path / "run")
+    for _ in range(12):
+        plant_dead_lease(run_dir, 1)
+        report = run_on(tmp_path, TEN, run_stage=0, max_shard_retries=0)
+        assert (report.exit_status, report.status.shards.failed) == (0, 0)
+        run_dir.result("rollouts", 1).unlink()
+    assert run_on(tmp_path, TEN, max_shard_retries=0).status.samples.done == 10
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_shard_at_which_a_worker_died_comes_after_the_others(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    plant_dead_lease(run_dir, 0)
+    assert run_on(tmp_path, TEN).exit_status == 0
+    first_calls = [call for call in CALLS if call.startswith("rollouts")]
+    assert {call.split(maxsplit=1)[1] for call in first_calls[-4:]} == set(TEN[:4])
