@@ -37,7 +37,7 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A result file as it was when its header was read."""
+    """A result file as it was when its header was read; None when that failed."""
 
     mtime_ns: int
     num_bytes: int
@@ -86,8 +86,9 @@ class RunState:
         return self
 
     def refresh_shard(self, shard: Shard) -> None:
-        """Look at the files of one shard again."""
+        """Look at the files of one shard afresh, whatever was seen of them before."""
         for stage in STAGES:
+            self._seen[stage].pop(shard.index, None)
             self._look(stage, shard, self.run_dir.result(stage, shard.index))
         failure = read_failure(self.run_dir, shard.index)
         self.failures.pop(shard.index, None)
@@ -185,7 +186,10 @@ class RunState:
                 self._look(stage, shard, path)
 
     def _look(self, stage: Stage, shard: Shard, path: Path) -> None:
-        """Read a result's header unless the file is as it was."""
+        """Read a result's header unless the file is as it was and could be read.
+
+        One that could not may be whole: a network file system fails a read now and then.
+        """
         seen = self._seen[stage]
         try:
             stat = path.stat()
@@ -193,16 +197,20 @@ class RunState:
             seen.pop(shard.index, None)
             return
         old = seen.get(shard.index)
-        if old is None or (old.mtime_ns, old.num_bytes) != (stat.st_mtime_ns, stat.st_size):
-            header = self._read_header(stage, path, shard.index)
+        is_new = old is None or (old.mtime_ns, old.num_bytes) != (stat.st_mtime_ns, stat.st_size)
+        if is_new or old is None or old.header is None:
+            header = self._read_header(stage, path, shard.index, warn=is_new)
             seen[shard.index] = Seen(stat.st_mtime_ns, stat.st_size, header)
 
-    def _read_header(self, stage: Stage, path: Path, index: int) -> ResultHeader | None:
+    def _read_header(
+        self, stage: Stage, path: Path, index: int, *, warn: bool
+    ) -> ResultHeader | None:
         """A result's header; None when the file is torn or its quarantine file is another's."""
         try:
             header = read_header(path)
         except ShardReadError as error:
-            logger.warning("%s; it will be made again", error)
+            if warn:
+                logger.warning("%s; if that stays so, it will be made again", error)
             return None
         lines = count_lines(self.run_dir.stage_quarantine(stage, index))
         return header if lines == header.num_quarantined else None

@@ -1,0 +1,63 @@
+"""RunState follows the files, also where reading one fails for a moment."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from stream_engine import run_state
+from stream_engine.errors import ShardReadError
+from stream_engine.run_json import read_run_file
+from stream_engine.run_state import RunState
+from stream_engine.runner import run
+from stream_engine.storage.results import ResultHeader, read_header
+from stream_engine.storage.run_dir import RunDir
+from tests.conftest import write_questions
+from tests.echo_pipeline import CALLS, echo_config
+
+pytestmark = pytest.mark.usefixtures("echo")
+
+TEN = [f"what is number {i} good for" for i in range(10)]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> RunState:
+    """Of a finished run of three shards; not refreshed yet."""
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN)
+    run(echo_config(tmp_path / "run", dataset), show_progress=False)
+    run_dir = RunDir(tmp_path / "run")
+    return RunState(run_dir, read_run_file(run_dir).fingerprints, max_shard_retries=2)
+
+
+def fail_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the first reads of shard 1's rollouts fail as on a network file system."""
+    left = [times]
+
+    def read(path: Path) -> ResultHeader:
+        if path.parent.name == "rollouts" and path.stem == "000001" and left[0]:
+            left[0] -= 1
+            raise ShardReadError(path, "input/output error") from OSError(errno.EIO, "EIO")
+        return read_header(path)
+
+    monkeypatch.setattr(run_state, "read_header", read)
+
+
+def test_a_result_that_could_not_be_read_once_is_read_again(
+    state: RunState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as missing for good, so that its shard was leased and found done without end."""
+    fail_reads(monkeypatch, times=1)
+    assert not state.refresh().is_complete("rollouts", state.shards[1])
+    assert state.refresh().is_complete("rollouts", state.shards[1])
+
+
+def test_a_run_with_an_unreadable_result_ends_and_computes_nothing_again(
+    state: RunState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fail_reads(monkeypatch, times=2)
+    CALLS.clear()
+    report = run(echo_config(tmp_path / "run", tmp_path / "questions.jsonl"), show_progress=False)
+    assert report.exit_status == 0
+    assert not CALLS
