@@ -1,7 +1,7 @@
 """The command line: `stream-engine COMMAND ...`, also `python -m stream_engine`.
 
-Exit status: 0 done; 1 a user error, in one line that says what to change; 2 finished, but shards or
-records failed (each is named). torch is imported only by commands that run a model.
+Exit status: 0 done; 1 an error of the user or the file system, in one line; 2 finished, but shards
+or records failed (each is named). torch is imported only by commands that run a model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from stream_engine import __version__, commands
 from stream_engine.config import nearest
 from stream_engine.errors import ConfigError, StreamEngineError
+from stream_engine.failures import describe
 from stream_engine.flags import LineParser, add_settings, normalise, refuse_unknown
 from stream_engine.ranks import Rank
 
@@ -208,6 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        linger(1)
+        print(f"stream-engine: {describe(error)}; the same command resumes", file=sys.stderr)
+        return 1
 
 
 def dispatch(argv: list[str]) -> int:

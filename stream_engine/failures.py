@@ -18,7 +18,7 @@ import msgspec
 
 from stream_engine.config import Stage, WorkerConfig
 from stream_engine.errors import ShardReadError
-from stream_engine.storage.atomic import write_atomic
+from stream_engine.storage.atomic import read_if_there, write_atomic
 from stream_engine.storage.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -140,10 +140,11 @@ def write_failure(run_dir: RunDir, failure: ShardFailure) -> None:
 def read_failure(run_dir: RunDir, shard: int) -> ShardFailure | None:
     """The failure on file for a shard; None without one, or when the file is damaged."""
     path = run_dir.failure(shard)
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=ShardFailure)
-    except FileNotFoundError:
+    encoded = read_if_there(path)
+    if encoded is None:
         return None
+    try:
+        return msgspec.json.decode(encoded, type=ShardFailure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         logger.warning("%s is damaged (%s); the shard's attempts count from 0", path, error)
         return None

@@ -18,6 +18,7 @@ from stream_engine.errors import ShardReadError
 from stream_engine.failures import ShardFailure, read_failure
 from stream_engine.pipelines.base import STAGES
 from stream_engine.records import ShardInfo
+from stream_engine.storage.atomic import stat_if_there
 from stream_engine.storage.leases import LeaseInfo, list_leases
 from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.results import ResultHeader, count_lines, read_header
@@ -164,11 +165,8 @@ class RunState:
         return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
 
     def _refresh_manifest(self) -> None:
-        try:
-            size = self.run_dir.manifest.stat().st_size
-        except FileNotFoundError:
-            return
-        if size == self.manifest.size:
+        stat = stat_if_there(self.run_dir.manifest)
+        if stat is None or stat.st_size == self.manifest.size:
             return
         self.manifest = Manifest.load(self.run_dir)
         shards = self.manifest.shards
@@ -191,9 +189,8 @@ class RunState:
         One that could not may be whole: a network file system fails a read now and then.
         """
         seen = self._seen[stage]
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
+        stat = stat_if_there(path)
+        if stat is None:
             seen.pop(shard.index, None)
             return
         old = seen.get(shard.index)
@@ -220,17 +217,16 @@ class RunState:
         for index in self.failures.keys() - present.keys():
             del self.failures[index]
         for index, path in present.items():
-            try:
-                changed = path.stat().st_mtime_ns
-            except FileNotFoundError:
+            stat = stat_if_there(path)
+            if stat is None:
                 self.failures.pop(index, None)
                 continue
-            if index in self.failures and self._failure_times.get(index) == changed:
+            if index in self.failures and self._failure_times.get(index) == stat.st_mtime_ns:
                 continue
             failure = read_failure(self.run_dir, index)
             if failure is not None:
                 self.failures[index] = failure
-                self._failure_times[index] = changed
+                self._failure_times[index] = stat.st_mtime_ns
 
 
 def slim(info: ShardInfo) -> Shard:

@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stream_engine.config import InputConfig, RunConfig, Stage, WorkerConfig
@@ -76,6 +76,9 @@ IDLE_S = 0.25
 REFRESH_S = 1.0
 MAX_HOPELESS_SHARDS = 2
 ALONE_S = 60.0
+TROUBLE_WAIT_S = 1.0
+TROUBLE_PATIENCE_S = 300.0
+"""How long the run directory may fail a worker that gets nothing done: a file server's restart."""
 MIN_RECORDS_TO_JUDGE = 200
 
 PASSES: dict[int | None, tuple[tuple[Stage, ...], ...]] = {
@@ -127,6 +130,7 @@ class Worker:
         self.num_hopeless = 0
         self.last_error: Exception | None = None
         self.last_company = time.monotonic()
+        self.trouble_since: float | None = None
         self.reserved: tuple[tuple[Stage, ...], Shard, Lease] | None = None
 
     def work(self, *, read_input: bool = True, do_shards: bool = True) -> int:
@@ -146,16 +150,28 @@ class Worker:
             self.release_reserved()
 
     def work_until_settled(self, *, do_shards: bool) -> int:
+        """The loop of a worker.
+
+        Raises:
+            OSError: when the file system has failed it for minutes, and it could do nothing else.
+        """
         num_mine = 0
         is_idle = False
         while True:
-            is_ingested = self.ingest()
-            self.state.refresh(max_age_s=0.0 if is_idle else REFRESH_S)
-            self.check_bad_fraction()
-            task = self.next_task() if do_shards and not self.is_broken() else None
+            try:
+                is_ingested = self.ingest()
+                self.state.refresh(max_age_s=0.0 if is_idle else REFRESH_S)
+                self.check_bad_fraction()
+                task = self.next_task() if do_shards and not self.is_broken() else None
+                num_mine += self.do(*task) if task is not None else 0
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                self.sit_out(error)
+                continue
+            self.trouble_since = None
             if task is not None:
                 is_idle = False
-                num_mine += self.do(*task)
             elif not is_idle:
                 is_idle = True  # there seems to be nothing to do: look again at once
             elif is_ingested and (self.is_settled() or not do_shards):
@@ -163,6 +179,17 @@ class Worker:
             else:
                 self.show("waiting for other workers")
                 time.sleep(IDLE_S)
+
+    def sit_out(self, error: OSError) -> None:
+        """Wait for a file system that fails: a while, longer each time, and not for ever."""
+        now = time.monotonic()
+        self.trouble_since = now if self.trouble_since is None else self.trouble_since
+        lasted_s = now - self.trouble_since
+        if lasted_s > TROUBLE_PATIENCE_S:
+            raise error
+        wait_s = min(max(lasted_s, TROUBLE_WAIT_S), 30 * TROUBLE_WAIT_S)
+        logger.warning("%s; looking again in %.0f s", describe(error), wait_s)
+        time.sleep(wait_s)
 
     def is_settled(self) -> bool:
         """Whether no shard is left to do, by anybody."""
@@ -492,7 +519,8 @@ class Worker:
 
     def show(self, doing: str) -> None:
         if self.view.is_due():
-            self.state.refresh(max_age_s=REFRESH_S)
+            with suppress(OSError):  # what is shown may be old; the work goes on
+                self.state.refresh(max_age_s=REFRESH_S)
             self.view.update(self.meter.progress(self.state, doing))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
 
-from stream_engine import run_state
+from stream_engine import run_state, worker
+from stream_engine.cli import main
+from stream_engine.config import Stage
 from stream_engine.errors import ShardReadError
 from stream_engine.run_json import read_run_file
 from stream_engine.run_state import RunState
@@ -19,6 +23,7 @@ from tests.echo_pipeline import CALLS, echo_config
 
 pytestmark = pytest.mark.usefixtures("echo")
 
+ECHO = {"pipeline_name": "echo", "sample_k": 4, "rank": 2, "samples_per_shard": 4}
 TEN = [f"what is number {i} good for" for i in range(10)]
 
 
@@ -61,3 +66,41 @@ def test_a_run_with_an_unreadable_result_ends_and_computes_nothing_again(
     report = run(echo_config(tmp_path / "run", tmp_path / "questions.jsonl"), show_progress=False)
     assert report.exit_status == 0
     assert not CALLS
+
+
+def fail_refreshes(monkeypatch: pytest.MonkeyPatch, which: Container[int]) -> None:
+    """Let these of all refreshes fail as when a file server is started again."""
+    count = itertools.count()
+    refresh_results = RunState._refresh_results
+
+    def refresh(self: RunState, stage: Stage) -> None:
+        if stage == "rollouts" and next(count) in which:
+            raise OSError(errno.EIO, "Input/output error", "results/rollouts")
+        refresh_results(self, stage)
+
+    monkeypatch.setattr(RunState, "_refresh_results", refresh)
+    monkeypatch.setattr(worker, "TROUBLE_WAIT_S", 0.01)
+
+
+def test_a_worker_outlives_a_file_system_that_fails_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first failed look at the run directory ended it, and its launcher then all others."""
+    fail_refreshes(monkeypatch, range(3, 7))
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN)
+    report = run(echo_config(tmp_path / "run", dataset), show_progress=False)
+    assert (report.exit_status, report.status.samples.done) == (0, 10)
+
+
+def test_a_file_system_that_fails_for_good_ends_the_command_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended with a traceback."""
+    fail_refreshes(monkeypatch, range(3, 10**9))
+    monkeypatch.setattr(worker, "TROUBLE_PATIENCE_S", 0.1)
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN)
+    words = [f"--{name}={value}" for name, value in ECHO.items()]
+    assert main(["run", *words, f"--dataset_path={dataset}", f"--work_dir={tmp_path}/run"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stream-engine: OSError: [Errno 5] Input/output error")
+    assert last.endswith("the same command resumes")

@@ -49,6 +49,35 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
+def is_gone(error: OSError) -> bool:
+    """Whether a file is not there (any more).
+
+    A network file system answers ESTALE where a file that was opened is deleted or replaced since.
+    """
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """The bytes of a file that others may delete; None when it is gone."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        if is_gone(error):
+            return None
+        raise
+
+
+def stat_if_there(path: Path) -> os.stat_result | None:
+    """The stat of a file that others may delete; None when it is gone."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if is_gone(error):
+            return None
+        raise
+
+
 def is_temporary(path: str | Path) -> bool:
     """Whether a name is one of ours that a killed process may have left."""
     name = Path(path).name

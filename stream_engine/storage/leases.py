@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from stream_engine.errors import LeaseLostError
-from stream_engine.storage.atomic import temporary_path
+from stream_engine.storage.atomic import is_gone, temporary_path
 from stream_engine.storage.run_dir import RunDir
 
 BEATS_PER_TIMEOUT = 6
@@ -226,8 +226,10 @@ def read_lease(path: Path) -> tuple[Holder, float] | None:
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             content = file.read()
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if is_gone(error):
+            return None
+        raise
     try:
         return msgspec.json.decode(content, type=Holder), stat.st_mtime
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -21,7 +21,7 @@ import msgspec
 
 from stream_engine.errors import ConservationError, ShardReadError
 from stream_engine.records import SCHEMA_VERSION, Failure, ShardInfo
-from stream_engine.storage.atomic import atomic_writer, write_atomic
+from stream_engine.storage.atomic import atomic_writer, read_if_there, stat_if_there, write_atomic
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import CHUNK_BYTES, HashingWriter
 
@@ -107,7 +107,7 @@ def read_quarantine(path: Path) -> Iterator[Failure]:
     Raises:
         ShardReadError: when a line is damaged.
     """
-    if not path.exists():
+    if stat_if_there(path) is None:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -223,7 +223,4 @@ def verify_checksum(path: Path, file: BinaryIO) -> None:
 
 def count_lines(path: Path) -> int:
     """Lines of a file; 0 when it is absent."""
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
+    return (read_if_there(path) or b"").count(b"\n")

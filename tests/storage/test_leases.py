@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import socket
@@ -253,6 +254,20 @@ def test_a_damaged_lease_file_goes_stale_like_any_other(run_dir: RunDir):
     assert acquire(run_dir) is None
     os.utime(path, (1, 1))
     assert acquire(run_dir) is not None
+
+
+def test_a_lease_file_replaced_while_it_is_read_counts_as_gone(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+):
+    """A network file system says ESTALE then, which ended the worker that looked."""
+    path = foreign_lease(run_dir, age_s=0)
+
+    def stale(*args: object):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(leases, "open", stale, raising=False)
+    assert read_lease(path) is None
+    assert list_leases(run_dir) == []
 
 
 def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
