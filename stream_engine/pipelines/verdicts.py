@@ -7,8 +7,10 @@
               | "both responses are equally" | "both responses are identical"
 
 Upper and lower case and runs of white space are alike; a verdict may stand anywhere in the reply.
-One whose clause denies or doubts it ("not", "neither", "if", "whether" ... before it) does not
-count. A reply without a verdict, or with verdicts that contradict each other, is unparsed.
+A sentence whose clause denies or doubts it ("not", "neither", "if", "whether" ... before it) does
+not count. Marks are the form that critics are trained to answer in: where there are any, sentences
+are reasoning and do not count. A reply without a verdict, or with verdicts that contradict each
+other, is unparsed.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ _VERDICT = re.compile(
 _DOUBT = re.compile(
     r"\b(not|never|neither|nor|if|whether|unless|cannot|\w+n['’]t)\b", re.IGNORECASE
 )
-_CLAUSE_ENDS = re.compile(r"[.,;:!?\n]")
+_CLAUSE_ENDS = re.compile(r"[.,;:!?\n]|\b(?:but|then|however)\b", re.IGNORECASE)
 
 
 def parse_verdict(reply: str) -> Verdict | None:
-    """The one verdict of a reply; None when it has none or several."""
+    """The one verdict of a reply, by its marks if it has any; None when it has none or several."""
+    matches = list(_VERDICT.finditer(reply))
+    marks = [match for match in matches if match["mark"]]
     found: set[Verdict] = set()
-    for match in _VERDICT.finditer(reply):
+    for match in marks or matches:
         clause = _CLAUSE_ENDS.split(reply[: match.start()])[-1]
         if match["mark"] or not _DOUBT.search(clause):
             word = (match["mark"] or match["better"] or "equal").lower()

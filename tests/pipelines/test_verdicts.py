@@ -59,6 +59,47 @@ def test_the_grammar_is_strict(reply, verdict):
     assert parse_verdict(reply) == verdict
 
 
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        pytest.param(
+            "Neither response is perfect but the first response is better.", "first", id="but"
+        ),
+        pytest.param(
+            "If one prefers detail then the second response is better", "second", id="then"
+        ),
+        pytest.param(
+            "I was not sure at first However the second response is better", "second", id="however"
+        ),
+        pytest.param("It is other than not the first response is better", None, id="than"),
+    ],
+)
+def test_a_word_that_turns_the_sentence_ends_the_clause(reply, verdict):
+    """Only punctuation ended a clause, so a doubt before "but" denied the verdict after it."""
+    assert parse_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        pytest.param(
+            "[second] In style the first response is better.", "second", id="mark-then-reasoning"
+        ),
+        pytest.param(
+            "Two responses are equally long. The first response is better in style. [second]",
+            "second",
+            id="reasoning-then-mark",
+        ),
+        pytest.param(
+            "[first] or [second]? The first response is better.", None, id="marks-contradict"
+        ),
+    ],
+)
+def test_marks_win_over_sentences(reply, verdict):
+    """A mark is the trained verdict; a sentence of the reasoning that followed cancelled it."""
+    assert parse_verdict(reply) == verdict
+
+
 def test_the_ancestors_rule_takes_the_first_phrase_in_its_own_order():
     both = "The second response is better in style. The first response is better in content."
     assert parse_verdict_rlaifv(both) == "first"
