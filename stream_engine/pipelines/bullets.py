@@ -2,10 +2,11 @@
 
     reply     = { blank | heading | bullet }
     heading   = "###" text
-    bullet    = ("-" | "*" | "•") text        the text is not empty
+    bullet    = ("-" | "*" | "•") space text  the text is not empty
 
 Anything else makes the whole reply unreadable: a sentence without its bullet may be the rest of the
-one above, and a fact taken wrong is worse than an answer left out.
+one above, and a fact taken wrong is worse than an answer left out. A sign without its space may be
+the first of a rule or of a bold title.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ def parse_bullets(text: str) -> list[str] | None:
         line = line.strip()
         if not line or line.startswith(HEADING):
             continue
-        sentence = line[1:].strip()
-        if not line.startswith(BULLETS) or not sentence:
+        bullet, sentence = line[:1], line[1:]
+        if bullet not in BULLETS or not sentence[:1].isspace():
             return None
-        sentences.append(sentence)
+        sentences.append(sentence.strip())
     return sentences
 
 
