@@ -15,7 +15,7 @@ from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_state import RunState, numbered
 from stream_engine.storage.manifest import Manifest
-from stream_engine.storage.results import ResultHeader, is_done, read_header
+from stream_engine.storage.results import ResultHeader, is_done, read_header, verify_result
 from stream_engine.storage.run_dir import RunDir
 
 
@@ -87,6 +87,7 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
 
     Raises:
         ConservationError: when a result's counts are not those of what it was made from.
+        ShardReadError: when that is because a result file is damaged.
     """
     inputs = MergeInputs(Manifest.load(run_dir), fingerprints)
     without_tar = set(damaged_tars(run_dir, fingerprints))
@@ -145,8 +146,8 @@ def complete_counts(
     if not all(is_done(run_dir, stage, info, fingerprints[stage]) for stage in STAGES):
         return None
     rollouts, rewards = (read_header(run_dir.result(stage, info.index)) for stage in STAGES)
-    check_header(info, rollouts, info.num_samples)
-    check_header(info, rewards, rollouts.num_results)
+    check_header(run_dir, info, rollouts, info.num_samples)
+    check_header(run_dir, info, rewards, rollouts.num_results)
     if rollouts.num_samples < info.num_samples or rewards.num_samples < rollouts.num_results:
         return None
     return counts_of(info.num_samples, rollouts, rewards)
@@ -161,10 +162,12 @@ def counts_of(num_samples: int, rollouts: ResultHeader, rewards: ResultHeader) -
     )
 
 
-def check_header(info: ShardInfo, header: ResultHeader, num_inputs: int) -> None:
+def check_header(run_dir: RunDir, info: ShardInfo, header: ResultHeader, num_inputs: int) -> None:
     """Samples in = results + quarantined, and no more samples than there are."""
     outcomes = header.num_results + header.num_quarantined
     if header.num_samples != outcomes or header.num_samples > num_inputs:
+        for stage in STAGES:  # a changed byte is one shard's damage, not a fault in the counting
+            verify_result(run_dir.result(stage, info.index))
         raise ConservationError(
             f"shard {info.index}, {header.stage}: {num_inputs} samples went in, but the result "
             f"speaks of {header.num_samples}: {header.num_results} results and "

@@ -56,7 +56,11 @@ def merge_when_due(
         if was_merged_meanwhile(state, config, pipeline, before):
             return "current"
         fingerprints = state.fingerprints
-        if merge_is_current(state.run_dir, config, pipeline, fingerprints):
+
+        def is_up_to_date() -> bool:
+            return merge_is_current(state.run_dir, config, pipeline, fingerprints)
+
+        if around_damage(state, config, rank.worker_id, is_up_to_date):
             return "current"
         logger.info("building pairs from %d shards", len(state.shards))
         started = time.monotonic()

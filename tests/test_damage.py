@@ -59,6 +59,18 @@ def test_a_damaged_result_is_set_aside_and_the_rest_is_merged(run_dir: RunDir, s
 
 
 @pytest.mark.parametrize("stage", ["rollouts", "rewards"])
+def test_a_damaged_count_in_a_header_is_one_shards_damage_too(run_dir: RunDir, stage: str) -> None:
+    """It was taken for a fault in the counting of the whole merge."""
+    path = run_dir.result(stage, 1)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"num_results") + len(b"num_results")] ^= 1
+    path.write_bytes(content)
+    report = append(run_dir)
+    assert (report.merged_here, report.status.shards.failed) == (True, 1)
+    assert main(["retry-failed", str(run_dir.root)]) == 0
+
+
+@pytest.mark.parametrize("stage", ["rollouts", "rewards"])
 def test_a_retry_computes_a_damaged_result_again(run_dir: RunDir, stage: str) -> None:
     flip_a_bit(run_dir.result(stage, 1))
     append(run_dir)

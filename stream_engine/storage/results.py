@@ -154,6 +154,21 @@ def read_results(path: str | Path, record_type: type[RecordT]) -> Iterator[Recor
         raise ShardReadError(path, error.strerror or str(error)) from error
 
 
+def verify_result(path: str | Path) -> None:
+    """Check a result file's checksum.
+
+    Raises:
+        ShardReadError: when the file is missing, cut or changed; it names the file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            parse_header(path, file)
+            verify_checksum(path, file)
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
 def is_done(run_dir: RunDir, stage: str, info: ShardInfo, fingerprint: str) -> bool:
     """Whether a stage's result of this shard is in place, complete, and made by these settings.
 
