@@ -1,18 +1,21 @@
 """The dataset card: README.md beside the parts, for people and for `datasets.load_dataset`.
 
-Everything in it comes from the settings and from stats.json, so that equal datasets have equal
-cards.
+Everything in it comes from the settings, from stats.json and from the parts, so that equal datasets
+have equal cards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from stream_engine.config import ModelConfig, RankingConfig, RunConfig, SamplingConfig
 
+CHUNK_BYTES = 1 << 20
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 USAGE = {
@@ -60,6 +63,7 @@ def dataset_card(
     stats: Mapping[str, Any],
     *,
     data_files: str,
+    content: str,
     resolved_sampling: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md.
@@ -67,12 +71,13 @@ def dataset_card(
     Args:
         stats: the content of stats.json.
         data_files: which files of the folder hold the rows.
+        content: their hash, from `content_hash`.
         resolved_sampling: the sampling values that the engine used, where they are known.
     """
     sampling = {**msgspec.to_builtins(config.part(SamplingConfig)), **(resolved_sampling or {})}
     models = msgspec.to_builtins(config.part(ModelConfig))
     sections = [
-        front_matter(stats["pairs"]["written"], data_files),
+        front_matter(stats["pairs"]["written"], data_files, content),
         "# Preference pairs\n\n"
         f"{stats['pairs']['written']} pairs (question, images, chosen and rejected answer) made "
         f"by stream_engine's pipeline `{stats['pipeline']}` for direct preference "
@@ -92,13 +97,18 @@ def dataset_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def front_matter(num_pairs: int, data_files: str) -> str:
-    """The YAML that the Hub and `load_dataset` read."""
+def front_matter(num_pairs: int, data_files: str, content: str) -> str:
+    """The YAML that the Hub and `load_dataset` read.
+
+    `load_dataset` caches a dataset under a hash of these lines, and sees of the files no more than
+    the pattern: the description is what tells the datasets of two runs apart there.
+    """
     size = next((name for limit, name in SIZES.items() if num_pairs < limit), "n>1M")
     return f"""\
 ---
 configs:
 - config_name: default
+  description: "content {content}"
   data_files:
   - split: train
     path: "{data_files}"
@@ -111,6 +121,17 @@ tags:
 - preference
 - stream_engine
 ---"""
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """Hash of the files' names, lengths and bytes: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def counts(stats: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from stream_engine.balance import Balance, length_balance
-from stream_engine.card import dataset_card
+from stream_engine.card import content_hash, dataset_card
 from stream_engine.config import RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.filters import Candidate, split_candidates
@@ -235,6 +235,7 @@ class Output:
             config,
             stats,
             data_files=self.export.data_files,
+            content=content_hash(self.swap.new / part.name for part in parts),
             resolved_sampling=common["resolved_sampling"],
         )
         write_atomic(self.swap.new / "README.md", card.encode())
