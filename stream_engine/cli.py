@@ -20,6 +20,7 @@ from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.failures import describe
 from stream_engine.flags import LineParser, add_settings, normalise, refuse_unknown
 from stream_engine.ranks import Rank
+from stream_engine.storage.exports import EXPORTS
 
 LINGER_S = 3.0
 LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
@@ -89,7 +90,14 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _work_dir_arguments(parser)
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument(
+        "--format", action="append", metavar="A,B,...", help=f"any of {', '.join(EXPORTS)}"
+    )
+    parser.add_argument(
+        "--max_part_bytes", metavar="N", help="of a parquet file; default: the run's setting"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where to; default: in the work_dir")
 
 
@@ -182,7 +190,6 @@ COMMANDS = {
         "write the pairs of a run in other formats (--format trl,ms_swift,...)",
         commands.export,
         _export_arguments,
-        takes_settings=True,
     ),
     "verify-checkpoint": Command(
         "load a model strictly and check that it computes what it should",

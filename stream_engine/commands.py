@@ -172,23 +172,24 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    config = config_of_run(args)
     formats = convert_flag("format", args.format or [], tuple[str, ...])
     if not formats:
         raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
     if args.out and len(formats) > 1:
         raise ConfigError(f"--out takes one format, not {','.join(formats)}")
-    run_dir = RunDir(config.work_dir)
-    run_file = read_run_file(run_dir)
-    config = msgspec.structs.replace(config, format=run_file.config().format)
-    pipeline = pipeline_class(config.pipeline_name)(config)
     state = open_state(args)
+    run_file = read_run_file(state.run_dir)
+    config = run_file.config()
+    if args.max_part_bytes is not None:
+        most = convert_flag("max_part_bytes", args.max_part_bytes, int)
+        config = RunConfig.create(config.to_dict() | {"max_part_bytes": most})
+    pipeline = pipeline_class(config.pipeline_name)(config)
     rank = Rank.from_environment()
     for name in formats:
 
         def write(name: str = name) -> MergeReport:
             return export_format(
-                run_dir,
+                state.run_dir,
                 config,
                 pipeline,
                 run_file.fingerprints,
@@ -246,10 +247,7 @@ def config_from(args: argparse.Namespace, *, make_demo_data: bool = True) -> Run
 
 def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunConfig:
     """The settings kept in a run, with those of the command line over them."""
-    positional = getattr(args, "positional_work_dir", None)
-    if positional is not None and args.work_dir is not None and positional != args.work_dir:
-        raise ConfigError(f"two work directories: {positional} and {args.work_dir}")
-    args.work_dir = positional or args.work_dir
+    args.work_dir = work_dir_of(args)
     given = read_settings(args)
     work_dir = given.get("work_dir", RunConfig().work_dir)
     run_dir = RunDir(work_dir)
@@ -259,6 +257,14 @@ def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunC
     settings = read_settings(args, base | {"work_dir": work_dir})
     settings["dataset_path"] = merged_sources(base["dataset_path"], settings["dataset_path"])
     return RunConfig.create(settings)
+
+
+def work_dir_of(args: argparse.Namespace) -> str | None:
+    """The work directory that a command line names, by its place or by its flag."""
+    positional, flag = args.positional_work_dir, args.work_dir
+    if positional is not None and flag is not None and positional != flag:
+        raise ConfigError(f"two work directories: {positional} and {flag}")
+    return positional or flag
 
 
 def with_demo(
@@ -297,7 +303,7 @@ def write_demo_dataset(path: Path) -> None:
 
 def open_state(args: argparse.Namespace) -> RunState:
     """The state of an existing run, from its files alone."""
-    run_dir = RunDir(args.positional_work_dir or args.work_dir or RunConfig().work_dir)
+    run_dir = RunDir(work_dir_of(args) or RunConfig().work_dir)
     run_file = read_run_file(run_dir)
     retries = run_file.config().max_shard_retries
     return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,33 @@ def test_the_steps_alone_make_a_run(
     assert main(["status", run_dir, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"]["done"] == 7
     assert (tmp_path / "w/dataset_ms_swift/train.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--rank=1", "--seed=9", "--sample_k=40", "--instruct_model_path=/x", "--config=a.yaml"],
+)
+def test_export_refuses_settings_that_shape_no_export(
+    word: str, echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were accepted: the card named a model and sampling values that made nothing of the
+    dataset, and `--rank` wrote another selection than the run's."""
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this for"])
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["export", f"{tmp_path}/w", "--format", "trl", word]) == 1
+    assert f"unknown flag {word.partition('=')[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "w/dataset_trl").exists()
+
+
+def test_export_lists_only_what_shapes_an_export(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert flags == {
+        *("--help", "--work_dir", "--output_dir", "--format", "--max_part_bytes", "--out")
+    }
 
 
 def test_failures_end_with_status_2_unless_they_are_ok(echo: None, tmp_path: Path) -> None:
