@@ -101,6 +101,7 @@ def report_lines(report: RunReport) -> list[str]:
     is_up_to_date = report.status.is_finished and not did_work
     lines = ["nothing to do: all is up to date"] if is_up_to_date else []
     lines += status_lines(report.status)
+    lines += [f"note:    {note}" for note in report.notes]
     if report.problems:
         lines += ["failed:", *(f"  {problem}" for problem in report.problems)]
         lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
@@ -156,17 +157,21 @@ def status_lines(status: Status) -> list[str]:
 
 
 def validate(args: argparse.Namespace) -> int:
+    from stream_engine.storage.readers import unread_line
     from stream_engine.validate import is_run
     from stream_engine.validate import validate as find_problems
     from stream_engine.verify_run import damaged_parts
 
     config = RunConfig.create(read_settings(args)).part(InputConfig)
-    found = find_problems(args.path, config=config)
+    unread: dict[str, None] = {}
+    found = find_problems(args.path, config=config, unread=unread)
     if is_run(Path(args.path)):
         args.positional_work_dir = args.path
         found = [*damaged_parts(open_state(args)), *found]
     for problem in found:
         print(problem)
+    if unread:
+        print(f"{args.path}: {unread_line(unread)}")
     print(f"{args.path}: {len(found)} problems" if found else f"{args.path}: ok")
     return 2 if found else 0
 

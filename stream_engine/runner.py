@@ -28,6 +28,7 @@ from stream_engine.run_json import (
 from stream_engine.run_state import RunState
 from stream_engine.status import Status, collect, problems
 from stream_engine.storage.exports import export_class
+from stream_engine.storage.readers import unread_line
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.team import Team
 from stream_engine.worker import Worker, exit_on_sigterm, require_rollouts
@@ -53,6 +54,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     problems: list[str]
     """Every failed shard and quarantined record, one line each; long lists are cut."""
+    notes: list[str]
+    """What did not fail, but may not be meant: columns of the input that nothing read."""
 
     @property
     def exit_status(self) -> int:
@@ -146,6 +149,11 @@ def report_of(
         dataset=str(folder) if config.run_stage in (None, 2) and folder.is_dir() else None,
         status=collect(state),
         problems=problems(state),
+        notes=[
+            f"{source}: {unread_line(info.unread)}"
+            for source, info in state.manifest.inputs.items()
+            if info.unread
+        ],
     )
 
 

@@ -34,21 +34,29 @@ Check = Callable[[Row, Path], Iterator[str]]
 """(row, the dataset's folder) -> the row's problems."""
 
 
-def validate(path: str | Path, *, config: InputConfig | None = None) -> list[str]:
+def validate(
+    path: str | Path,
+    *,
+    config: InputConfig | None = None,
+    unread: dict[str, None] | None = None,
+) -> list[str]:
     """The problems of a run directory's datasets, of one dataset, or of an input.
 
-    At most the first hundred are listed; a last line says that there are more.
+    At most the first hundred are listed; a last line says that there are more. `unread` takes up
+    the names of an input's columns that no reader knows.
 
     Raises:
         ConfigError: when there is nothing at the path, or nothing that is known.
     """
-    problems = list(islice(find_problems(path, config or InputConfig()), MAX_PROBLEMS + 1))
+    unread = {} if unread is None else unread
+    found = find_problems(path, config or InputConfig(), unread)
+    problems = list(islice(found, MAX_PROBLEMS + 1))
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and more; the first {MAX_PROBLEMS} are listed"]
     return problems
 
 
-def find_problems(path: str | Path, config: InputConfig) -> Iterator[str]:
+def find_problems(path: str | Path, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
     """All problems, as they are found."""
     folder = Path(path)
     if is_run(folder):
@@ -60,7 +68,7 @@ def find_problems(path: str | Path, config: InputConfig) -> Iterator[str]:
     elif format_of(folder) is not None:
         yield from dataset_problems(folder)
     else:
-        yield from input_problems(str(path), config)
+        yield from input_problems(str(path), config, unread)
 
 
 def is_run(folder: Path) -> bool:
@@ -69,13 +77,13 @@ def is_run(folder: Path) -> bool:
     return run_dir.run_json.is_file() or run_dir.manifest.is_file()
 
 
-def input_problems(source: str, config: InputConfig) -> Iterator[str]:
+def input_problems(source: str, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
     """What ingest would reject, and ids that stand for several samples."""
     from stream_engine.storage.readers import read_rows
 
     key_of: dict[str, str] = {}
     num_rows = 0
-    for row in read_rows(source, config):
+    for row in read_rows(source, config, unread=unread):
         num_rows += 1
         where = f"{row.source}, row {row.row}"
         if isinstance(row.item, Failure):

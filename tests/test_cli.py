@@ -247,6 +247,22 @@ def test_export_lists_only_what_shapes_an_export(capsys: pytest.CaptureFixture[s
     }
 
 
+def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`image_file` was passed over without a word, and the pictures were never seen."""
+    dataset = tmp_path / "q.jsonl"
+    rows = [{"question": f"what is {i} for", "image_file": f"{i}.png"} for i in range(3)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "columns not read: image_file; images come from image, images, image_path"
+    assert main(["validate", str(dataset)]) == 0
+    assert capsys.readouterr().out.count(line) == 1
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    main(words)
+    shown = capsys.readouterr()
+    assert shown.out.count(line) == shown.err.count(line) == 1
+
+
 def test_failures_end_with_status_2_unless_they_are_ok(echo: None, tmp_path: Path) -> None:
     dataset = write_questions(tmp_path / "q.jsonl", ["what is this", "aside with that"])
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()

@@ -12,6 +12,7 @@ The caller holds the lease "ingest": there is one ingest at a time.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
@@ -26,10 +27,12 @@ from stream_engine.storage.atomic import fsync_folder, remove_leftovers, tempora
 from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.known import KnownSamples
 from stream_engine.storage.manifest import InputInfo, Manifest, RowCounts, reading_settings
-from stream_engine.storage.readers import UNREADABLE_FILE, InputRow, read_rows
+from stream_engine.storage.readers import UNREADABLE_FILE, InputRow, read_rows, unread_line
 from stream_engine.storage.results import read_quarantine
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import write_shard
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_PROGRESS = 50
 
@@ -116,6 +119,7 @@ class InputReading:
         self.only: list[str] | None = None
         self.num_written = 0
         self.num_resumed = 0
+        self.unread: dict[str, None] = {}
         self.on_progress = on_progress or (lambda report: None)
 
     def run(self, fingerprint: str) -> None:
@@ -130,6 +134,8 @@ class InputReading:
         self.known.clear_pending()
         self.check_conservation()
         counts = self.before.plus(self.counts)
+        if self.unread:
+            logger.warning("%s: %s", self.source, unread_line(self.unread))
         self.manifest.append_input(
             InputInfo(
                 source=self.source,
@@ -140,6 +146,7 @@ class InputReading:
                 known=counts.known,
                 rejected=counts.rejected,
                 unreadable=self.unreadable,
+                unread=list(self.unread),
             )
         )
 
@@ -184,7 +191,7 @@ class InputReading:
 
     def new_samples(self) -> Iterator[Sample]:
         """The samples the run does not hold yet; everything else is counted."""
-        for row in read_rows(self.source, self.config, only=self.only):
+        for row in read_rows(self.source, self.config, only=self.only, unread=self.unread):
             if self.count(row):
                 assert isinstance(row.item, Sample)
                 yield row.item

@@ -58,6 +58,8 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     added: int
     known: int
     rejected: dict[str, int] = {}
+    unread: list[str] = []
+    """Columns that no reader knows."""
     unreadable: dict[str, RowCounts] = {}
     """Files that could not be read to their ends, and what of the counts is theirs."""
 

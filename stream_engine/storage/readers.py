@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,13 +29,21 @@ from stream_engine.storage.inputs import (
     input_fingerprint,
     list_inputs,
 )
-from stream_engine.storage.rows import COLUMNS, Row, idx_of, to_sample
+from stream_engine.storage.rows import COLUMNS, IMAGE_COLUMNS, KNOWN_COLUMNS, Row, idx_of, to_sample
 from stream_engine.storage.shards import tar_samples
 
-__all__ = ["InputRow", "input_fingerprint", "list_inputs", "read_rows", "read_samples"]
+__all__ = [
+    "InputRow",
+    "input_fingerprint",
+    "list_inputs",
+    "read_rows",
+    "read_samples",
+    "unread_line",
+]
 
 UNREADABLE_FILE = "unreadable_file"
 ROWS_PER_BATCH = 16
+MAX_UNREAD = 20  # names of columns that are kept
 PARQUET_BUFFER_BYTES = 1 << 20
 IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif", "img")
@@ -65,18 +73,29 @@ def read_samples(source: str, config: InputConfig) -> Iterator[Sample | Failure]
 
 
 def read_rows(
-    source: str, config: InputConfig, *, only: Collection[str] | None = None
+    source: str,
+    config: InputConfig,
+    *,
+    only: Collection[str] | None = None,
+    unread: dict[str, None] | None = None,
 ) -> Iterator[InputRow]:
     """Like `read_samples`, with each item's file and row; at most `max_samples` rows.
 
-    `only` names the files to read, where not all are.
+    `only` names the files to read, where not all are. `unread` takes up the names of columns that
+    no reader knows, in the order in which they come.
     """
+    names: dict[str, None] = {} if unread is None else unread
     files = (file for file in list_inputs(source) if only is None or file.path in only)
-    rows = (row for file in files for row in read_file(file, config))
+    rows = (row for file in files for row in read_file(file, config, names))
     return islice(rows, config.max_samples)
 
 
-def read_file(file: InputFile, config: InputConfig) -> Iterator[InputRow]:
+def unread_line(names: Iterable[str]) -> str:
+    """What to tell a user whose input has these columns."""
+    return f"columns not read: {', '.join(names)}; images come from {', '.join(IMAGE_COLUMNS)}"
+
+
+def read_file(file: InputFile, config: InputConfig, unread: dict[str, None]) -> Iterator[InputRow]:
     """The rows of one file. One that cannot be read (on) ends with an unreadable_file failure."""
     folder = folder_of(file.path)
     position = -1
@@ -84,6 +103,7 @@ def read_file(file: InputFile, config: InputConfig) -> Iterator[InputRow]:
         fs, path = fsspec.core.url_to_fs(file.path)
         with fs.open(path, "rb") as stream:
             for position, row in FORMAT_READERS[file.format](stream):
+                note_unread(row, unread)
                 yield InputRow(file.path, position, convert(file, position, row, folder, config))
     except (Unreadable, OSError, pa.ArrowException) as error:
         failure = Failure(
@@ -93,6 +113,15 @@ def read_file(file: InputFile, config: InputConfig) -> Iterator[InputRow]:
             row=position + 1,
         )
         yield InputRow(file.path, position + 1, failure)
+
+
+def note_unread(row: Row | RecordError, unread: dict[str, None]) -> None:
+    """Take up the row's columns that no reader knows; a misnamed one would go unnoticed."""
+    if isinstance(row, RecordError):
+        return
+    for name in row:
+        if name not in KNOWN_COLUMNS and len(unread) < MAX_UNREAD:
+            unread[name] = None
 
 
 def convert(
@@ -112,11 +141,16 @@ def convert(
 
 
 def parquet_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RecordError]]:
-    """Rows of a parquet file, decoded a few at a time, pages read as they are needed."""
+    """Rows of a parquet file, decoded a few at a time, pages read as they are needed.
+
+    Columns that no reader knows are not decoded, and stand as None.
+    """
     file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     columns = [name for name in file.schema_arrow.names if name in COLUMNS]
     batches = file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns or None)
-    yield from enumerate(row for batch in batches for row in batch_rows(batch))
+    unread = dict.fromkeys(name for name in file.schema_arrow.names if name not in COLUMNS)
+    rows = (row for batch in batches for row in batch_rows(batch))
+    yield from enumerate(row if isinstance(row, RecordError) else row | unread for row in rows)
 
 
 def arrow_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RecordError]]:

@@ -42,6 +42,10 @@ COLUMNS = frozenset(
     )
 )
 
+KNOWN_COLUMNS = COLUMNS | {"key", "image_paths"}
+"""With what the shards of a run say besides, which another run that reads them makes anew."""
+IMAGE_COLUMNS = ("image", "images", "image_path")
+
 
 def to_sample(row: Row, folder: str, config: InputConfig) -> Sample:
     """Convert a row of a file in `folder`.

@@ -194,9 +194,9 @@ def files_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read_file = readers_module.read_file
 
-    def watched(file, config):
+    def watched(file, *more):
         names.append(Path(file.path).name)
-        return read_file(file, config)
+        return read_file(file, *more)
 
     monkeypatch.setattr(readers_module, "read_file", watched)
     return names

@@ -86,6 +86,23 @@ def test_every_format_gives_the_same_samples(tmp_path: Path, name: str):
         assert sample.key == sample_key(str(i), sample.question, sample.images)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_that_no_reader_knows_are_named(tmp_path: Path, name: str):
+    """A misnamed image column was passed over: the rows were read, without their pictures."""
+    rows = [make_row(i) | {"image_file": f"{i}.png", "ds_question_id": i} for i in range(20)]
+    path = WRITERS[name](tmp_path / name, rows)
+    unread: dict[str, None] = {}
+    assert len(list(read_rows(str(path), input_config(), unread=unread))) == 20
+    assert list(unread) == ["image_file"]
+
+
+def test_a_runs_own_shards_hold_no_unread_columns(tmp_path: Path):
+    write_shard(tmp_path / "000000.tar", 0, [make_sample(1)])
+    unread: dict[str, None] = {}
+    assert len(list(read_rows(str(tmp_path / "000000.tar"), input_config(), unread=unread))) == 1
+    assert not unread
+
+
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "saved"])
 def test_questions_without_an_image_are_samples(tmp_path: Path, name: str):
     rows = [{"idx": 1, "question": "Why?"}, {"idx": 2, "question": "How?", "image": None}]
