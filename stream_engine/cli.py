@@ -1,7 +1,8 @@
 """The command line: `stream-engine COMMAND ...`, also `python -m stream_engine`.
 
-Exit status: 0 done; 1 an error of the user or the file system, in one line; 2 finished, but shards
-or records failed (each is named). torch is imported only by commands that run a model.
+Exit status: 0 done; 1 an error of the user or the file system, in one line that says what to change;
+2 finished, but shards or records failed (each is named) or no pair was written. torch is imported
+only by commands that run a model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--failures_ok",
         action="store_true",
-        help="exit 0 although records failed, for launchers that take any other status for a "
+        help="exit 0 where it would be 2, for launchers that take any other status for a "
         "crash; `status --check` tells afterwards",
     )
 
@@ -79,7 +80,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit 2 when shards or records failed, 1 when work is left",
+        help="exit 2 when shards or records failed or no pair was written, 1 when work is left",
     )
 
 

@@ -25,7 +25,7 @@ from stream_engine.requeue import requeue
 from stream_engine.run_json import DEMO_DATASET, merged_sources, read_run_file
 from stream_engine.run_state import RunState
 from stream_engine.runner import RunReport, begin, retry_shard, run
-from stream_engine.status import Status, collect, problems
+from stream_engine.status import Status, collect, no_pairs, problems
 from stream_engine.storage.atomic import temporary_path
 from stream_engine.storage.exports import EXPORTS
 from stream_engine.storage.run_dir import RunDir
@@ -105,6 +105,8 @@ def report_lines(report: RunReport) -> list[str]:
     if report.problems:
         lines += ["failed:", *(f"  {problem}" for problem in report.problems)]
         lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
+    if report.no_pairs is not None:
+        lines.append(f"NO PAIRS: {report.no_pairs}")
     if report.dataset is not None:
         lines.append(f"dataset: {report.dataset}")
     return lines
@@ -132,7 +134,7 @@ def status(args: argparse.Namespace) -> int:
         return 0
     if not found.is_finished:
         return 1
-    return 2 if found.has_problems else 0
+    return 2 if found.has_problems or no_pairs(state.run_dir) else 0
 
 
 def status_lines(status: Status) -> list[str]:
@@ -144,13 +146,13 @@ def status_lines(status: Status) -> list[str]:
         f"shards:  {shards.total} = {shards.done} done + {shards.failed} failed "
         f"+ {shards.running} running + {shards.pending} pending",
     ]
-    if pairs.candidates or pairs.written:
-        dropped = ", ".join(f"{count} {why}" for why, count in sorted(pairs.dropped.items()))
-        total = sum(pairs.dropped.values())
-        lines.append(
-            f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
-            + (f" ({dropped})" if dropped else "")
-        )
+    most_first = sorted(pairs.dropped.items(), key=lambda item: (-item[1], item[0]))
+    dropped = ", ".join(f"{count} {why}" for why, count in most_first)
+    total = sum(pairs.dropped.values())
+    lines.append(
+        f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
+        + (f" ({dropped})" if dropped else "")
+    )
     for worker in status.workers:
         lines.append(f"worker:  {worker.worker} holds {worker.holds} for {worker.since_s:.0f} s")
     return lines

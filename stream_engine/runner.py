@@ -26,7 +26,7 @@ from stream_engine.run_json import (
     stage_inputs,
 )
 from stream_engine.run_state import RunState
-from stream_engine.status import Status, collect, problems
+from stream_engine.status import Status, collect, no_pairs, problems
 from stream_engine.storage.exports import export_class
 from stream_engine.storage.readers import unread_line
 from stream_engine.storage.run_dir import RunDir
@@ -54,13 +54,15 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     problems: list[str]
     """Every failed shard and quarantined record, one line each; long lists are cut."""
+    no_pairs: str | None
+    """Why the dataset holds no pair though samples were scored."""
     notes: list[str]
     """What did not fail, but may not be meant: columns of the input that nothing read."""
 
     @property
     def exit_status(self) -> int:
-        """0 done, 2 finished but shards or records failed."""
-        return 2 if self.problems else 0
+        """0 done, 2 finished but shards or records failed, or no pair came of it."""
+        return 2 if self.problems or self.no_pairs else 0
 
 
 def run(
@@ -141,14 +143,16 @@ def report_of(
 ) -> RunReport:
     """How the run stands now, and what this process did for it."""
     folder = state.run_dir.dataset_dir
+    has_dataset = config.run_stage in (None, 2) and folder.is_dir()
     return RunReport(
         samples_added_here=num_added,
         shards_done_here=num_done,
         merged_here=merged,
         work_dir=config.work_dir,
-        dataset=str(folder) if config.run_stage in (None, 2) and folder.is_dir() else None,
+        dataset=str(folder) if has_dataset else None,
         status=collect(state),
         problems=problems(state),
+        no_pairs=no_pairs(state.run_dir) if has_dataset else None,
         notes=[
             f"{source}: {unread_line(info.unread)}"
             for source, info in state.manifest.inputs.items()

@@ -151,6 +151,22 @@ def read_pairs(run_dir: RunDir) -> PairCounts:
     )
 
 
+def no_pairs(run_dir: RunDir) -> str | None:
+    """Why the last merge wrote no pair though samples were scored; None when that is not so."""
+    stats = read_stats(run_dir)
+    if not stats or stats["pairs"]["written"] or not stats["samples"]["scored"]:
+        return None
+    found = f"no pair was written of {stats['samples']['scored']} scored samples: "
+    candidates, dropped = stats["pairs"]["candidates"], stats["pairs"]["dropped"]
+    if not candidates:
+        return found + (
+            "none has two answers that make one (equal scores, near duplicates, or lengths that "
+            "differ by --distance words or more)"
+        )
+    reason = max(dropped, key=lambda why: dropped[why])
+    return found + f"all {candidates} candidates were dropped, {dropped[reason]} as {reason}"
+
+
 def problems(state: RunState, *, limit: int = MAX_NAMED) -> list[str]:
     """Every failed shard and quarantined record in one line each; beyond `limit`, where to look."""
     failed = [shard for shard in state.shards if state.is_failed(shard)]

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from stream_engine.cli import COMMANDS, main
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.flags import LineParser, add_settings, normalise, read_settings, refuse_unknown
+from tests import echo_pipeline
 from tests.conftest import ROOT, stream_engine, write_questions
 
 ANCESTOR_FLAGS = (
@@ -267,6 +269,41 @@ def test_failures_end_with_status_2_unless_they_are_ok(echo: None, tmp_path: Pat
     dataset = write_questions(tmp_path / "q.jsonl", ["what is this", "aside with that"])
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
     assert main(words) == 2
+    assert main([*words, "--failures_ok"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("alike", "reason"),
+    [
+        pytest.param(False, "all 9 candidates were dropped, 9 as needs_one_image", id="dropped"),
+        pytest.param(True, "none has two answers that make one", id="no-candidate"),
+    ],
+)
+def test_a_run_without_a_pair_says_so_and_ends_with_status_2(
+    alike: bool,
+    reason: str,
+    echo: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that wrote no pair ended with status 0, and its counts had no line for pairs."""
+    dataset = tmp_path / "q.jsonl"
+    rows = [{"question": f"what is {i} for"} for i in range(9)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if alike:
+        answer = echo_pipeline.answer
+        one = {"text": "just this"}
+        monkeypatch.setattr(
+            echo_pipeline, "answer", lambda s, j: msgspec.structs.replace(answer(s, j), **one)
+        )
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    words += ["--rank=1", "--sample_k=4"]
+    assert main(words) == 2
+    out = capsys.readouterr().out
+    assert "pairs:   " in out and " = 0 written + " in out
+    assert f"NO PAIRS: no pair was written of 9 scored samples: {reason}" in out
+    assert main(["status", f"{tmp_path}/w", "--check"]) == 2
     assert main([*words, "--failures_ok"]) == 0
 
 
