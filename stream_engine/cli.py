@@ -1,6 +1,6 @@
 """The command line: `stream-engine COMMAND ...`, also `python -m stream_engine`.
 
-Exit status: 0 done; 1 an error of the user or the file system, in one line that says what to change;
+Exit status: 0 done; 1 an error of the user or the file system, in one line that says what to do;
 2 finished, but shards or records failed (each is named) or no pair was written. torch is imported
 only by commands that run a model.
 """

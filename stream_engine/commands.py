@@ -43,10 +43,15 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def append(args: argparse.Namespace) -> int:
-    config = config_of_run(args)
+    config, given = config_of_run(args), read_settings(args)
     if not args.dataset_path:
         raise ConfigError("append needs --dataset_path, the dataset to add")
-    return finish(args, run(config))
+    new = msgspec.structs.replace(
+        config,
+        dataset_path=tuple(given["dataset_path"]),
+        max_samples=given.get("max_samples"),  # the run's own is of what it was given with
+    )
+    return finish(args, run(new))
 
 
 def shard(args: argparse.Namespace) -> int:

@@ -161,9 +161,10 @@ def open_run(
         notes = _settle_changes(run_dir, run_file, stages, overwrite=config.overwrite)
         if run_dir.stats_json.exists():
             notes += ranking_changes(run_file, config)
-        settings["dataset_path"] = merged_sources(
-            run_file.settings["dataset_path"], settings["dataset_path"]
-        )
+        before, now = run_file.settings["dataset_path"], settings["dataset_path"]
+        if not set(before) <= set(now):  # something is added, with a limit of its own
+            settings["max_samples"] = run_file.settings["max_samples"]
+        settings["dataset_path"] = merged_sources(before, now)
         if run_file.settings != settings or run_file.stages != stages:
             unchanged = [stage for stage in STAGES if run_file.stages[stage] == stages[stage]]
             run_file.engines = {

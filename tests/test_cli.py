@@ -265,6 +265,34 @@ def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
     assert shown.out.count(line) == shown.err.count(line) == 1
 
 
+def test_a_trials_limit_is_of_its_own_input_alone(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`append` read as many samples of the new input as the trial had read of the first, and said
+    nothing of the rest."""
+
+    def total() -> int:
+        capsys.readouterr()
+        assert main(["status", run_dir, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["samples"]["total"]
+
+    first = write_questions(tmp_path / "a.jsonl", [f"what is {i} for" for i in range(6)])
+    more = write_questions(tmp_path / "b.jsonl", [f"who is {i}" for i in range(7)], first_id=50)
+    few = write_questions(tmp_path / "c.jsonl", [f"why is {i}" for i in range(7)], first_id=90)
+    run_dir = f"{tmp_path}/w"
+    words = f"run --pipeline_name echo --work_dir {run_dir} --dataset_path {first}".split()
+    assert main([*words, "--max_samples=2"]) == 0
+    assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
+    assert total() == 2 + 7
+    assert main(["append", run_dir, "--dataset_path", str(few), "--max_samples=3"]) == 0
+    assert total() == 2 + 7 + 3
+    assert main(["retry-failed", run_dir]) == 0
+    assert main([*words, "--max_samples=2"]) == 0
+    assert total() == 2 + 7 + 3, "what a limit left out is not read by the way"
+    assert main(words) == 0
+    assert total() == 6 + 7 + 3
+
+
 def test_failures_end_with_status_2_unless_they_are_ok(echo: None, tmp_path: Path) -> None:
     dataset = write_questions(tmp_path / "q.jsonl", ["what is this", "aside with that"])
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()

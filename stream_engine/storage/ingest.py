@@ -26,7 +26,13 @@ from stream_engine.records import Failure, Sample
 from stream_engine.storage.atomic import fsync_folder, remove_leftovers, temporary_path
 from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.known import KnownSamples
-from stream_engine.storage.manifest import InputInfo, Manifest, RowCounts, reading_settings
+from stream_engine.storage.manifest import (
+    InputInfo,
+    Manifest,
+    RowCounts,
+    covers,
+    reading_settings,
+)
 from stream_engine.storage.readers import UNREADABLE_FILE, InputRow, read_rows, unread_line
 from stream_engine.storage.results import read_quarantine
 from stream_engine.storage.run_dir import RunDir
@@ -88,8 +94,16 @@ def ingest(
     remove_leftovers(run_dir.shards_dir, older_than_s=0.0)
     with KnownSamples(manifest.shards.lines()) as known:
         for source, state in to_read.items():
-            InputReading(run_dir, manifest, known, source, config, report, on_progress).run(state)
+            part = as_far_as_before(config, manifest.inputs.get(source))
+            InputReading(run_dir, manifest, known, source, part, report, on_progress).run(state)
     return report
+
+
+def as_far_as_before(config: InputConfig, before: InputInfo | None) -> InputConfig:
+    """The settings to read an input again with: never less of it than an earlier reading took."""
+    if before is None or not covers(before, config.max_samples):
+        return config
+    return msgspec.structs.replace(config, max_samples=before.max_samples)
 
 
 class InputReading:
@@ -141,6 +155,7 @@ class InputReading:
                 source=self.source,
                 fingerprint=fingerprint,
                 settings=reading_settings(self.config),
+                max_samples=self.config.max_samples,
                 read=counts.read,
                 added=counts.added,
                 known=counts.known,

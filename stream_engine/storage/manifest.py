@@ -54,6 +54,8 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     fingerprint: str
     settings: str
     """Hash of the settings that decide what is read; see `reading_settings`."""
+    max_samples: int | None = None
+    """The limit of that reading. Whoever asks for no more has it read already."""
     read: int
     added: int
     known: int
@@ -62,6 +64,10 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     """Columns that no reader knows."""
     unreadable: dict[str, RowCounts] = {}
     """Files that could not be read to their ends, and what of the counts is theirs."""
+
+    def answers(self, config: InputConfig) -> bool:
+        """Whether a reading with these settings would have taken no more."""
+        return self.settings == reading_settings(config) and covers(self, config.max_samples)
 
     @property
     def readable_counts(self) -> RowCounts:
@@ -133,7 +139,7 @@ class Manifest:
         self.shards = ShardList(path)
         self.inputs: dict[str, InputInfo] = {}
         self._input_offsets: dict[str, int] = {}
-        self._whole_states: dict[str, set[tuple[str, str]]] = {}
+        self._whole_readings: dict[str, list[InputInfo]] = {}
         self._unfinished: dict[str, list[int]] = {}
         self.size = 0
         self.end = 0
@@ -177,8 +183,7 @@ class Manifest:
         self._input_offsets[info.source] = self.end
         self._unfinished.pop(info.source, None)
         if not info.unreadable:
-            states = self._whole_states.setdefault(info.source, set())
-            states.add((info.fingerprint, info.settings))
+            self._whole_readings.setdefault(info.source, []).append(info)
 
     def is_complete(self, sources: Sequence[str], config: InputConfig | None = None) -> bool:
         """Whether every source, as it is now, was read to its end (with `config`'s settings)."""
@@ -189,30 +194,26 @@ class Manifest:
 
         Nodes that see different times of change for one file have each a state of their own.
         """
-        states = set(self._whole_states.get(canonical_source(source), ()))
+        readings = list(self._whole_readings.get(canonical_source(source), ()))
         info = self.inputs.get(canonical_source(source))
         if info is not None:
-            states.add((info.fingerprint, info.settings))
-        if config is None:
-            return fingerprint in {state for state, _ in states}
-        return (fingerprint, reading_settings(config)) in states
+            readings.append(info)
+        return any(
+            known.fingerprint == fingerprint and (config is None or known.answers(config))
+            for known in readings
+        )
 
     def unreadable_files(self, source: str, fingerprint: str, config: InputConfig) -> list[str]:
         """The files of a source in this state that could not be read to their ends."""
         info = self.inputs.get(canonical_source(source))
-        state = (fingerprint, reading_settings(config))
-        if info is None or (info.fingerprint, info.settings) != state:
+        if info is None or info.fingerprint != fingerprint or not info.answers(config):
             return []
         return sorted(info.unreadable)
 
     def was_read_since(self, end: int, source: str, config: InputConfig) -> bool:
         """Whether a source was read by anybody after the manifest had that `end`."""
         info = self.inputs.get(canonical_source(source))
-        return (
-            info is not None
-            and info.settings == reading_settings(config)
-            and self._input_offsets[info.source] >= end
-        )
+        return info is not None and info.answers(config) and self._input_offsets[info.source] >= end
 
     def unfinished_shards(self, source: str) -> Iterator[ShardInfo]:
         """The shards of a source that were written since it was last read to its end."""
@@ -244,11 +245,17 @@ class Manifest:
         self.size = self.end
 
 
+def covers(info: InputInfo, max_samples: int | None) -> bool:
+    """Whether that reading went as far as one with this limit."""
+    if info.max_samples is None or info.read < info.max_samples:
+        return True  # it came to the end
+    return max_samples is not None and max_samples <= info.max_samples
+
+
 def reading_settings(config: InputConfig) -> str:
-    """Hash of the settings that decide which samples of an input are taken."""
+    """Hash of the settings that decide which samples of an input are taken, its limit apart."""
     settings: dict[str, Any] = {
         "image_root": config.image_root,
-        "max_samples": config.max_samples,
         "max_image_pixels": config.max_image_pixels,
     }
     return fingerprint(settings)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -102,6 +104,33 @@ def test_an_earlier_state_with_unreadable_files_is_not_read(run_dir: RunDir):
     assert not manifest.is_read("/a", cut.fingerprint)
 
 
+@pytest.mark.parametrize(
+    ("read", "limit", "asked", "is_read"),
+    [
+        pytest.param(5, 5, 5, True, id="the-same"),
+        pytest.param(5, 5, 3, True, id="less"),
+        pytest.param(5, 5, 6, False, id="more"),
+        pytest.param(5, 5, None, False, id="all"),
+        pytest.param(4, 5, None, True, id="all-of-a-shorter-input"),
+        pytest.param(9, None, 5, True, id="less-than-all"),
+    ],
+)
+def test_an_input_is_read_when_an_earlier_limit_went_as_far(
+    read: int, limit: int | None, asked: int | None, is_read: bool, run_dir: RunDir, tmp_path: Path
+):
+    path = write_jsonl(tmp_path / "a.jsonl", [make_row(0)])
+    info = input_info(
+        canonical_source(str(path)),
+        fingerprint=input_fingerprint(str(path)),
+        settings=reading_settings(InputConfig()),
+        read=read,
+        max_samples=limit,
+    )
+    manifest = Manifest.load(run_dir)
+    manifest.append_input(info)
+    assert manifest.is_complete([str(path)], InputConfig(max_samples=asked)) == is_read
+
+
 def test_an_input_is_complete_until_it_or_its_settings_change(run_dir: RunDir, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [make_row(0)])
     config = InputConfig()
@@ -114,7 +143,7 @@ def test_an_input_is_complete_until_it_or_its_settings_change(run_dir: RunDir, t
     assert not manifest.is_complete([str(path)])
     manifest.append_input(info)
     assert manifest.is_complete([str(path)], config)
-    assert not manifest.is_complete([str(path)], InputConfig(max_samples=1))
+    assert not manifest.is_complete([str(path)], InputConfig(max_image_pixels=1))
     assert manifest.is_complete([str(path)], InputConfig(samples_per_shard=7))
     write_jsonl(path, [make_row(0), make_row(1)])
     assert not manifest.is_complete([str(path)])
