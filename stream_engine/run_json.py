@@ -114,6 +114,7 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
 
     Raises:
         CheckpointError: when a model's folder is no checkpoint.
+        ConfigError: when the models make no sense together.
     """
     config = pipeline.config
     shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
@@ -125,6 +126,7 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
         if role.path not in known:
             known[role.path] = checkpoint_fingerprint(role.path)
         inputs[role.stage][f"{role.name} checkpoint"] = known[role.path]
+    pipeline.check_models({role.name: known[role.path] for role in pipeline.roles()})
     inputs["rollouts"] |= msgspec.to_builtins(config.part(SamplingConfig))
     inputs["rewards"]["pipeline_name"] = pipeline.name
     for stage in STAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from stream_engine.cli import COMMANDS, main
 from stream_engine.config import RunConfig
+from stream_engine.demo import checkpoint_path
 from stream_engine.errors import ConfigError
 from stream_engine.flags import LineParser, add_settings, normalise, read_settings, refuse_unknown
 from tests import echo_pipeline
@@ -187,6 +189,22 @@ def test_a_user_error_is_one_line_and_status_1(
     assert main([word.format(tmp=tmp_path) for word in words]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_reward_model_that_is_the_instruct_model_is_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the instruct model as reward model ran to its end, and wrote pairs ranked by
+    rounding noise."""
+    shutil.copytree(checkpoint_path("instruct"), tmp_path / "copy")
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this"])
+    words = [command, "--work_dir", tmp_path / "w", "--dataset_path", dataset]
+    words += ["--instruct_model_path", checkpoint_path("instruct")]
+    assert main([*map(str, words), "--reward_model_path", str(tmp_path / "copy")]) == 1
+    assert "copy is the instruct model itself; a reward is the difference" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_unknown_format_is_refused_before_any_work(

@@ -71,6 +71,10 @@ class Pipeline(ABC):
     def roles(self) -> tuple[ModelRole, ...]:
         """The models by role, each with its stage. Paths are checked here."""
 
+    def check_models(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise ConfigError when checkpoints (fingerprints by role) make no sense together."""
+        return None
+
     @abstractmethod
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that shape a stage's results, besides its models and the stage before."""

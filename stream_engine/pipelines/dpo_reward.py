@@ -50,6 +50,14 @@ class DPORewardPipeline(Pipeline):
             ),
         )
 
+    def check_models(self, fingerprints: Mapping[str, str]) -> None:
+        if fingerprints["reward"] == fingerprints["instruct"]:
+            raise ConfigError(
+                f"reward_model_path {self.config.reward_model_path} is the instruct model itself; "
+                "a reward is the difference of the two models' log-probs, which would be rounding "
+                "noise: give a DPO-trained descendant of the instruct model"
+            )
+
     def settings(self, stage: Stage) -> dict[str, Any]:
         return {"beta": self.config.beta} if stage == "rewards" else {}
 
