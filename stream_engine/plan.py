@@ -22,13 +22,18 @@ from stream_engine.placement import (
 )
 from stream_engine.ranks import Rank, set_device
 from stream_engine.run_json import (
+    DEMO_DATASET,
     changed_inputs,
     has_results,
     read_run_file,
     refuse_foreign,
+    refuse_no_input,
+    refuse_unwritable,
     stage_inputs,
 )
 from stream_engine.run_state import RunState
+from stream_engine.storage.exports import export_class
+from stream_engine.storage.inputs import list_inputs
 from stream_engine.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -50,7 +55,12 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     pipeline = pipeline_class(config.pipeline_name)(config)
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
+    refuse_unwritable(run_dir)
+    for name in config.format:
+        export_class(name)
     inputs = stage_inputs(pipeline)
+    refuse_no_input(run_dir, config)
+    check_inputs(config)
     yield f"pipeline  {pipeline.name}, {config.sample_k} answers a question, seed {config.seed}"
     rank = Rank.from_environment()
     device = set_device(rank, config.device)
@@ -85,6 +95,14 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     for stage in STAGES:
         done = sum(state.is_complete(stage, shard) for shard in state.shards)
         yield f"state     {stage}: {done} of {len(state.shards)} shards done"
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise ConfigError for an input that the run could not read; the demo's is yet to be made."""
+    if config.run_stage in (None, 0):
+        for source in config.dataset_path:
+            if source != str(Path(config.work_dir) / DEMO_DATASET):
+                list_inputs(source)
 
 
 def batch_lines(

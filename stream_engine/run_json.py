@@ -200,6 +200,23 @@ def refuse_foreign(run_dir: RunDir) -> None:
         )
 
 
+def refuse_unwritable(run_dir: RunDir) -> None:
+    """Raise ConfigError when nothing can be written at the work directory, before it is made."""
+    place = run_dir.root.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"work_dir {run_dir.root} cannot be made: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"work_dir {run_dir.root} cannot be written: no access to {place}")
+
+
+def refuse_no_input(run_dir: RunDir, config: RunConfig) -> None:
+    """Raise ConfigError when neither the settings nor the run name an input."""
+    if not config.dataset_path and not run_dir.manifest.exists():
+        raise ConfigError("no input: give --dataset_path (or --demo)")
+
+
 def _settle_changes(
     run_dir: RunDir, run_file: RunFile, stages: Mapping[Stage, StageInputs], *, overwrite: bool
 ) -> list[str]:

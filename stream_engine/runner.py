@@ -11,7 +11,6 @@ import msgspec
 
 from stream_engine.config import RunConfig
 from stream_engine.console import ProgressView, set_up_logging
-from stream_engine.errors import ConfigError
 from stream_engine.loaded_engines import LoadedEngines
 from stream_engine.merge_step import Outcome, merge_when_due
 from stream_engine.other_python import find_python, run_rewards_under
@@ -23,6 +22,8 @@ from stream_engine.run_json import (
     open_run,
     read_run_file,
     refuse_foreign,
+    refuse_no_input,
+    refuse_unwritable,
     stage_inputs,
 )
 from stream_engine.run_state import RunState
@@ -83,6 +84,7 @@ def run(
     pipeline = pipeline_class(config.pipeline_name)(config)
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
+    refuse_unwritable(run_dir)
     view = ProgressView(silent=not show_progress or rank.rank != 0)
     work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
     report = with_team(run_dir, config, pipeline, rank, work)
@@ -171,12 +173,11 @@ def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) ->
     for name in config.format:
         export_class(name)
     inputs = stage_inputs(pipeline)
+    refuse_no_input(run_dir, config)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
     run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)
     for note in notes:
         logger.info("%s", note)
-    if not config.dataset_path and not run_dir.manifest.exists():
-        raise ConfigError("no input: give --dataset_path (or --demo)")
     return run_file
 
 

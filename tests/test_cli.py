@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -205,6 +206,42 @@ def test_a_reward_model_that_is_the_instruct_model_is_refused(
     assert "copy is the instruct model itself; a reward is the difference" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("dataset", "work_dir", "message"),
+    [
+        pytest.param("nothing.jsonl", "w", "nothing.jsonl' does not exist", id="no-dataset"),
+        pytest.param("empty", "w", "empty' is an empty folder", id="empty-folder"),
+        pytest.param("", "w", "no input: give --dataset_path", id="no-input"),
+        pytest.param("q.jsonl", "q.jsonl/w", "q.jsonl is not a folder", id="below-a-file"),
+        pytest.param("q.jsonl", "locked/w", "no access to {tmp}/locked", id="read-only"),
+    ],
+)
+def test_plan_refuses_the_paths_that_a_run_refuses(
+    command: str,
+    dataset: str,
+    work_dir: str,
+    message: str,
+    echo: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`plan` looked at neither, so that the launch script, which plans first, started workers that
+    fell one by one; an empty folder was said not to exist."""
+    write_questions(tmp_path / "q.jsonl", ["what is this"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "locked").mkdir()
+    access = os.access  # root may write where the mode says no
+    locked = tmp_path / "locked"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and access(path, mode))
+    words = [command, "--pipeline_name=echo", f"--work_dir={tmp_path}/{work_dir}"]
+    words += [f"--dataset_path={tmp_path}/{dataset}"] if dataset else []
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in error and "Traceback" not in error
 
 
 def test_an_unknown_format_is_refused_before_any_work(

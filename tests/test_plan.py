@@ -16,7 +16,7 @@ from stream_engine.models import load_model
 from stream_engine.pipelines import pipeline_class
 from stream_engine.plan import plan_lines, read_shape
 from stream_engine.ranks import Rank
-from stream_engine.run_json import open_run, stage_inputs
+from stream_engine.run_json import DEMO_DATASET, open_run, stage_inputs
 from stream_engine.storage.run_dir import RunDir
 from tests.models import (
     writers_hf,
@@ -33,7 +33,7 @@ def config(work_dir: Path, pipeline: str = "dpo_reward", **settings: object) -> 
     return RunConfig(
         pipeline_name=pipeline,
         work_dir=str(work_dir),
-        dataset_path=("none.parquet",),
+        dataset_path=(str(work_dir / DEMO_DATASET),),
         device="cpu",
         **demo_models(pipeline),
         **settings,

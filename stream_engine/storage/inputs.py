@@ -52,10 +52,12 @@ def list_inputs(source: str) -> list[InputFile]:
     fs, path = open_source(source)
     try:
         infos = find_files(fs, path)
+        is_there = bool(infos) or fs.exists(path)
     except store_errors() as error:
         raise ConfigError(f"cannot read dataset_path {source!r}: {error}") from error
     if not infos:
-        raise ConfigError(f"dataset_path {source!r} does not exist")
+        what = "is an empty folder" if is_there else "does not exist"
+        raise ConfigError(f"dataset_path {source!r} {what}")
     is_single = len(infos) == 1 and infos[0]["name"].rstrip("/") == path.rstrip("/")
     files = []
     for info in infos:
