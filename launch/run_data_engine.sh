@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # bash launch/run_data_engine.sh
 #
-# Builds a DPO dataset and prints its path. As it stands it runs the embedded demo: tiny models and
-# drawn pictures, on any machine. For your own models set the variables below, in this file, in the
+# Builds a DPO dataset and prints its path. As it stands, with no model and no dataset given, it runs
+# the embedded demo: tiny models and drawn pictures, on any machine. For your own models and data set
+# instruct_model_path, reward_model_path and dataset_path: all three, below in this file, in the
 # environment (`sample_k=5 bash launch/run_data_engine.sh`) or as flags, which win
 # (`bash launch/run_data_engine.sh --instruct_model_path /models/llava-v1.5-7b ...`).
 # Any flag of `stream-engine run --help` can be given. Run it again to resume.
@@ -10,7 +11,7 @@
 set -euo pipefail
 
 pipeline_name="${pipeline_name:-dpo_reward}" # dpo_reward | divide_and_conquer | llava_critic
-work_dir="${work_dir:-}"                     # work/demo without models, else work/$pipeline_name
+work_dir="${work_dir:-}"                     # work/demo for the demo, else work/$pipeline_name
 dataset_path="${dataset_path:-}"             # parquet, jsonl, datasets folder or tars
 instruct_model_path="${instruct_model_path:-}"
 instruct_model_name="${instruct_model_name:-}"
@@ -29,11 +30,23 @@ nproc_per_node="${nproc_per_node:-}" # workers; empty: one a GPU, or 2 without G
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 pipeline_name="$(value_of pipeline_name "$pipeline_name" "$@")"
-instruct_model_path="$(value_of instruct_model_path "$instruct_model_path" "$@")"
+run_stage="$(value_of run_stage "$run_stage" "$@")"
+dataset_path="$(value_of dataset_path "$dataset_path" "$@")"
 config="$(value_of config "" "$@")"
+own="$config$(value_of vision_tower_path "" "$@")" # whatever names a model or a dataset
+for name in dataset_path instruct_model_path instruct_model_name reward_model_path \
+    reward_model_name reward_model_python_path; do
+    own+="$(value_of "$name" "${!name}" "$@")"
+done
 flags=()
-if [ -z "$instruct_model_path$reward_model_path$config" ]; then
+demo=false
+if [[ " $* " == *" --demo "* ]]; then
+    demo=true
+elif [ -z "$own" ]; then
+    demo=true
     flags+=(--demo)
+fi
+if [ "$demo" = true ]; then
     work_dir="${work_dir:-work/demo}"
     [ "$pipeline_name" = dpo_reward ] || [ "$work_dir" != work/demo ] || work_dir="work/demo_$pipeline_name"
 fi
@@ -64,7 +77,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores_each > 0 ? cores_each : 1))}
 
 status=0
 "$python" -m stream_engine status "$work_dir" --check >/dev/null || status=$?
-if [[ " ${flags[*]} " == *" --demo "* ]] && [ -z "$run_stage" ]; then
+if [ "$demo" = true ] && [ -z "$config$dataset_path$run_stage" ]; then
     echo "How good the pairs are, by the known truth of every picture:"
     "$python" -m stream_engine demo score "$work_dir"
 fi

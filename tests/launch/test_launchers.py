@@ -5,6 +5,7 @@ The last two go through the scripts in launch/, as a user would.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from stream_engine.demo import checkpoint_path
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
@@ -78,12 +80,13 @@ def test_every_launcher_gives_the_same_answers(
 def test_the_data_engine_script_ends_with_the_datasets_path(
     demo_run: Path, demo_questions: Path, tmp_path: Path
 ) -> None:
-    """One record is bad: the script still ends with the path, and with status 2."""
+    """One record is bad: the script still ends with the path, and with status 2. The truth of
+    data that are given is not known, though the demo's models answer."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question_id": "b", "question": ""}\n')
     paths = ["--dataset_path", f"{demo_questions},{bad}", "--work_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        ["bash", "launch/run_data_engine.sh", *DEMO_FLAGS[1:], *paths],
+        ["bash", "launch/run_data_engine.sh", *DEMO_FLAGS, *paths],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -93,10 +96,71 @@ def test_the_data_engine_script_ends_with_the_datasets_path(
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == f"{tmp_path}/run/dataset"
-    assert '"pair_accuracy":' in lines[-2]
+    assert "pair_accuracy" not in done.stdout
     assert "empty_question" in done.stdout
     assert "Traceback" not in done.stderr
     assert parts(tmp_path / "run/dataset") == parts(demo_run / "dataset")
+
+
+def test_the_data_engine_script_runs_the_demo_when_nothing_is_given(tmp_path: Path) -> None:
+    flags = [*DEMO_FLAGS[1:], "--max_samples=6", "--work_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        ["bash", "launch/run_data_engine.sh", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"{tmp_path}/run/dataset"
+    assert '"pair_accuracy":' in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        pytest.param(
+            {"instruct_model_path"}, "dpo_reward needs --reward_model_path", id="no-reward"
+        ),
+        pytest.param(
+            {"reward_model_path"}, "dpo_reward needs --instruct_model_path", id="no-instruct"
+        ),
+        pytest.param({"dataset_path"}, "dpo_reward needs --instruct_model_path", id="no-models"),
+        pytest.param(
+            {"instruct_model_path", "reward_model_path"},
+            "no input: give --dataset_path",
+            id="no-data",
+        ),
+    ],
+)
+@pytest.mark.parametrize("way", ["flags", "variables", "file"])
+def test_the_data_engine_script_mixes_no_demo_part_into_a_run_of_ones_own(
+    way: str, given: set[str], missing: str, demo_questions: Path, tmp_path: Path
+) -> None:
+    """With only some of models and dataset given, the demo's stood in for the others, and the
+    demo's truth was asked about data that it does not know."""
+    known = {
+        "instruct_model_path": str(checkpoint_path("instruct")),
+        "reward_model_path": str(checkpoint_path("reward")),
+        "dataset_path": str(demo_questions),
+    }
+    settings = {name: known[name] for name in given}
+    words = [f"--{name}={value}" for name, value in settings.items()] if way == "flags" else []
+    if way == "file":
+        (tmp_path / "run.yaml").write_text(json.dumps(settings))
+        words = ["--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(
+        ["bash", "launch/run_data_engine.sh", *words, "--work_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=ENVIRONMENT | (settings if way == "variables" else {}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith(f"stream-engine: {missing}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_data_engine_script_refuses_a_wrong_setting_in_one_line(tmp_path: Path) -> None:
