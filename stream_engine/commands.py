@@ -103,17 +103,37 @@ def finish(args: argparse.Namespace, report: RunReport) -> int:
 def report_lines(report: RunReport) -> list[str]:
     """How a run ended: counts that add up, every problem, and the dataset's path last."""
     did_work = report.samples_added_here or report.shards_done_here or report.merged_here
-    is_up_to_date = report.status.is_finished and not did_work
-    lines = ["nothing to do: all is up to date"] if is_up_to_date else []
+    lines = []
+    if report.status.samples.total and not report.status.shards.total:
+        lines.append("no sample to work on: every record was rejected when it was read")
+    elif report.status.is_finished and not did_work:
+        lines.append("nothing to do" if report.problems else "nothing to do: all is up to date")
     lines += status_lines(report.status)
     lines += [f"note:    {note}" for note in report.notes]
     if report.problems:
         lines += ["failed:", *(f"  {problem}" for problem in report.problems)]
-        lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
+        lines += remedies(report)
     if report.no_pairs is not None:
         lines.append(f"NO PAIRS: {report.no_pairs}")
     if report.dataset is not None:
         lines.append(f"dataset: {report.dataset}")
+    return lines
+
+
+def remedies(report: RunReport) -> list[str]:
+    """What helps against a report's problems: it depends on where a record was set aside."""
+    status = report.status
+    set_aside = sum(counts.quarantined for counts in status.stages.values())
+    rejected = status.samples.quarantined - set_aside
+    lines = []
+    if rejected:
+        folder = RunDir(report.work_dir).quarantine_dir
+        files = list(folder.glob("input-*.jsonl"))
+        where = files[0] if len(files) == 1 else folder / "input-*.jsonl"
+        lines.append(f"{rejected} rejected at reading: correct the input (see {where}), run again")
+    if set_aside or status.shards.failed:
+        what = "the others" if rejected else "these"
+        lines.append(f"to try {what} again: stream-engine retry-failed {report.work_dir}")
     return lines
 
 
