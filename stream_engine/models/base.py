@@ -20,6 +20,7 @@ Legend: N tokens, D hidden, V vocabulary, P prompts.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -171,8 +172,8 @@ class VisionLanguageModel(ABC):
         output = self.backbone(
             inputs_embeds=embeds,
             position_ids=self.text_positions(positions),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(self.backbone)): cache},
         )
         return output.last_hidden_state
 
@@ -207,6 +208,13 @@ class VisionLanguageModel(ABC):
             digest = hashlib.blake2b(repr(entries).encode(), digest_size=8).hexdigest()
             self._tokenizer_digest = digest
         return self._tokenizer_digest
+
+
+def cache_argument(model: type) -> str:
+    """What a transformers model's forward calls its cache: `past_key_values`, or `cache` in newer
+    releases, which warn of the former name."""
+    names = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def content_hash(tensor: Tensor) -> bytes:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, RecordError
-from stream_engine.models.base import Prompt, VisionLanguageModel
+from stream_engine.models.base import Prompt, VisionLanguageModel, cache_argument
 from stream_engine.models.checkpoints import read_json
 from stream_engine.models.native import (
     adopt_own_logits,
@@ -153,7 +153,8 @@ class HfVlm(VisionLanguageModel):
         return torch.stack([self.run_prompt(prompt) for prompt in prompts])
 
     def prefill_cached(self, prompt: Prompt, features: Tensor | None, cache: Any) -> Tensor:
-        return self.run_prompt(prompt, past_key_values=cache, use_cache=True)
+        name = cache_argument(type(self.core))
+        return self.run_prompt(prompt, use_cache=True, **{name: cache})
 
     def run_prompt(self, prompt: Prompt, **options: Any) -> Tensor:
         """One prompt through the wrapper: the last hidden state [D]; sets `next_position`."""

@@ -9,6 +9,11 @@ from pathlib import Path
 from tests.conftest import DEMO_FLAGS, ROOT, file_states
 
 
+def test_a_run_without_failures_prints_no_warning(demo_run: Path) -> None:
+    """Each printed the library's FutureWarning that `past_key_values` is deprecated."""
+    assert "warning" not in (demo_run.parent / "log").read_text().lower()
+
+
 def test_a_finished_run_repeated_does_not_even_import_torch(
     demo_run: Path, demo_questions: Path
 ) -> None:

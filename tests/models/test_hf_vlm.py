@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from stream_engine.engine import (
 )
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models import detect_family, load_model
-from stream_engine.models.base import Prompt
+from stream_engine.models.base import Prompt, cache_argument
 from tests.models.hf_architectures import ARCHITECTURES
 from tests.models.writers_hf import write_hf
 
@@ -94,6 +95,29 @@ def test_the_prefix_is_shared_where_it_can_be_and_the_engine_says_so(native):
     shares = ARCHITECTURES[native.name].shares_prefix
     assert native.engine.model.shares_prefix is shares
     assert native.engine.describe()["attention"] == ("shared prefix" if shares else "plain")
+
+
+def test_the_cache_is_given_under_the_name_that_the_library_wants(native):
+    """Each model whose prefix is not shared printed a FutureWarning: `past_key_values` is
+    deprecated."""
+    asked = [GenerateRequest(k, p, (RowRequest(1),)) for k, p in prompts(native.engine).items()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert all(isinstance(one, Generation) for one in native.engine.generate(asked))
+        native.engine.model.extend_cached(
+            native.engine.model.embed(torch.tensor([[1]])),
+            torch.tensor([[0]]),
+            transformers.DynamicCache(config=native.engine.model.backbone.config),
+        )
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_library_without_the_new_name_is_given_the_old_one(name: str):
+    functions = {
+        "cache": lambda self, ids, cache=None, **kwargs: None,
+        "past_key_values": lambda self, ids, past_key_values=None, **kwargs: None,
+    }
+    assert cache_argument(type("Model", (), {"forward": functions[name]})) == name
 
 
 def test_greedy_answers_are_those_of_the_models_own_generate(native):
