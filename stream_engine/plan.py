@@ -38,6 +38,7 @@ from stream_engine.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
     from stream_engine.engine.memory import Demand, LanguageShape
+    from stream_engine.engine.sampling import ResolvedSampling
 
 PICTURE_PROMPT_TOKENS, TEXT_PROMPT_TOKENS = 640, 256
 """A typical prompt, which only a loaded model can measure: LLaVA-1.5's is 576 image tokens."""
@@ -69,6 +70,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     for role in pipeline.roles():
         size = human_bytes(placement.model_bytes[role.path])
         yield f"model     {role.name}: {role.path} ({size} as loaded) for {role.stage}"
+    yield from sampling_lines(pipeline, config)
     spread = (
         f", each model over {config.tensor_parallel} ranks" if config.tensor_parallel > 1 else ""
     )
@@ -103,6 +105,19 @@ def check_inputs(config: RunConfig) -> None:
         for source in config.dataset_path:
             if source != str(Path(config.work_dir) / DEMO_DATASET):
                 list_inputs(source)
+
+
+def sampling_lines(pipeline: Pipeline, config: RunConfig) -> Iterator[str]:
+    """How each role that draws will, where every value comes from, and what is not followed."""
+    for role in pipeline.roles():
+        if role.draws:
+            sampling = _resolved(role, config)
+            values = (
+                f"{name} {getattr(sampling, name):g} ({source})"
+                for name, source in sampling.sources.items()
+            )
+            yield f"sampling  {role.name}: {', '.join(values)}"
+            yield from (f"sampling  {role.name}: {note}" for note in sampling.notes)
 
 
 def batch_lines(
@@ -152,6 +167,7 @@ def _free_bytes(device: str, rank: Rank) -> int:
 
 def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     """What the role's engine will ask of memory, as far as files tell."""
+    from stream_engine.engine.decode import STEPS_PER_READ
     from stream_engine.engine.engine import rows_per_question
     from stream_engine.engine.memory import (
         DEFAULT_ROWS,
@@ -161,7 +177,8 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     )
 
     kind = "cpu" if device == "cpu" else "cuda"
-    sampling, slot_tokens, penalty = _answers(role, config)
+    answers = _resolved(role, config)
+    penalty = answers.repetition_penalty
     shape = read_shape(
         Path(role.path), dtype=config.dtype, device=device, parts=config.tensor_parallel
     )
@@ -173,9 +190,9 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
         kv_bytes=shape.kv_bytes,
         rows=(config.max_rows or DEFAULT_ROWS[kind]) if role.draws else 0,
         tokens=config.max_batch_tokens or DEFAULT_TOKENS[kind],
-        slot_tokens=slot_tokens,
+        slot_tokens=answers.max_new_tokens + STEPS_PER_READ,
         prompt_tokens=PICTURE_PROMPT_TOKENS if sees else TEXT_PROMPT_TOKENS,
-        rows_per_question=rows_per_question(role, sampling),
+        rows_per_question=rows_per_question(role, config.part(SamplingConfig)),
         logit_copies=1.0 + (PENALTY_COPIES if penalty != 1.0 else 0.0),
         device=kind,
         grows=kind == "cpu",
@@ -183,16 +200,13 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     )
 
 
-def _answers(role: ModelRole, config: RunConfig) -> tuple[SamplingConfig, int, float]:
-    """(the run's sampling, tokens of a slot, repetition penalty) of a role."""
-    from stream_engine.engine.decode import STEPS_PER_READ
+def _resolved(role: ModelRole, config: RunConfig) -> ResolvedSampling:
+    """A role's sampling as its engine will resolve it."""
     from stream_engine.engine.sampling import resolve_sampling
     from stream_engine.models.checkpoints import read_json
 
-    sampling = config.part(SamplingConfig)
     defaults = read_json(Path(role.path) / "generation_config.json")
-    resolved = resolve_sampling(role.sampling or sampling, defaults)
-    return sampling, resolved.max_new_tokens + STEPS_PER_READ, resolved.repetition_penalty
+    return resolve_sampling(role.sampling or config.part(SamplingConfig), defaults)
 
 
 def read_shape(checkpoint: Path, *, dtype: str, device: str, parts: int = 1) -> LanguageShape:

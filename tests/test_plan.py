@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stream_engine.config import ModelConfig, RunConfig
@@ -124,6 +126,20 @@ def test_the_plan_says_what_batch_fits(tmp_path: Path) -> None:
     )
     assert re.match(r"reward: scores 4096 tokens at once, prefixes \d+ tokens", reward)
     assert last.endswith("free; computed, confirmed when the run loads the models")
+
+
+def test_the_plan_says_how_answers_are_drawn_and_what_is_not_inherited(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run")
+    instruct = tmp_path / "instruct"
+    shutil.copytree(settings.instruct_model_path, instruct)
+    path = instruct / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 1}))
+    settings = msgspec.structs.replace(settings, instruct_model_path=str(instruct))
+    lines = [line[10:] for line in plan_lines(settings) if line.startswith("sampling ")]
+    values, note = lines  # of the instruct model alone: the reward model draws nothing
+    assert values.startswith("instruct: temperature 0.7 (run), ")
+    assert "top_k 50 (default (the checkpoint's top_k 1 is greedy))" in values
+    assert note.startswith("instruct: generation_config.json describes greedy decoding (top_k 1)")
 
 
 def test_every_engine_of_a_pipeline_has_a_line(tmp_path: Path) -> None:

@@ -429,9 +429,10 @@ class Engine:
             "sampling": {
                 name: getattr(self.sampling, name)
                 for name in self.sampling.__struct_fields__
-                if name != "sources"
+                if name not in ("sources", "notes")
             },
             "sampling_sources": self.sampling.sources,
+            "sampling_notes": list(self.sampling.notes),
             "stop_token_ids": sorted(self.stop_token_ids),
         }
 
@@ -457,9 +458,13 @@ def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) 
     is_spread = config.tensor_parallel > 1 or config.offload is not None
     load = load_spread if is_spread else load_model
     model = load(role.path, config, name_hint=role.hint)
+    resolved = resolve_sampling(role.sampling or sampling, model.generation_defaults)
+    if role.draws:
+        for note in resolved.notes:
+            logger.warning("%s: %s", role.path, note)
     return Engine(
         model,
-        resolve_sampling(role.sampling or sampling, model.generation_defaults),
+        resolved,
         max_batch_tokens=config.max_batch_tokens,
         max_rows=config.max_rows,
         rows_per_question=rows_per_question(role, sampling),

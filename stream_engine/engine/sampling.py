@@ -1,8 +1,9 @@
 """What is sampled how: settings resolved once, and the random number of each token.
 
 Order of resolution for every value: the run's own setting, then the checkpoint's
-generation_config.json, then the default below. The result is printed and stored, so that nothing
-is inherited silently.
+generation_config.json, then the default below. A file that describes greedy decoding says nothing
+of how to draw: its filters are not inherited by a run that does. The result is printed and stored,
+so that nothing is inherited, or left out, silently.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from stream_engine.errors import CheckpointError
 
 # top_k is transformers' default for sampling, which is what these checkpoints are used with.
 DEFAULTS = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "max_new_tokens": 512}
+FILTERS = ("top_p", "top_k")
+
+GREEDY_BELOW = 0.1
+"""A top_p or temperature of which nothing but the likeliest token is left, in practice."""
 
 
 class ResolvedSampling(msgspec.Struct, frozen=True, kw_only=True):
     """Every value that shapes a sampled answer. `temperature == 0` is greedy; `top_k == 0` is off.
 
-    `sources` says for each value whether it came from the run, the checkpoint or the default.
+    `sources` says for each value whether it came from the run, the checkpoint or the default;
+    `notes` what of the checkpoint's file is not followed, and why.
     """
 
     temperature: float
@@ -31,6 +37,7 @@ class ResolvedSampling(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float
     max_new_tokens: int
     sources: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
 
 
 def resolve_sampling(config: SamplingConfig, checkpoint: dict[str, Any]) -> ResolvedSampling:
@@ -43,13 +50,40 @@ def resolve_sampling(config: SamplingConfig, checkpoint: dict[str, Any]) -> Reso
         raise CheckpointError("generation_config.json asks for beam search; answers are sampled")
     values: dict[str, Any] = {"temperature": config.temperature}
     sources = {"temperature": "run"}
+    left_out = []
+    greedy = _greedy_setting(checkpoint) if config.temperature > 0 else None
     for name, default in DEFAULTS.items():
         own, theirs = getattr(config, name), checkpoint.get(name)
-        values[name] = own if own is not None else theirs if theirs is not None else default
-        sources[name] = (
-            "run" if own is not None else "checkpoint" if theirs is not None else "default"
+        if own is not None:
+            values[name], sources[name] = own, "run"
+        elif theirs is None:
+            values[name], sources[name] = default, "default"
+        elif greedy and name in FILTERS:
+            values[name] = default
+            sources[name] = f"default (the checkpoint's {greedy} is greedy)"
+            left_out.append(f"{name} {theirs}")
+        else:
+            values[name], sources[name] = theirs, "checkpoint"
+    notes: tuple[str, ...] = ()
+    if left_out:
+        notes = (
+            f"generation_config.json describes greedy decoding ({greedy}), and this run draws: its "
+            f"{' and '.join(left_out)} not inherited; set them to have other than the defaults",
         )
-    return ResolvedSampling(**values, sources=sources)
+    return ResolvedSampling(**values, sources=sources, notes=notes)
+
+
+def _greedy_setting(checkpoint: dict[str, Any]) -> str | None:
+    """The setting by which a generation_config.json always takes the likeliest token, or None."""
+    if checkpoint.get("do_sample") is False:
+        return "do_sample false"
+    if checkpoint.get("top_k") == 1:
+        return "top_k 1"
+    for name in ("top_p", "temperature"):
+        value = checkpoint.get(name)
+        if value is not None and value < GREEDY_BELOW:
+            return f"{name} {value:g}"
+    return None
 
 
 def row_seed(seed: int, key: str, index: int) -> int:

@@ -135,6 +135,43 @@ def test_sampling_is_the_runs_then_the_checkpoints_then_the_default():
     }
 
 
+@pytest.mark.parametrize(
+    ("stated", "greedy"),
+    [
+        pytest.param(
+            {"do_sample": True, "top_k": 1, "top_p": 0.001, "temperature": 0.01},
+            "top_k 1",
+            id="qwen2-vl",
+        ),
+        pytest.param(
+            {"do_sample": True, "temperature": 1e-6, "top_k": 3, "top_p": 0.5},
+            "temperature 1e-06",
+            id="qwen2.5-vl",
+        ),
+        pytest.param({"top_k": 3, "top_p": 0.001}, "top_p 0.001", id="top-p"),
+        pytest.param({"do_sample": False, "top_k": 3, "top_p": 0.5}, "do_sample false", id="flag"),
+    ],
+)
+def test_the_filters_of_a_greedy_file_are_not_inherited_by_a_run_that_draws(stated, greedy):
+    """The run's temperature of 0.7 met Qwen2-VL's top_k of 1: all answers to a question equal."""
+    stated |= {"repetition_penalty": 1.05}
+    resolved = resolve_sampling(SamplingConfig(), stated)
+    assert (resolved.top_p, resolved.top_k, resolved.repetition_penalty) == (1.0, 50, 1.05)
+    for name in ("top_p", "top_k"):
+        assert resolved.sources[name] == f"default (the checkpoint's {greedy} is greedy)"
+    assert resolved.sources["repetition_penalty"] == "checkpoint"
+    [note] = resolved.notes
+    assert f"top_p {stated['top_p']} and top_k {stated['top_k']}" in note
+
+
+def test_the_filters_of_a_greedy_file_stand_where_the_run_is_greedy_or_sets_them():
+    stated = {"top_k": 1, "top_p": 0.001}
+    greedy = resolve_sampling(SamplingConfig(temperature=0), stated)
+    assert (greedy.top_k, greedy.top_p, greedy.notes) == (1, 0.001, ())
+    own = resolve_sampling(SamplingConfig(top_k=1, top_p=0.9), stated)
+    assert (own.top_k, own.top_p, own.notes) == (1, 0.9, ())
+
+
 def test_beam_search_of_a_checkpoint_is_refused():
     with pytest.raises(CheckpointError, match="beam"):
         resolve_sampling(SamplingConfig(), {"num_beams": 3})

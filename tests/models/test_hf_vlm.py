@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from stream_engine.config import ModelConfig, SamplingConfig
+from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
 from stream_engine.engine import (
     Engine,
     GenerateRequest,
@@ -25,6 +25,7 @@ from stream_engine.engine import (
     RowRequest,
     ScoredContinuations,
     ScoreRequest,
+    load_engine,
     resolve_sampling,
 )
 from stream_engine.errors import CheckpointError, RecordError
@@ -197,6 +198,20 @@ def test_the_self_test_finds_images_that_see_both_ways(tmp_path):
     engine = Engine(model, resolve_sampling(SamplingConfig(), {}))
     assert not engine.model.shares_prefix
     assert engine.self_test["shared_prefix"] < 1e-5 < engine.self_test["shared_picture"]
+
+
+def test_answers_differ_though_the_checkpoint_suggests_greedy_decoding(tmp_path, caplog):
+    """Qwen2-VL's own generation_config.json made ten equal answers, of which no pair can come."""
+    folder = write_hf(tmp_path / "m", "qwen2_5_vl")
+    change_json(folder, "generation_config.json", top_k=1, top_p=0.001, temperature=0.01)
+    role = ModelRole("instruct", str(folder), "rollouts")
+    engine = load_engine(role, CPU, SamplingConfig(max_new_tokens=12))
+    prompt = engine.model.prompt("What is this?", pictures()[:1])
+    rows = tuple(RowRequest(seed) for seed in range(10))
+    [result] = engine.generate([GenerateRequest("q", prompt, rows)])
+    assert len({tuple(row.token_ids) for row in result.rows}) > 5
+    assert caplog.text.count("describes greedy decoding (top_k 1)") == 1
+    assert engine.describe()["sampling_sources"]["top_k"].startswith("default (the checkpoint's")
 
 
 def test_a_prompt_cut_to_what_questions_share_prefills_alike(tmp_path):
