@@ -29,6 +29,7 @@ from stream_engine.models.native import (
     has_shareable_layers,
     load_native,
 )
+from stream_engine.models.placeholders import drop_marks
 from stream_engine.models.processors import load_processor
 from stream_engine.records import without_marks
 
@@ -123,6 +124,7 @@ class HfVlm(VisionLanguageModel):
         self._marks = sorted({m for m in [*marks, *own] if isinstance(m, str)}, key=len)[::-1]
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
+        question = drop_marks(question).strip()
         for mark in self._marks:
             question = question.replace(mark, "")
         question = without_marks(question)

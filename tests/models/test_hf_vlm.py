@@ -191,6 +191,13 @@ def test_a_spelled_out_placeholder_is_dropped_from_the_question(native):
     assert model.prompt(f"Who {token}is?", picture).ids == model.prompt("Who is?", picture).ids
 
 
+@pytest.mark.parametrize("asked", ["<image>\nWho is?", "Who is?\n<image>", "Who <image>is?"])
+def test_the_image_marks_of_llava_style_data_are_dropped(native, asked):
+    """Models whose own mark is another read the word `<image>` as part of the question."""
+    model, picture = native.engine.model, pictures()[:1]
+    assert model.prompt(asked, picture).ids == model.prompt("Who is?", picture).ids
+
+
 def test_the_self_test_finds_images_that_see_both_ways(tmp_path):
     """Were Gemma 3 not known for it, its first question about a picture would tell."""
     model = load_model(write_hf(tmp_path / "gemma3", "gemma3"), CPU)
