@@ -59,6 +59,7 @@ BIDIRECTIONAL_IMAGES = {
     "gemma3n",
     "gemma4",
     "gemma4_unified",
+    "molmo2",
     "paligemma",
     "shieldgemma2",
 }

@@ -198,13 +198,19 @@ def test_the_image_marks_of_llava_style_data_are_dropped(native, asked):
     assert model.prompt(asked, picture).ids == model.prompt("Who is?", picture).ids
 
 
-def test_the_self_test_finds_images_that_see_both_ways(tmp_path):
-    """Were Gemma 3 not known for it, its first question about a picture would tell."""
-    model = load_model(write_hf(tmp_path / "gemma3", "gemma3"), CPU)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_test_finds_images_that_see_both_ways(tmp_path, dtype):
+    """Were Gemma 3 not known for it, its first question about a picture would tell.
+
+    In bfloat16 it did not: what the image tokens see of each other moves hidden states by 0.01,
+    which rounding explains, and the model was run with the wrong attention.
+    """
+    config = ModelConfig(device="cpu", dtype=dtype)
+    model = load_model(write_hf(tmp_path / "gemma3", "gemma3"), config)
     model.shares_prefix = True
     engine = Engine(model, resolve_sampling(SamplingConfig(), {}))
     assert not engine.model.shares_prefix
-    assert engine.self_test["shared_prefix"] < 1e-5 < engine.self_test["shared_picture"]
+    assert engine.self_test["unsupported"] == "tokens of a picture see later ones"
 
 
 def test_answers_differ_though_the_checkpoint_suggests_greedy_decoding(tmp_path, caplog):
