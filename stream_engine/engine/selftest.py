@@ -7,6 +7,8 @@ attention gives for the whole sequence, and a question about a picture must give
 what the model's own code gives. In half precision rounding hides it there when image tokens see
 each other in both directions, so the masks of the model's own code are looked at as well. A model
 that fails this, or never calls the engine's attention, is run through the plain path.
+Plain path: tokens after a prompt must give through the model's own cache what the whole sequence
+gives; there is no other way to run a model that fails this.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ PROBE_NAME = "stream_engine_probe"
 
 @torch.no_grad()
 def check_model(engine: Engine) -> dict[str, float | str]:
-    """Run both checks; clears `model.shares_prefix` when the second fails.
+    """Run the checks; clears `model.shares_prefix` when the second fails, and runs the third then.
 
     Raises:
-        CheckpointError: when the model sees the future, or computes NaN or infinity.
+        CheckpointError: when the model sees the future, computes NaN or infinity, or loses its
+            prompt on the plain path.
     """
     model = engine.model
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +88,7 @@ def check_model(engine: Engine) -> dict[str, float | str]:
             model.shares_prefix = max(prefix, picture) <= tolerance
     if not model.shares_prefix:
         model.set_attention(model.own_attention)
+        report["plain"] = _check_plain(engine)
     return report
 
 
@@ -133,6 +137,34 @@ def _difference_with_picture(engine: Engine, prompt: Prompt) -> float:
     whole = plain_states(engine, prompt, ids)
     model.set_attention(ATTENTION_NAME)
     return _difference(torch.cat([last, hidden]), whole)
+
+
+def _check_plain(engine: Engine) -> float:
+    """Tokens after a prompt, over the model's own cache, against the whole sequence at once.
+
+    A router of experts may choose otherwise after a rounding, so that in half precision only a
+    difference like that of a lost prompt counts.
+
+    Raises:
+        CheckpointError: when they differ, because the cache does not carry the prompt on.
+    """
+    model = engine.model
+    prompt, ids = model.prompt("What is this?", []), list(range(1, SUFFIX + 1))
+    embeds = model.embed(torch.tensor([*prompt.ids, *ids], device=model.device))
+    positions = torch.arange(len(embeds), device=model.device)
+    whole = model.forward(embeds, positions)[-SUFFIX:]
+    alone = model.forward(embeds[-SUFFIX:], positions[-SUFFIX:])
+    difference = _difference(plain_states(engine, prompt, ids)[1:], whole)
+    allowed = TOLERANCE.get(model.dtype, 1e-4)
+    if model.dtype != torch.float32:
+        allowed = max(allowed, _difference(alone, whole) / 2)
+    if difference > allowed:
+        raise CheckpointError(
+            f"{model.checkpoint}: {type(model.backbone).__name__} does not go on from its prompt: "
+            f"hidden states after it differ from those of the whole sequence by {difference:.2g} "
+            f"(relative); this architecture is not supported"
+        )
+    return difference
 
 
 def _sees_ahead(model: VisionLanguageModel, prompt: Prompt) -> bool:

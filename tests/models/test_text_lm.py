@@ -214,6 +214,21 @@ def test_the_prompt_is_the_template_with_one_bos(llama):
     )
 
 
+def test_a_model_that_forgets_its_prompt_is_refused(tmp_path, monkeypatch):
+    """Mamba's classes took no `past_key_values` and ignored it: one answer to every question."""
+    own_class = transformers.FalconH1Model
+    own_forward = own_class.forward
+
+    def forward(self: Any, **kwargs: Any) -> Any:
+        kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache")}
+        return own_forward(self, **kept)
+
+    monkeypatch.setattr(own_class, "forward", forward)
+    model = load_model(write_text(tmp_path / "m", "falcon_h1"), CPU)
+    with pytest.raises(CheckpointError, match="FalconH1Model does not go on from its prompt"):
+        engine_of(model)
+
+
 def test_the_end_of_a_turn_stops_an_answer(llama):
     model = load_model(llama, CPU)
     assert model.stop_token_ids == {257, EOT}
