@@ -250,6 +250,8 @@ class PrefillStep:
         store = self.cache.store(layer, key)
         place, outs, offset = self._next.get(layer, 0), [], 0
         while offset < query.shape[2]:
+            if place == len(self.spans):
+                raise UnsupportedAttentionError(f"layer {layer} attends more than once")
             start, length = self.spans[place]
             part = slice(offset, offset + length)
             store.prefix_key[:, start : start + length] = key[0, :, part]
@@ -411,13 +413,17 @@ def stream_engine_attention(
     """The function in transformers' registry; see the module header.
 
     Raises:
-        UnsupportedAttentionError: for soft-capped scores, attention sinks, a mask, or training.
+        UnsupportedAttentionError: for soft-capped scores, attention sinks, a mask, training, or
+            values of another size than keys.
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttentionError(f"{type(module).__name__} wants attention {name}")
     if attention_mask is not None or dropout:
         raise UnsupportedAttentionError(f"{type(module).__name__} passes a mask or dropout")
+    if value.shape[-1] != key.shape[-1]:  # multi-head latent attention; no kernel here takes it
+        sizes = f"values of {value.shape[-1]} beside keys of {key.shape[-1]}"
+        raise UnsupportedAttentionError(f"{type(module).__name__} has {sizes}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     step = _active_step.get()
     if step is None:

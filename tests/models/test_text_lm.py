@@ -65,6 +65,25 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, True),
     "qwen3_moe": ({"num_experts": 4, **EXPERTS, "decoder_sparse_step": 1}, True),
+    # values of another size than keys, two attentions a layer: the plain path
+    "deepseek_v3": (
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            **EXPERTS,
+        },
+        False,
+    ),
+    "diffllama": ({}, False),
     # short windows, capped attention scores, sinks, recurrent layers: the plain path
     "gemma3_text": ({**HYBRID, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}, False),
     "gemma2": (
