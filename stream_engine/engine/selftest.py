@@ -34,6 +34,7 @@ from stream_engine.engine.prefix_cache import (
 )
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel
+from stream_engine.models.native import naming_architecture
 
 if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
@@ -49,9 +50,14 @@ def check_model(engine: Engine) -> dict[str, float | str]:
     """Run the checks; clears `model.shares_prefix` when the second fails, and runs the third then.
 
     Raises:
-        CheckpointError: when the model sees the future, computes NaN or infinity, or loses its
-            prompt on the plain path.
+        CheckpointError: when the model sees the future, computes NaN or infinity, loses its prompt
+            on the plain path, or cannot be run at all.
     """
+    with naming_architecture(engine.model.checkpoint, engine.model.backbone):
+        return _check_model(engine)
+
+
+def _check_model(engine: Engine) -> dict[str, float | str]:
     model = engine.model
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (PREFIX + SUFFIX,), generator=generator)

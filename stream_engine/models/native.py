@@ -31,7 +31,16 @@ SHORT_WINDOW = 2000
 logger = logging.getLogger(__name__)
 
 # What transformers raises for a checkpoint that is not what its class expects.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+)
 
 
 def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
@@ -71,6 +80,23 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
             noun = "tensor" if len(names) == 1 else "tensors"
             raise CheckpointError(f"{checkpoint} {what} {len(names)} {noun}: {shown}")
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> Iterator[None]:
+    """A model's first forwards: what its own code raises becomes a CheckpointError with its class.
+
+    Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint}: {type(own).__name__} cannot be run on a few tokens "
+            f"({type(error).__name__}: {one_line(error)}); this architecture is not supported"
+        ) from error
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
@@ -129,9 +155,10 @@ def adopt_own_logits(model: VisionLanguageModel, own: PreTrainedModel) -> None:
     for placeholder in model.suppressed_token_ids:
         ids[ids == placeholder] = 0
     ids = ids.to(model.device)
-    expected = own(input_ids=ids[None], use_cache=False).logits[0].float()
-    hidden = model.forward(model.embed(ids), torch.arange(len(ids), device=model.device))
-    plain = model.lm_head(hidden).float()
+    with naming_architecture(model.checkpoint, own):
+        expected = own(input_ids=ids[None], use_cache=False).logits[0].float()
+        hidden = model.forward(model.embed(ids), torch.arange(len(ids), device=model.device))
+        plain = model.lm_head(hidden).float()
     stated = logit_rules(own.config.get_text_config())
     differences = []
     for scale, softcap in (stated, (1.0, None)):

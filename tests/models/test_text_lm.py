@@ -248,6 +248,19 @@ def test_a_model_that_forgets_its_prompt_is_refused(tmp_path, monkeypatch):
         engine_of(model)
 
 
+@pytest.mark.parametrize("step", ["load", "engine"])
+def test_an_architecture_that_cannot_be_run_is_refused_by_name(llama, monkeypatch, step):
+    """MPT, Llama 4 and others ended in an AttributeError of transformers' own code."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("'NoneType' object has no attribute 'to'")
+
+    model = load_model(llama, CPU) if step == "engine" else None
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    with pytest.raises(CheckpointError, match=r"llama: Llama\w+ cannot be run .*AttributeError"):
+        engine_of(model or load_model(llama, CPU))
+
+
 def test_the_end_of_a_turn_stops_an_answer(llama):
     model = load_model(llama, CPU)
     assert model.stop_token_ids == {257, EOT}
