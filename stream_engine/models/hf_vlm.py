@@ -33,8 +33,8 @@ from stream_engine.models.placeholders import drop_marks
 from stream_engine.models.processors import load_processor
 from stream_engine.records import without_marks
 
-# Their language model looks at the image by other means than positions of its own sequence, or has
-# no language model apart from the whole.
+# Their language model looks at the image by other means than positions of its own sequence, is not
+# causal over the prompt, or is not apart from the whole.
 UNSUPPORTED = {
     "blip": "cross-attention",
     "florence2": "an encoder-decoder",
@@ -42,6 +42,7 @@ UNSUPPORTED = {
     "idefics": "cross-attention",
     "kosmos-2": "no separate language model",
     "mllama": "cross-attention",
+    "paligemma": "a prompt that is read in both directions",
     "pix2struct": "an encoder-decoder",
     "pp_formulanet": "an encoder-decoder",
     "t5gemma2": "an encoder-decoder",
@@ -60,7 +61,6 @@ BIDIRECTIONAL_IMAGES = {
     "gemma4",
     "gemma4_unified",
     "molmo2",
-    "paligemma",
     "shieldgemma2",
 }
 

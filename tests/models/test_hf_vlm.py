@@ -301,6 +301,13 @@ def encoder_decoder(folder: Path) -> str:
     return "is florence2, which has an encoder-decoder; not supported"
 
 
+def prompt_read_both_ways(folder: Path) -> str:
+    """Its files were blamed: "its language model is not causal as loaded"."""
+    kind = {"model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"]}
+    change_json(folder, "config.json", **kind)
+    return "is paligemma, which has a prompt that is read in both directions; not supported"
+
+
 def unknown(folder: Path) -> str:
     kind = {"model_type": "novel_vl", "architectures": ["NovelForConditionalGeneration"]}
     change_json(folder, "config.json", **kind)
@@ -317,6 +324,7 @@ BREAKS = [
     no_tokenizer,
     foreign_processor,
     encoder_decoder,
+    prompt_read_both_ways,
     unknown,
 ]
 
