@@ -98,12 +98,13 @@ def read_checkpoint_config(checkpoint: Path) -> dict[str, Any]:
     """config.json as a dict.
 
     Raises:
-        CheckpointError: when it is missing or is not JSON, or the directory is a LoRA adapter.
+        CheckpointError: when it is missing or is not JSON, or the directory holds a LoRA adapter.
     """
     path = checkpoint / "config.json"
-    if (checkpoint / "adapter_config.json").is_file() and not path.is_file():
+    if (checkpoint / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{checkpoint} is a LoRA adapter; merge it into its base model and give that folder"
+            f"{checkpoint} holds a LoRA adapter (adapter_config.json), which is not applied; "
+            f"merge it into its base model and give that folder"
         )
     if not path.is_file():
         what = "has no config.json" if checkpoint.is_dir() else "is not a directory"

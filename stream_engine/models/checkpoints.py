@@ -50,8 +50,8 @@ class WeightFiles:
     first), and reads every file's table of contents.
 
     Raises:
-        CheckpointError: for no weights, a missing shard, a truncated file, a LoRA adapter, or a
-            .bin that holds anything but tensors.
+        CheckpointError: for no weights, a missing shard, a truncated file, or a .bin that holds
+            anything but tensors.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
@@ -254,6 +254,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
+def read_own_config(checkpoint: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint whose tensors are read here, one by one, as they are stored.
+
+    Raises:
+        CheckpointError: when it cannot be read, or the tensors are quantised.
+    """
+    stated = read_json(checkpoint / "config.json")
+    if quantized := stated.get("quantization_config"):
+        raise CheckpointError(
+            f"{checkpoint / 'config.json'}: the weights are quantised (quant_method "
+            f"{quantized.get('quant_method', 'unnamed')}), which is not supported for this format; "
+            f"give the folder of the unquantised checkpoint"
+        )
+    return stated
+
+
 def _find_files(checkpoint: Path) -> dict[Path, list[str]]:
     """Weight file -> the names that an index places in it (none without an index)."""
     for index_name, single_name in zip(INDEX_FILES, SINGLE_FILES):
@@ -274,10 +290,6 @@ def _find_files(checkpoint: Path) -> dict[Path, list[str]]:
                     f"{'is' if len(missing) == 1 else 'are'} missing; download the rest"
                 )
             return files
-    if any(checkpoint.glob("adapter_*")):
-        raise CheckpointError(
-            f"{checkpoint} is a LoRA adapter; merge it into its base model and give that folder"
-        )
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a directory; give a downloaded checkpoint's")
     raise CheckpointError(

@@ -42,6 +42,7 @@ from stream_engine.models.checkpoints import (
     load_into,
     load_shared,
     read_json,
+    read_own_config,
     resolve_device,
     resolve_dtype,
 )
@@ -86,7 +87,7 @@ def matches(config: dict[str, Any]) -> bool:
 
 def load(checkpoint: Path, config: ModelConfig) -> LlavaModel:
     """Load any of the three layouts; see `models.Family`."""
-    stated = read_json(checkpoint / "config.json")
+    stated = read_own_config(checkpoint)
     layout = _hf_layout(stated) if "text_config" in stated else _original_layout(stated)
     weights = WeightFiles(checkpoint)
     device, dtype = resolve_device(config), resolve_dtype(config, stated, weights)

@@ -30,6 +30,7 @@ from stream_engine.models.checkpoints import (
     load_into,
     load_shared,
     read_json,
+    read_own_config,
     resolve_device,
     resolve_dtype,
 )
@@ -70,7 +71,7 @@ def matches(config: dict[str, Any]) -> bool:
 
 def load(checkpoint: Path, config: ModelConfig) -> LlavaOnevisionModel:
     """Load strictly; see `models.Family`."""
-    stated = read_json(checkpoint / "config.json")
+    stated = read_own_config(checkpoint)
     front = read_front(checkpoint, stated, config)
     weights = WeightFiles(checkpoint)
     device, dtype = resolve_device(config), resolve_dtype(config, stated, weights)

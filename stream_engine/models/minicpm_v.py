@@ -48,6 +48,7 @@ from stream_engine.models.checkpoints import (
     load_into,
     load_shared,
     read_json,
+    read_own_config,
     resolve_device,
     resolve_dtype,
 )
@@ -76,7 +77,7 @@ def matches(config: dict[str, Any]) -> bool:
 
 def load(checkpoint: Path, config: ModelConfig) -> MiniCpmVModel:
     """Load either version; see `models.Family`."""
-    stated = read_json(checkpoint / "config.json")
+    stated = read_own_config(checkpoint)
     version = str(stated.get("version"))
     if version not in LANGUAGE_MODELS:
         raise CheckpointError(

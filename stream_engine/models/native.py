@@ -52,8 +52,6 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
         CheckpointError: for broken files, missing, unexpected or misshapen tensors.
     """
     weights = WeightFiles(checkpoint)  # reads every file's table of contents, and refuses pickles
-    if (checkpoint / "adapter_config.json").is_file():
-        raise CheckpointError(f"{checkpoint} holds a LoRA adapter beside its weights; merge it")
     stated = read_json(checkpoint / "config.json")
     device = resolve_device(config)
     straight = device.type != "cpu" and is_accelerate_available()

@@ -28,6 +28,7 @@ from stream_engine.models.checkpoints import (
     load_into,
     load_shared,
     read_json,
+    read_own_config,
     resolve_device,
     resolve_dtype,
 )
@@ -67,7 +68,7 @@ def matches(config: dict[str, Any]) -> bool:
 
 def load(checkpoint: Path, config: ModelConfig) -> OmniLmmModel:
     """Load strictly; see `models.Family`."""
-    stated = read_json(checkpoint / "config.json")
+    stated = read_own_config(checkpoint)
     for name in ("num_query", "image_size"):
         if not isinstance(stated.get(name), int):
             raise CheckpointError(f"{checkpoint}: config.json does not state {name}")

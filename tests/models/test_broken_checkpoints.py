@@ -82,14 +82,24 @@ def lora_adapter(folder: Path) -> str:
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text("{}")
     save_file({"base_model.x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
-    return "m is a LoRA adapter; merge it"
+    return r"m holds a LoRA adapter \(adapter_config\.json\), which is not applied; merge it"
 
 
-def lora_adapter_with_a_config(folder: Path) -> str:
-    config = (folder / "config.json").read_text()
-    lora_adapter(folder)
-    (folder / "config.json").write_text(config)
-    return "m is a LoRA adapter; merge it"
+def lora_adapter_beside_weights(folder: Path) -> str:
+    """It was ignored: the base model answered in the adapted one's name."""
+    (folder / "adapter_config.json").write_text("{}")
+    return r"m holds a LoRA adapter \(adapter_config\.json\), which is not applied; merge it"
+
+
+def quantised(folder: Path) -> str:
+    """The packed tensors were called misshapen, as if config.json were another model's."""
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    changed = config | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(changed))
+    packed = torch.zeros(24, 1, dtype=torch.uint8)
+    edit(folder, lambda tensors: tensors.update({NORM: packed}))
+    return r"config\.json: the weights are quantised \(quant_method bitsandbytes\).* unquantised"
 
 
 def half_a_shard(folder: Path) -> str:
@@ -176,7 +186,8 @@ BREAKS = [
     untied_without_a_head,
     tied_with_another_head,
     lora_adapter,
-    lora_adapter_with_a_config,
+    lora_adapter_beside_weights,
+    quantised,
     half_a_shard,
     half_a_header,
     missing_shard,
