@@ -112,9 +112,7 @@ class Engine:
             if model.suppressed_token_ids
             else None
         )
-        self.max_positions = int(
-            getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
-        )
+        self.max_positions = max_positions(model.backbone.config)
         self.cache = KVCache(max_prefix_tokens=1 << 30)
         self.scheduler = Scheduler(self)
         self.seen = (
@@ -258,7 +256,7 @@ class Engine:
         if longest > self.max_positions:
             return (
                 "prompt_too_long",
-                f"{longest} positions, the model has {self.max_positions}",
+                f"{longest} positions, the model is run with {self.max_positions} at most",
             )
         window = self.cache.sliding_window
         if window is not None and longest + self.sampling.max_new_tokens > window:
@@ -541,6 +539,21 @@ def decode_image(image: EncodedImage) -> Image.Image:
         raise RecordError("undecodable_image", f"{image.path}: {error}") from error
     check_depth(decoded)
     return upright(decoded)
+
+
+def max_positions(config: Any) -> int:
+    """How many positions a language model is run with, from its configuration.
+
+    Where "longrope" takes other rotary factors for longer texts, the fewer: transformers chooses
+    one set for a whole forward, by the largest position in it, so that beyond these a row would
+    change the log-probs of every row beside it, and of its own tokens before.
+    """
+    limits = [int(getattr(config, "max_position_embeddings", None) or 1 << 30)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one set for all layers, or one a kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min(limits)
 
 
 def _stop_ids(generation_defaults: dict[str, Any]) -> frozenset[int]:

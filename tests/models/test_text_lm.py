@@ -45,6 +45,15 @@ LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+    "original_max_position_embeddings": 120,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 # model type -> (settings of its config, whether the prefix can be shared)
@@ -216,6 +225,32 @@ def test_rows_go_on_from_tokens_of_their_own(text):
         [whole] = text.engine.generate([GenerateRequest("q", alone, (RowRequest(1),))])
         assert row.token_ids == whole.rows[0].token_ids
         torch.testing.assert_close(row.token_logps, whole.rows[0].token_logps, atol=1e-5, rtol=0)
+
+
+def test_a_long_prompt_does_not_change_the_scores_of_others(tmp_path, monkeypatch):
+    """Phi-3's rotary factors are the longest text's of a forward: a batch mate moved log-probs."""
+    monkeypatch.setitem(ARCHITECTURES, "phi3", (LONGROPE, True))
+    engine = engine_of(load_model(write_text(tmp_path / "m", "phi3"), CPU))
+    asked = [engine.model.prompt(question, []) for question in ("Who?", "Who? " * 30)]
+    requests = [ScoreRequest(str(n), prompt, ((5, 6, 7),)) for n, prompt in enumerate(asked)]
+    [alone] = engine.score(requests[:1])
+    together = {result.key: result for result in engine.score(requests)}
+    assert together["0"].token_logps == alone.token_logps
+    refused = together["1"]
+    assert refused.reason == "prompt_too_long"
+    assert refused.detail.endswith("the model is run with 120 at most")
+
+
+def test_an_answer_ends_where_rotary_factors_would_change(tmp_path, monkeypatch):
+    """Its last tokens would be drawn with other factors than its prompt's keys were made with."""
+    monkeypatch.setitem(ARCHITECTURES, "phi3", (LONGROPE, True))
+    engine = engine_of(load_model(write_text(tmp_path / "m", "phi3"), CPU))
+    engine.stop_token_ids = frozenset()
+    prompt = engine.model.prompt("W" * 92, [])
+    assert len(prompt) == 115
+    [result] = engine.generate([GenerateRequest("q", prompt, (RowRequest(1),))])
+    assert len(prompt) + len(result.rows[0].token_ids) == 120
+    assert result.rows[0].finish_reason == "length"
 
 
 @pytest.fixture(scope="module")
