@@ -20,6 +20,31 @@ from stream_engine.errors import CheckpointError
 DEFAULTS = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "max_new_tokens": 512}
 FILTERS = ("top_p", "top_k")
 
+UNSUPPORTED: dict[str, Any] = {
+    "bad_words_ids": [],
+    "begin_suppress_tokens": [],
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "penalty_alpha": 0.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": [],
+    "top_h": 1.0,
+    "typical_p": 1.0,
+    "watermarking_config": None,
+}
+"""Fields of generation_config.json that shape answers, and the value beside null that does not."""
+
 GREEDY_BELOW = 0.1
 """A top_p or temperature of which nothing but the likeliest token is left, in practice."""
 
@@ -50,7 +75,7 @@ def resolve_sampling(config: SamplingConfig, checkpoint: dict[str, Any]) -> Reso
         raise CheckpointError("generation_config.json asks for beam search; answers are sampled")
     values: dict[str, Any] = {"temperature": config.temperature}
     sources = {"temperature": "run"}
-    left_out = []
+    notes, left_out = _unsupported_notes(checkpoint), []
     greedy = _greedy_setting(checkpoint) if config.temperature > 0 else None
     for name, default in DEFAULTS.items():
         own, theirs = getattr(config, name), checkpoint.get(name)
@@ -64,13 +89,21 @@ def resolve_sampling(config: SamplingConfig, checkpoint: dict[str, Any]) -> Reso
             left_out.append(f"{name} {theirs}")
         else:
             values[name], sources[name] = theirs, "checkpoint"
-    notes: tuple[str, ...] = ()
     if left_out:
-        notes = (
-            f"generation_config.json describes greedy decoding ({greedy}), and this run draws: its "
-            f"{' and '.join(left_out)} not inherited; set them to have other than the defaults",
+        notes.append(
+            f"generation_config.json describes greedy decoding ({greedy}), and this run draws; not "
+            f"inherited: {', '.join(left_out)} (set them to have other than the defaults)"
         )
-    return ResolvedSampling(**values, sources=sources, notes=notes)
+    return ResolvedSampling(**values, sources=sources, notes=tuple(notes))
+
+
+def _unsupported_notes(checkpoint: dict[str, Any]) -> list[str]:
+    """A sentence on the fields of a generation_config.json that shape answers, but not here."""
+    stated = [n for n, neutral in UNSUPPORTED.items() if checkpoint.get(n) not in (None, neutral)]
+    if not stated:
+        return []
+    names = ", ".join(stated)
+    return [f"generation_config.json's {names}: not supported, answers are drawn without"]
 
 
 def _greedy_setting(checkpoint: dict[str, Any]) -> str | None:

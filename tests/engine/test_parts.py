@@ -161,7 +161,7 @@ def test_the_filters_of_a_greedy_file_are_not_inherited_by_a_run_that_draws(stat
         assert resolved.sources[name] == f"default (the checkpoint's {greedy} is greedy)"
     assert resolved.sources["repetition_penalty"] == "checkpoint"
     [note] = resolved.notes
-    assert f"top_p {stated['top_p']} and top_k {stated['top_k']}" in note
+    assert f"top_p {stated['top_p']}, top_k {stated['top_k']} (set them" in note
 
 
 def test_the_filters_of_a_greedy_file_stand_where_the_run_is_greedy_or_sets_them():
@@ -170,6 +170,15 @@ def test_the_filters_of_a_greedy_file_stand_where_the_run_is_greedy_or_sets_them
     assert (greedy.top_k, greedy.top_p, greedy.notes) == (1, 0.001, ())
     own = resolve_sampling(SamplingConfig(top_k=1, top_p=0.9), stated)
     assert (own.top_k, own.top_p, own.notes) == (1, 0.9, ())
+
+
+def test_settings_of_a_checkpoint_that_are_not_supported_are_named():
+    """min_p and the like were ignored silently: answers came from another distribution."""
+    stated = {"min_p": 0.05, "no_repeat_ngram_size": 3, "bad_words_ids": [[7]]}
+    without = {"typical_p": 1.0, "min_length": 0, "suppress_tokens": [], "top_h": None, "min_p": 0}
+    [note] = resolve_sampling(SamplingConfig(), without | stated).notes
+    assert note.startswith("generation_config.json's bad_words_ids, min_p, no_repeat_ngram_size: ")
+    assert resolve_sampling(SamplingConfig(), without).notes == ()
 
 
 def test_beam_search_of_a_checkpoint_is_refused():
