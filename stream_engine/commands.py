@@ -85,9 +85,10 @@ def retry_failed(args: argparse.Namespace) -> int:
     put_back = requeue(state, worker=rank.worker_id, timeout_s=config.lease_timeout_s)
     print(f"put back {put_back.shards} shards and {put_back.records} records")
     if put_back.rejected:
+        when = "by the next run" if args.requeue_only else "now"
         print(
-            f"{put_back.rejected} records were rejected when they were read: correct the input "
-            "and run again"
+            f"{put_back.rejected} records were rejected when they were read: their inputs are read "
+            f"again {when}, and what is there and correct by then is taken"
         )
     return 0 if args.requeue_only else finish(args, run(config))
 
@@ -121,7 +122,11 @@ def report_lines(report: RunReport) -> list[str]:
 
 
 def remedies(report: RunReport) -> list[str]:
-    """What helps against a report's problems: it depends on where a record was set aside."""
+    """What helps against a report's problems: it depends on where a record was set aside.
+
+    Rejected records of a corrected file are read again by any run; those whose picture has been
+    supplied since, which no file of the input tells, by `retry-failed` alone.
+    """
     status = report.status
     set_aside = sum(counts.quarantined for counts in status.stages.values())
     rejected = status.samples.quarantined - set_aside
@@ -130,10 +135,8 @@ def remedies(report: RunReport) -> list[str]:
         folder = RunDir(report.work_dir).quarantine_dir
         files = list(folder.glob("input-*.jsonl"))
         where = files[0] if len(files) == 1 else folder / "input-*.jsonl"
-        lines.append(f"{rejected} rejected at reading: correct the input (see {where}), run again")
-    if set_aside or status.shards.failed:
-        what = "the others" if rejected else "these"
-        lines.append(f"to try {what} again: stream-engine retry-failed {report.work_dir}")
+        lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
+    lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
     return lines
 
 

@@ -1,5 +1,8 @@
 """retry-failed: put failed shards and quarantined records back among what is left to do.
 
+Inputs with rejected records are to be read again: an image that was missing may be there now, which
+no file of the input tells. Samples that the run holds are passed over.
+
 A result file is written again without its quarantined records: it then covers a part of its shard,
 which is a state that every worker knows how to complete. So a retry may be interrupted, and may be
 finished by any number of workers, like any other work.
@@ -21,13 +24,14 @@ from stream_engine.pipelines.base import STAGES
 from stream_engine.run_state import RunState, Shard, shard_lease
 from stream_engine.shard_work import RECORD_TYPES
 from stream_engine.storage.leases import Lease
+from stream_engine.storage.manifest import Manifest
 from stream_engine.storage.results import read_results, write_results
 
 logger = logging.getLogger(__name__)
 
 
 class Requeued(msgspec.Struct, frozen=True):
-    """What was put back, and what cannot be: rejected input has to be corrected first."""
+    """What was put back; `rejected` are the records for whose sake inputs are read again."""
 
     shards: int
     records: int
@@ -35,11 +39,12 @@ class Requeued(msgspec.Struct, frozen=True):
 
 
 def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
-    """Put back every failed shard, and every record that a stage set aside.
+    """Put back every failed shard, every record that a stage set aside, and inputs with rejects.
 
     Raises:
-        ConfigError: when a worker is at one of these shards.
+        ConfigError: when a worker is at one of these shards, or reads the input.
     """
+    forget_inputs(state, worker=worker, timeout_s=timeout_s)
     num_shards = num_records = 0
     for shard in state.refresh().shards:
         failed = state.failure(shard) is not None
@@ -83,3 +88,15 @@ def requeue_results(state: RunState, shard: Shard) -> int | None:
             write_results(state.run_dir, part, records, [])
             num_records += header.num_quarantined
     return num_records
+
+
+def forget_inputs(state: RunState, *, worker: str, timeout_s: float) -> None:
+    """Let every input with rejected records be read again."""
+    lease = Lease.acquire(state.run_dir, "ingest", worker_id=worker, timeout_s=timeout_s)
+    if lease is None:
+        raise ConfigError("a worker is reading the input; retry when it has been read")
+    with lease:
+        manifest = Manifest.load(state.run_dir)
+        for source, info in list(manifest.inputs.items()):
+            if info.rejected and info.fingerprint:
+                manifest.forget_input(source)

@@ -391,25 +391,24 @@ def test_a_run_without_a_pair_says_so_and_ends_with_status_2(
 
 
 @pytest.mark.parametrize(
-    ("questions", "correct", "retry", "opening"),
+    ("questions", "correct", "opening"),
     [
-        pytest.param(["", ""], True, False, "no sample to work on: every record", id="rejected"),
-        pytest.param(["what is this", "aside with it"], False, True, None, id="set-aside"),
-        pytest.param(["boom"], False, True, None, id="failed-shard"),
-        pytest.param(["", "what is this", "aside with it"], True, True, None, id="both"),
+        pytest.param(["", ""], True, "no sample to work on: every record", id="rejected"),
+        pytest.param(["what is this", "aside with it"], False, None, id="set-aside"),
+        pytest.param(["boom"], False, None, id="failed-shard"),
+        pytest.param(["", "what is this", "aside with it"], True, None, id="both"),
     ],
 )
 def test_the_remedy_is_one_that_can_help(
     questions: list[str],
     correct: bool,
-    retry: bool,
     opening: str | None,
     echo: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rejected records were to be tried again by `retry-failed`, which cannot help, and a run of
-    nothing else was called up to date."""
+    """Rejected records were to be tried again as they were, and a run of nothing else was called
+    up to date."""
     dataset = write_questions(tmp_path / "q.jsonl", questions)
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
     words += ["--retry_backoff_s=0"]
@@ -418,7 +417,7 @@ def test_the_remedy_is_one_that_can_help(
         out = capsys.readouterr().out
         assert out.startswith(opening_now or "samples: ")
         assert "up to date" not in out
-        assert ("retry-failed" in out) == retry
+        assert f"to try these again: stream-engine retry-failed {tmp_path}/w" in out
         assert bool(re.search(r"correct the input \(see .*/quarantine/input-\w+\.jsonl", out)) == (
             correct
         )

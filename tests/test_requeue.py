@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stream_engine.cli import main
 from stream_engine.runner import run
+from stream_engine.storage.leases import Lease
 from stream_engine.storage.run_dir import RunDir
 from tests import echo_pipeline
 from tests.conftest import file_states, parts, write_questions
@@ -87,3 +90,41 @@ def test_retry_is_refused_under_a_launcher(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["retry-failed", str(finished)]) == 1
     assert "--requeue_only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("requeue_only", [False, True])
+def test_a_retry_takes_up_rows_whose_image_has_been_supplied(
+    tmp_path: Path, requeue_only: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing read them ever again, whatever was run, although run and retry-failed said so: the
+    input's own files had not changed."""
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN[:3])
+    late = {"question_id": "late", "question": TEN[3], "image": "late.png"}
+    with open(dataset, "a") as file:
+        file.write(json.dumps(late) + "\n" + json.dumps({**late, "image": "never.png"}) + "\n")
+    config = echo_config(tmp_path / "run", dataset)
+    report = run(config, show_progress=False)
+    assert (report.status.samples.done, report.status.samples.quarantined) == (3, 2)
+    before = file_states(tmp_path / "run/shards")["000000.tar"]
+    Image.new("RGB", (4, 4)).save(tmp_path / "late.png")
+    assert run(config, show_progress=False).status.samples.quarantined == 2
+    CALLS.clear()
+    capsys.readouterr()
+    options = ["--requeue_only"] if requeue_only else []
+    assert main(["retry-failed", str(tmp_path / "run"), *options]) == (0 if requeue_only else 2)
+    assert "2 records were rejected" in capsys.readouterr().out
+    report = run(config, show_progress=False)
+    assert (report.status.samples.done, report.status.samples.quarantined) == (4, 1)
+    assert all("number 3" in call for call in CALLS)
+    assert file_states(tmp_path / "run/shards")["000000.tar"] == before
+    lines = (tmp_path / "run/shards/manifest.jsonl").read_text()
+    assert run(config, show_progress=False).exit_status == 2
+    assert (tmp_path / "run/shards/manifest.jsonl").read_text() == lines, "read again unasked"
+
+
+def test_a_retry_waits_for_no_reader_of_the_input(finished: Path, capsys) -> None:
+    lease = Lease.acquire(RunDir(finished), "ingest", worker_id="another", timeout_s=60.0)
+    assert lease is not None
+    with lease:
+        assert main(["retry-failed", str(finished)]) == 1
+    assert "a worker is reading the input" in capsys.readouterr().err

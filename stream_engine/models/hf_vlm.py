@@ -29,7 +29,6 @@ from stream_engine.models.native import (
     has_shareable_layers,
     load_native,
 )
-from stream_engine.models.placeholders import drop_marks
 from stream_engine.models.processors import load_processor
 from stream_engine.records import without_marks
 
@@ -125,10 +124,9 @@ class HfVlm(VisionLanguageModel):
         self._marks = sorted({m for m in [*marks, *own] if isinstance(m, str)}, key=len)[::-1]
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
-        question = drop_marks(question).strip()
+        question = without_marks(question)
         for mark in self._marks:
             question = question.replace(mark, "")
-        question = without_marks(question)
         content: list[dict[str, Any]] = [
             {"type": "image", "image": image.convert("RGB")} for image in images
         ]

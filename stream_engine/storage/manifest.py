@@ -52,6 +52,7 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
 
     source: str
     fingerprint: str
+    """Hash of the source's state; empty: it is to be read again, whatever its state."""
     settings: str
     """Hash of the settings that decide what is read; see `reading_settings`."""
     max_samples: int | None = None
@@ -180,6 +181,9 @@ class Manifest:
 
     def _add_input(self, info: InputInfo) -> None:
         self.inputs[info.source] = info
+        if not info.fingerprint:
+            self._whole_readings.pop(info.source, None)
+            return
         self._input_offsets[info.source] = self.end
         self._unfinished.pop(info.source, None)
         if not info.unreadable:
@@ -213,7 +217,12 @@ class Manifest:
     def was_read_since(self, end: int, source: str, config: InputConfig) -> bool:
         """Whether a source was read by anybody after the manifest had that `end`."""
         info = self.inputs.get(canonical_source(source))
-        return info is not None and info.answers(config) and self._input_offsets[info.source] >= end
+        return (
+            info is not None
+            and info.fingerprint != ""
+            and info.answers(config)
+            and self._input_offsets[info.source] >= end
+        )
 
     def unfinished_shards(self, source: str) -> Iterator[ShardInfo]:
         """The shards of a source that were written since it was last read to its end."""
@@ -227,6 +236,10 @@ class Manifest:
     def append_input(self, info: InputInfo) -> None:
         """Add the line of an input whose shards are all in the manifest."""
         self._append(info)
+
+    def forget_input(self, source: str) -> None:
+        """Let a source be read again; its counts stand until then."""
+        self._append(msgspec.structs.replace(self.inputs[source], fingerprint=""))
 
     def _append(self, line: ShardLine | InputInfo) -> None:
         encoded = msgspec.json.encode(line) + b"\n"

@@ -95,6 +95,21 @@ def test_the_latest_line_of_an_input_counts_and_earlier_states_are_read_too(run_
     assert loaded.is_read("/a", "f") and not loaded.is_read("/a", "h")
 
 
+def test_an_input_that_is_forgotten_keeps_its_counts_and_is_not_read(run_dir: RunDir):
+    manifest = Manifest.load(run_dir)
+    config = InputConfig()
+    known = input_info("/a", rejected={"missing_image_file": 1}, settings=reading_settings(config))
+    manifest.append_input(known)
+    assert manifest.was_read_since(0, "/a", config)
+    manifest.forget_input("/a")
+    for loaded in (manifest, Manifest.load(run_dir)):
+        assert not loaded.is_read("/a", known.fingerprint)
+        assert not loaded.was_read_since(0, "/a", config)
+        assert loaded.inputs["/a"].rejected == known.rejected
+    manifest.append_input(known)
+    assert manifest.is_read("/a", known.fingerprint)
+
+
 def test_an_earlier_state_with_unreadable_files_is_not_read(run_dir: RunDir):
     manifest = Manifest.load(run_dir)
     cut = input_info("/a", unreadable={"/a/b": RowCounts(read=1, rejected={"unreadable_file": 1})})
