@@ -2,14 +2,16 @@
 
 Their bytes are kept as they are, but for pictures that a tag says to turn (EXIF orientation): those
 are stored upright and without the tag, since some readers obey it and others do not. Every problem
-is a RecordError with one of the reasons missing_image_file, path_outside_root, bad_base64,
-image_too_large, image_too_long, unsupported_pixel_depth, truncated_image, undecodable_image.
+is a RecordError with one of the reasons missing_image_file, unreachable_image, path_outside_root,
+bad_base64, image_too_large, image_too_long, unsupported_pixel_depth, truncated_image,
+undecodable_image.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import os
 import posixpath
@@ -23,7 +25,8 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import get_sampling
 
 from stream_engine.errors import RecordError
-from stream_engine.storage.inputs import is_url
+from stream_engine.storage.inputs import is_url, store_errors
+from stream_engine.storage.transient import WAITS_S, is_transient, patiently
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's other formats are refused: some of them run programs (EPS) or are no pictures."""
@@ -207,15 +210,31 @@ def read_image_file(path: str, folder: str, image_root: str | None, max_pixels: 
     if image_root is not None and not is_inside(os.path.realpath(found), image_root):
         raise RecordError("path_outside_root", f"{path} is not inside {image_root}")
     try:
-        status = os.stat(found)
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError("missing_image_file", f"{found} is not a regular file")
-        if status.st_size > max_pixels * MAX_BYTES_PER_PIXEL:
-            raise RecordError("image_too_large", f"{found} has {status.st_size} bytes")
-        with open(found, "rb") as file:
-            return file.read()
+        return patiently(lambda: read_regular_file(found, max_pixels * MAX_BYTES_PER_PIXEL))
     except OSError as error:
-        raise RecordError("missing_image_file", f"{found}: {error.strerror}") from error
+        raise not_read(found, error, error.strerror or str(error)) from error
+
+
+def read_regular_file(path: str, max_bytes: int) -> bytes:
+    """The bytes of a file that is no pipe or device, and not larger than an image can be."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise RecordError("missing_image_file", f"{path} is not a regular file")
+    if status.st_size > max_bytes:
+        raise RecordError("image_too_large", f"{path} has {status.st_size} bytes")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def not_read(path: str, error: Exception, detail: str) -> RecordError:
+    """The reject for an image that is not there, or was not to be had just now."""
+    if not is_transient(error):
+        return RecordError("missing_image_file", f"{path}: {detail}")
+    return RecordError(
+        "unreachable_image",
+        f"{path}: {detail} (tried {len(WAITS_S) + 1} times); "
+        "`stream-engine retry-failed` reads its input again",
+    )
 
 
 def is_inside(real_path: str, root: str) -> bool:
@@ -240,11 +259,11 @@ def read_remote_image(path: str, folder: str, image_root: str | None) -> bytes:
     for url in candidates:
         fs, name = fsspec.core.url_to_fs(url)
         try:
-            return fs.cat_file(name)
+            return patiently(functools.partial(fs.cat_file, name))
         except FileNotFoundError:
             continue
-        except OSError as error:
-            raise RecordError("missing_image_file", f"{url}: {error}") from error
+        except store_errors() as error:
+            raise not_read(url, error, str(error)) from error
     raise RecordError("missing_image_file", f"{candidates[0]} does not exist")
 
 

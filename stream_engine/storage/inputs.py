@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from typing import Any, Literal
 
 import fsspec
@@ -17,6 +16,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from stream_engine.errors import ConfigError
+from stream_engine.storage.transient import network_errors
 
 Format = Literal["parquet", "jsonl", "arrow", "tar"]
 
@@ -78,7 +78,10 @@ def list_inputs(source: str) -> list[InputFile]:
                 version=file_version(info),
             )
         )
-    files = without_side_files(fs, sorted(files, key=lambda file: file.path))
+    try:
+        files = without_side_files(fs, sorted(files, key=lambda file: file.path))
+    except store_errors() as error:
+        raise ConfigError(f"cannot read dataset_path {source!r}: {error}") from error
     if not files:
         raise ConfigError(
             f"dataset_path {source!r} holds no file with a known suffix ({', '.join(FORMATS)})"
@@ -143,12 +146,8 @@ def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a file system raises; S3's own errors are known once its package is loaded."""
-    if "botocore" not in sys.modules:
-        return OSError, ValueError
-    from botocore.exceptions import BotoCoreError
-
-    return OSError, ValueError, BotoCoreError
+    """What a file system raises."""
+    return OSError, ValueError, *network_errors()
 
 
 def files_below(fs: AbstractFileSystem, folder: str) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from stream_engine.storage.inputs import (
 )
 from stream_engine.storage.rows import COLUMNS, IMAGE_COLUMNS, KNOWN_COLUMNS, Row, idx_of, to_sample
 from stream_engine.storage.shards import tar_samples
+from stream_engine.storage.transient import WAITS_S, is_transient, network_errors, wait
 
 __all__ = [
     "InputRow",
@@ -96,23 +97,38 @@ def unread_line(names: Iterable[str]) -> str:
 
 
 def read_file(file: InputFile, config: InputConfig, unread: dict[str, None]) -> Iterator[InputRow]:
-    """The rows of one file. One that cannot be read (on) ends with an unreadable_file failure."""
+    """The rows of one file. One that cannot be read (on) ends with an unreadable_file failure.
+
+    After an error that may pass it is opened again, and goes on after the last row.
+    """
     folder = folder_of(file.path)
     position = -1
-    try:
-        fs, path = fsspec.core.url_to_fs(file.path)
-        with fs.open(path, "rb") as stream:
-            for position, row in FORMAT_READERS[file.format](stream):
-                note_unread(row, unread)
-                yield InputRow(file.path, position, convert(file, position, row, folder, config))
-    except (Unreadable, OSError, pa.ArrowException) as error:
-        failure = Failure(
-            reason=UNREADABLE_FILE,
-            detail=f"after {position + 1} rows: {error}" if position >= 0 else str(error),
-            source=file.path,
-            row=position + 1,
-        )
-        yield InputRow(file.path, position + 1, failure)
+    waits = iter(WAITS_S)
+    while True:
+        try:
+            fs, path = fsspec.core.url_to_fs(file.path)
+            with fs.open(path, "rb") as stream:
+                for number, row in FORMAT_READERS[file.format](stream):
+                    if number > position:
+                        position = number
+                        note_unread(row, unread)
+                        item = convert(file, number, row, folder, config)
+                        yield InputRow(file.path, number, item)
+            return
+        except (Unreadable, OSError, pa.ArrowException, *network_errors()) as error:
+            cause = error.__cause__ if isinstance(error, Unreadable) else error
+            wait_s = next(waits, None) if cause is not None and is_transient(cause) else None
+            if wait_s is not None:
+                wait(wait_s, error)
+                continue
+            failure = Failure(
+                reason=UNREADABLE_FILE,
+                detail=f"after {position + 1} rows: {error}" if position >= 0 else str(error),
+                source=file.path,
+                row=position + 1,
+            )
+            yield InputRow(file.path, position + 1, failure)
+            return
 
 
 def note_unread(row: Row | RecordError, unread: dict[str, None]) -> None:

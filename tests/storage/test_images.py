@@ -1,7 +1,9 @@
 import base64
+import errno
 import io
 import os
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL.JpegImagePlugin import get_sampling
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
+from stream_engine.storage import images as images_module
 from stream_engine.storage.images import (
     check_image,
     check_size,
@@ -20,6 +23,7 @@ from stream_engine.storage.images import (
     read_image_file,
     turned_upright,
 )
+from stream_engine.storage.transient import WAITS_S
 from tests.storage.conftest import picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -280,6 +284,40 @@ def test_files_that_are_not_there_are_missing(folders, path: str):
     _, root = folders
     assert reason_of(read, path, root, root) == "missing_image_file"
     assert reason_of(read, path, root, None) == "missing_image_file"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would have been waited; no time passes."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_an_image_that_cannot_be_reached_now_is_tried_again(folders, waits, monkeypatch, code):
+    """A disk that stumbled made `missing_image_file` of pictures that were there."""
+    folder, root = folders
+    read_file, failures = images_module.read_regular_file, [OSError(code, os.strerror(code))] * 2
+
+    def stumbling(path: str, max_bytes: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read_file(path, max_bytes)
+
+    monkeypatch.setattr(images_module, "read_regular_file", stumbling)
+    assert read("a.png", folder, root) == b"inside"
+    assert waits == list(WAITS_S[:2])
+    failures += [OSError(code, os.strerror(code))] * 9
+    with pytest.raises(RecordError, match=r"a\.png: .*retry-failed") as caught:
+        read("a.png", folder, root)
+    assert caught.value.reason == "unreachable_image"
+
+
+def test_an_image_that_is_not_there_is_not_waited_for(folders, waits):
+    folder, root = folders
+    assert reason_of(read, "no.png", folder, root) == "missing_image_file"
+    assert waits == []
 
 
 def test_a_pipe_is_not_waited_for(folders):

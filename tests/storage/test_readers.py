@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -13,7 +15,8 @@ from PIL import ExifTags, Image
 
 from stream_engine.errors import ConfigError
 from stream_engine.records import Failure, Sample, sample_key
-from stream_engine.storage.readers import read_rows, read_samples
+from stream_engine.storage.inputs import list_inputs
+from stream_engine.storage.readers import FORMAT_READERS, read_rows, read_samples
 from stream_engine.storage.shards import write_shard
 from tests.storage.conftest import (
     Row,
@@ -436,6 +439,33 @@ def test_a_file_that_ends_early_keeps_what_was_read(tmp_path: Path):
     assert failure.row == len(samples) > 10
     assert [sample.idx for sample in samples] == [str(i) for i in range(len(samples))]
     assert all(sample.images for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.tar"])
+@pytest.mark.parametrize("num_stumbles", [2, 99])
+def test_a_file_on_a_disk_that_stumbles_is_read_on(tmp_path, monkeypatch, name, num_stumbles):
+    """Once, the rest of a file was given up at the first error of a network's disk."""
+    monkeypatch.setattr(time, "sleep", lambda wait_s: None)
+    source = WRITERS[name](tmp_path / name, [make_row(i) for i in range(6)])
+    (format,) = (file.format for file in list_inputs(str(source)))
+    read_format = FORMAT_READERS[format]
+    left = num_stumbles
+
+    def stumbling(stream):
+        nonlocal left
+        for position, row in read_format(stream):
+            if position == 3 and left:
+                left -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            yield position, row
+
+    monkeypatch.setitem(FORMAT_READERS, format, stumbling)
+    items = read(source)
+    assert [item.idx for item in items[:3]] == ["0", "1", "2"]
+    if num_stumbles == 2:
+        assert [item.idx for item in items[3:]] == ["3", "4", "5"]
+    else:
+        assert [(item.reason, item.row) for item in items[3:]] == [("unreadable_file", 3)]
 
 
 def test_a_tar_cut_between_a_samples_members_gives_no_half_sample(tmp_path: Path):

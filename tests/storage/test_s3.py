@@ -97,6 +97,32 @@ def test_every_format_is_read_from_s3_and_read_once(endpoint, environment, run_d
     assert run_ingest(run_dir, sources, environment) == 0
 
 
+READ_NOTHING = """
+import time
+from stream_engine.config import InputConfig
+from stream_engine.errors import RecordError
+from stream_engine.storage.images import read_image_file
+from stream_engine.storage.inputs import InputFile
+from stream_engine.storage.readers import read_file
+time.sleep = lambda wait_s: None
+file = InputFile(path="s3://bucket/a.jsonl", format="jsonl", size=9, version="")
+print([row.item.reason for row in read_file(file, InputConfig(), {})])
+try:
+    read_image_file("a.png", "s3://bucket", None, 100)
+except RecordError as error:
+    print(error.reason)
+"""
+
+
+def test_a_store_that_cannot_be_reached_is_named_and_ends_nothing(environment):
+    """botocore's errors are no OSErrors: ingest ended with a traceback."""
+    environment |= {"FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", READ_NOTHING], env=environment, capture_output=True, text=True
+    )
+    assert finished.stdout == "['unreadable_file']\nunreachable_image\n", finished.stderr
+
+
 def test_missing_credentials_are_a_config_error(monkeypatch, tmp_path: Path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
