@@ -28,7 +28,7 @@ from stream_engine.runner import RunReport, begin, retry_shard, run
 from stream_engine.status import Status, collect, no_pairs, problems
 from stream_engine.storage.atomic import temporary_path
 from stream_engine.storage.exports import EXPORTS
-from stream_engine.storage.run_dir import RunDir
+from stream_engine.storage.run_dir import RunDir, folder_on_disk
 
 DEMO_COUNT = 300
 DEMO_SEED = 7
@@ -212,6 +212,7 @@ def export(args: argparse.Namespace) -> int:
         raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
     if args.out and len(formats) > 1:
         raise ConfigError(f"--out takes one format, not {','.join(formats)}")
+    folder = folder_on_disk(args.out, setting="--out") if args.out else None
     state = open_state(args)
     run_file = read_run_file(state.run_dir)
     config = run_file.config()
@@ -229,7 +230,7 @@ def export(args: argparse.Namespace) -> int:
                 pipeline,
                 run_file.fingerprints,
                 format=name,
-                folder=Path(args.out) if args.out else None,
+                folder=folder,
                 allow_partial=any(state.is_failed(shard) for shard in state.shards),
             )
 
@@ -312,7 +313,7 @@ def with_demo(
     models = demo_models(settings.get("pipeline_name", defaults.pipeline_name))
     settings = models | {name: value for name, value in settings.items() if value is not None}
     if not settings.get("dataset_path"):
-        path = Path(settings.get("work_dir", defaults.work_dir)) / DEMO_DATASET
+        path = RunDir(settings.get("work_dir", defaults.work_dir)).root / DEMO_DATASET
         if make_demo_data:
             write_demo_dataset(path)
         settings["dataset_path"] = (str(path),)

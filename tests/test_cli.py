@@ -19,8 +19,10 @@ from stream_engine.config import RunConfig
 from stream_engine.demo import checkpoint_path
 from stream_engine.errors import ConfigError
 from stream_engine.flags import LineParser, add_settings, normalise, read_settings, refuse_unknown
+from stream_engine.runner import run
 from tests import echo_pipeline
 from tests.conftest import ROOT, stream_engine, write_questions
+from tests.echo_pipeline import echo_config
 
 ANCESTOR_FLAGS = (
     "--reward_model_name r --reward_model_path /r --instruct_model_name i --instruct_model_path /i "
@@ -242,6 +244,38 @@ def test_plan_refuses_the_paths_that_a_run_refuses(
     assert main(words) == 1
     error = capsys.readouterr().err
     assert message.format(tmp=tmp_path) in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run --demo --work_dir s3://bucket/run",
+        "run --pipeline_name echo --work_dir s3://bucket/run --dataset_path {questions}",
+        "shard s3://bucket/run --pipeline_name echo --dataset_path {questions}",
+        "plan --demo --work_dir s3://bucket/run",
+        "status s3://bucket/run",
+        "export {run} --format trl --out s3://bucket/pairs",
+    ],
+)
+def test_a_url_to_write_to_is_refused_before_any_work(
+    echo: None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It became the local folder `s3:`, in which all was computed until the merge crashed."""
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this for"])
+    run_dir = tmp_path / "run"
+    if "{run}" in words:
+        run(echo_config(run_dir, dataset), show_progress=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    capsys.readouterr()
+    assert main(words.format(questions=dataset, run=run_dir).split()) == 1
+    error = capsys.readouterr().err
+    assert "is a URL" in error and "Mount the store" in error and error.count("\n") == 1
+    assert not any((tmp_path / "here").iterdir())
 
 
 def test_an_unknown_format_is_refused_before_any_work(

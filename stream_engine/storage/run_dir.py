@@ -18,12 +18,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stream_engine.errors import ConfigError
+
 
 class RunDir:
     """The paths of one run. `stage` is "rollouts" or "rewards"; shards are counted from 0."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        """Name the run's folder.
+
+        Raises:
+            ConfigError: when it is a URL.
+        """
+        self.root = folder_on_disk(root, setting="work_dir")
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.root)!r})"
@@ -114,3 +121,18 @@ class RunDir:
     @property
     def report_html(self) -> Path:
         return self.root / "report" / "index.html"
+
+
+def folder_on_disk(path: str | Path, *, setting: str) -> Path:
+    """The folder that a setting names for what is written.
+
+    Raises:
+        ConfigError: for a URL, which as a path would be a local folder named `s3:`.
+    """
+    if "://" in str(path):
+        raise ConfigError(
+            f"{setting} {str(path)!r} is a URL; it must be a folder on a disk that every worker "
+            "mounts, since files are put in place by renames and hard links, which stores do not "
+            "have. Mount the store, or copy the dataset's folder there afterwards"
+        )
+    return Path(path)

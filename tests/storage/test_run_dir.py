@@ -1,5 +1,8 @@
 from pathlib import Path
 
+import pytest
+
+from stream_engine.errors import ConfigError
 from stream_engine.storage.run_dir import RunDir
 
 
@@ -15,6 +18,12 @@ def test_paths_are_those_of_the_layout():
     assert run_dir.log("rank-0") == Path("work/logs/rank-0.log")
     assert run_dir.stats_json == Path("work/dataset/stats.json")
     assert run_dir.report_html == Path("work/report/index.html")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "simplecache::gs://bucket/run", "file:///run"])
+def test_a_url_is_no_run_directory(url: str):
+    with pytest.raises(ConfigError, match="is a URL"):
+        RunDir(url)
 
 
 def test_each_format_has_a_folder_of_its_own():
