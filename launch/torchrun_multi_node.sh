@@ -4,6 +4,11 @@
 # Run the same line on every node, with its own node_rank. The nodes share nothing but the work
 # directory, which must be on a file system that all of them see. A node that dies does not stop the
 # others; run the line again to resume, with any number of nodes.
+#
+# A worker that is killed for memory, crashes or loses its GPU makes torchrun start this node's workers
+# again, up to max_restarts times; they take up where they were, and other nodes go on meanwhile. Eight
+# are enough to find one record that kills its worker (after the seventh death it is set aside).
+# Records and shards that failed are named at the end, and by `stream-engine status WORK_DIR --check`.
 
 set -euo pipefail
 
@@ -11,6 +16,7 @@ nnodes="${nnodes:-1}"
 node_rank="${node_rank:-0}"
 master_addr="${master_addr:-127.0.0.1}"
 master_port="${master_port:-29511}"
+max_restarts="${max_restarts:-8}"
 nproc_per_node="${nproc_per_node:-}" # workers on this node; empty: one a GPU, or 2 without GPUs
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,6 +26,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cores_each=$(($(num_cores) / nproc_per_node))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores_each > 0 ? cores_each : 1))}"
 
+# A wrong setting ends the script here, not after max_restarts tries.
+"$python" -m stream_engine plan "$@"
+
+# --failures_ok: torchrun takes any other status for a crash and starts the workers again.
 exec "$python" -m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" \
     --nproc_per_node "$nproc_per_node" --master_addr "$master_addr" --master_port "$master_port" \
-    -m stream_engine run "$@"
+    --max_restarts "$max_restarts" -m stream_engine run "$@" --failures_ok

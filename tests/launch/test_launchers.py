@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from stream_engine.demo import checkpoint_path
+from stream_engine.storage.leases import list_leases
+from stream_engine.storage.run_dir import RunDir
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
@@ -74,6 +78,28 @@ def test_every_launcher_gives_the_same_answers(
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     assert len(answers(demo_run)) == 24
     assert answers(work_dir) == answers(demo_run)
+    assert parts(work_dir / "dataset") == parts(demo_run / "dataset")
+
+
+def test_the_multi_node_script_starts_a_killed_worker_again(
+    demo_run: Path, demo_questions: Path, tmp_path: Path
+) -> None:
+    """One killed worker ended its node's torchrun, and the node's work with it."""
+    work_dir = tmp_path / "run"
+    paths = ["--dataset_path", str(demo_questions), "--work_dir", str(work_dir)]
+    node = subprocess.Popen(
+        ["bash", "launch/torchrun_multi_node.sh", *DEMO_FLAGS, *paths],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"nproc_per_node": "1", "master_port": free_port()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while node.poll() is None and not (leases := list_leases(RunDir(work_dir))):
+        time.sleep(0.01)
+    os.kill(leases[0].pid, signal.SIGKILL)
+    output = node.communicate(timeout=300)[0]
+    assert node.returncode == 0, output
     assert parts(work_dir / "dataset") == parts(demo_run / "dataset")
 
 
