@@ -155,12 +155,13 @@ class Worker:
         Raises:
             OSError: when the file system has failed it for minutes, and it could do nothing else.
         """
-        num_mine = 0
-        is_idle = False
+        num_mine = num_idle = 0
         while True:
+            # The first time that there seems to be nothing to do, look again at once.
+            max_age_s = {0: REFRESH_S, 1: 0.0}.get(num_idle, IDLE_S)
             try:
                 is_ingested = self.ingest()
-                self.state.refresh(max_age_s=0.0 if is_idle else REFRESH_S)
+                self.state.refresh(max_age_s=max_age_s)
                 self.check_bad_fraction()
                 task = self.next_task() if do_shards and not self.is_broken() else None
                 num_mine += self.do(*task) if task is not None else 0
@@ -170,13 +171,10 @@ class Worker:
                 self.sit_out(error)
                 continue
             self.trouble_since = None
-            if task is not None:
-                is_idle = False
-            elif not is_idle:
-                is_idle = True  # there seems to be nothing to do: look again at once
-            elif is_ingested and (self.is_settled() or not do_shards):
-                return num_mine
-            else:
+            num_idle = 0 if task is not None else num_idle + 1
+            if num_idle > 1:
+                if is_ingested and (self.is_settled() or not do_shards):
+                    return num_mine
                 self.show("waiting for other workers")
                 time.sleep(IDLE_S)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import time
 from collections.abc import Container
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from stream_engine.cli import main
 from stream_engine.config import Stage
 from stream_engine.errors import ShardReadError
 from stream_engine.run_json import read_run_file
-from stream_engine.run_state import RunState
+from stream_engine.run_state import RunState, shard_lease
 from stream_engine.runner import run
+from stream_engine.storage.leases import Lease, LeaseInfo, list_leases
 from stream_engine.storage.results import ResultHeader, read_header
 from stream_engine.storage.run_dir import RunDir
+from stream_engine.worker import Worker
 from tests.conftest import write_questions
 from tests.echo_pipeline import CALLS, echo_config
 
@@ -90,6 +93,39 @@ def test_a_worker_outlives_a_file_system_that_fails_for_a_while(
     dataset = write_questions(tmp_path / "questions.jsonl", TEN)
     report = run(echo_config(tmp_path / "run", dataset), show_progress=False)
     assert (report.exit_status, report.status.samples.done) == (0, 10)
+
+
+def test_a_waiting_worker_spends_little_time_on_looking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listed all folders four times a second, however long that took."""
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN)
+    config = echo_config(tmp_path / "run", dataset)
+    run(config, steps=("shard",), show_progress=False)
+    lease = Lease.acquire(RunDir(tmp_path / "run"), shard_lease(1), worker_id="far", timeout_s=60)
+    assert lease is not None
+    num_waits = num_looks = 0
+
+    def slow_list(run_dir: RunDir) -> list[LeaseInfo]:
+        nonlocal num_looks
+        num_looks += 1
+        time.sleep(0.1)  # 20 times that is how old its sight of things may get
+        return list_leases(run_dir)
+
+    def wait(self: Worker, doing: str) -> None:
+        nonlocal num_waits, num_looks
+        num_waits += doing == "waiting for other workers"
+        if num_waits == 1:
+            num_looks = 0
+        elif num_waits == 20:
+            assert num_looks <= 2
+            lease.release()
+
+    monkeypatch.setattr(run_state, "list_leases", slow_list)
+    monkeypatch.setattr(Worker, "show", wait)
+    monkeypatch.setattr(worker, "IDLE_S", 0.05)
+    assert run(config, show_progress=False).exit_status == 0
+    assert num_waits >= 20
 
 
 def test_a_file_system_that_fails_for_good_ends_the_command_in_one_line(
