@@ -4,7 +4,7 @@
 "aside ..."   is set aside at the rollouts         "unscored ..." is set aside at the rewards
 "settings ..." raises ConfigError                "broken ..." fails in the model's forward
 "lost ..."    loses the device on its first call "kill ..."   ends the process, always
-anything else is answered
+"gone ..."    loses the device, always           anything else is answered
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class EchoPipeline(Pipeline):
 def misbehave(question: str, num_calls: int) -> None:
     if question.startswith("boom") or (question.startswith("flaky") and num_calls == 1):
         raise RuntimeError(f"cannot stand {question!r}")
-    if question.startswith("lost") and num_calls == 1:
+    if question.startswith("gone") or (question.startswith("lost") and num_calls == 1):
         raise RuntimeError("CUDA error: device-side assert triggered")
     if question.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,6 +11,7 @@ import pytest
 
 from stream_engine import pipelines
 from stream_engine.config import RunConfig
+from stream_engine.errors import DeviceLostError
 from stream_engine.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER
 from stream_engine.run_state import shard_lease
 from stream_engine.runner import RunReport, run
@@ -64,6 +65,17 @@ def test_a_record_that_kills_its_process_is_set_aside_and_the_others_go_on(tmp_p
     assert not list(run_dir.failures_dir.glob("*.json"))
     quarantined = run_dir.stage_quarantine("rollouts", 0).read_text()
     assert quarantined.count("\n") == 1 and "ends_worker" in quarantined
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_record_that_loses_the_device_is_set_aside_alone(tmp_path: Path) -> None:
+    """The device is lost for the records after it as well, which are not to blame."""
+    for _ in range(MAX_DEATHS_TOGETHER + MAX_DEATHS_ALONE):
+        with pytest.raises(DeviceLostError):
+            run_on(tmp_path, [*TEN[:2], "gone for good", *TEN[2:]])
+    report = run_on(tmp_path, [*TEN[:2], "gone for good", *TEN[2:]])
+    assert (report.status.samples.done, report.status.samples.quarantined) == (10, 1)
+    assert "ends_worker" in report.problems[0] and "device-side assert" in report.problems[0]
 
 
 @pytest.mark.usefixtures("echo")
