@@ -13,8 +13,9 @@ import pytest
 from stream_engine.config import ModelConfig, RunConfig
 from stream_engine.demo import demo_models
 from stream_engine.engine import engine as engine_module
+from stream_engine.errors import StreamEngineError
 from stream_engine.loaded_engines import LoadedEngines
-from stream_engine.models import load_model
+from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
 from stream_engine.plan import plan_lines, read_shape
 from stream_engine.ranks import Rank
@@ -140,6 +141,36 @@ def test_the_plan_says_how_answers_are_drawn_and_what_is_not_inherited(tmp_path:
     assert values.startswith("instruct: temperature 0.7 (run), ")
     assert "top_k 50 (default (the checkpoint's top_k 1 is greedy))" in values
     assert note.startswith("instruct: generation_config.json describes greedy decoding (top_k 1)")
+
+
+@pytest.mark.parametrize(
+    ("hint", "message"),
+    [
+        pytest.param("llava", None, id="family"),
+        pytest.param("llava-v1.5-7b", None, id="published-name"),
+        pytest.param("LLaVA_v1.5", None, id="other-spelling"),
+        pytest.param("minicpm_v", "promises minicpm_v", id="other-family"),
+        pytest.param("text_lm", "promises text_lm", id="text"),
+        pytest.param("Qwen2.5-VL-7B", "promises hf_vlm", id="native-model"),
+        pytest.param("MiniCPM-Llama3-V-2_5", "promises minicpm_v", id="longest-word"),
+        pytest.param("qwen", "unknown model name 'qwen'.*llava-v1.5", id="unknown"),
+    ],
+)
+def test_a_model_name_that_does_not_fit_the_checkpoint_is_refused(
+    hint: str, message: str | None, tmp_path: Path
+) -> None:
+    """Names were compared with a few words only: most contradictions passed, as did any name."""
+    settings = config(tmp_path, instruct_model_name=hint)
+    if message is None:
+        assert list(plan_lines(settings))
+        return
+    with pytest.raises(StreamEngineError, match=message):
+        list(plan_lines(settings))
+
+
+def test_a_native_checkpoint_is_named_by_its_model_type(tmp_path: Path) -> None:
+    writers_hf.write_hf(tmp_path, "aya_vision")
+    assert detect_family(tmp_path, name_hint="aya-vision-8b") == "hf_vlm"
 
 
 def test_every_engine_of_a_pipeline_has_a_line(tmp_path: Path) -> None:

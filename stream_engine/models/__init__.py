@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stream_engine.config import ModelConfig
-from stream_engine.errors import CheckpointError
+from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models.fingerprint import checkpoint_fingerprint
 
 if TYPE_CHECKING:
@@ -43,12 +43,26 @@ MODEL_FAMILIES = {
     "text_lm": "stream_engine.models.text_lm",
 }
 
-# Words of a --*_model_name that promise a family.
+# Words of a --*_model_name that promise a family, besides the family's own name. Case and
+# punctuation do not count; of several words in a name the longest does.
 NAME_HINTS = {
-    "llava": ("llava-v1.5", "llava-1.5", "llava15", "rlaif-v-7b"),
+    "llava": ("llava-v1.5", "llava-1.5", "rlaif-v-7b"),
     "omnilmm": ("omnilmm", "rlaif-v-12b"),
     "minicpm_v": ("minicpm-v-2", "minicpm-llama3-v"),
-    "llava_onevision": ("llava-critic",),
+    "llava_onevision": ("llava-critic", "llava-onevision"),
+    "hf_vlm": (
+        *(
+            "qwen2-vl",
+            "qwen2.5-vl",
+            "qwen3-vl",
+            "internvl",
+            "gemma-3",
+            "smolvlm",
+            "mistral-small-3",
+        ),
+        *("llava-next", "llava-v1.6", "llava-onevision"),
+    ),
+    "text_lm": ("llama-3",),
 }
 
 
@@ -58,6 +72,7 @@ def detect_family(checkpoint: str | Path, *, name_hint: str | None = None) -> st
     Raises:
         CheckpointError: for a directory without config.json, a LoRA adapter, an unsupported
             architecture, or a `name_hint` that promises another family.
+        ConfigError: for a `name_hint` that promises none.
     """
     checkpoint = Path(checkpoint)
     config = read_checkpoint_config(checkpoint)
@@ -66,12 +81,13 @@ def detect_family(checkpoint: str | Path, *, name_hint: str | None = None) -> st
         families = {entry.name: entry.value} | families
     for name, module in families.items():
         if importlib.import_module(module).matches(config):
-            hinted = [f for f, words in NAME_HINTS.items() if _names(name_hint, words)]
-            if hinted and name not in hinted:
-                raise CheckpointError(
-                    f"{checkpoint} is a {name} checkpoint, but the model name {name_hint!r} "
-                    f"promises {hinted[0]}; drop the name or correct the path"
-                )
+            if name_hint:
+                promised = promised_families(name_hint, list(families), config)
+                if name not in (promised or [name]):
+                    raise CheckpointError(
+                        f"{checkpoint} is a {name} checkpoint, but the model name {name_hint!r} "
+                        f"promises {promised[0]}; drop the name or correct the path"
+                    )
             return name
     raise CheckpointError(
         f"{checkpoint} is {config.get('architectures')} (model_type {config.get('model_type')!r}), "
@@ -115,5 +131,33 @@ def read_checkpoint_config(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def _names(hint: str | None, words: tuple[str, ...]) -> bool:
-    return hint is not None and any(word in hint.lower() for word in words)
+def promised_families(hint: str, families: list[str], config: dict[str, Any]) -> list[str]:
+    """The families that a model name promises; none when it names the checkpoint's own model type.
+
+    Raises:
+        ConfigError: for a name that says nothing of any known family.
+    """
+    name = _letters(hint)
+    exact = [family for family in families if _letters(family) == name]
+    if exact:
+        return exact
+    found = [
+        (len(_letters(word)), family)
+        for family, words in NAME_HINTS.items()
+        for word in words
+        if _letters(word) in name
+    ]
+    if found:
+        return [family for length, family in found if length == max(found)[0]]
+    own = _letters(config.get("model_type") or "")
+    if own and own in name:
+        return []
+    known = ", ".join((*families, *dict.fromkeys(w for ws in NAME_HINTS.values() for w in ws)))
+    raise ConfigError(
+        f"unknown model name {hint!r}; drop it, or give one with any of {known} in it"
+    )
+
+
+def _letters(name: str) -> str:
+    """A name without case and punctuation."""
+    return "".join(filter(str.isalnum, name.lower()))
