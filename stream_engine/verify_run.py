@@ -13,7 +13,11 @@ from stream_engine.storage.shards import read_shard
 
 
 def damaged_parts(state: RunState) -> Iterator[str]:
-    """A line for every damaged shard or result, and for samples that no result accounts for."""
+    """A line for every damaged shard or result, and for samples that no result accounts for.
+
+    Shards that the next run works on are one line together.
+    """
+    num_pending = 0
     for info, shard in zip(state.manifest.shards, state.shards):
         try:
             for _ in read_shard(state.run_dir.shard(info.index), info):
@@ -27,6 +31,11 @@ def damaged_parts(state: RunState) -> Iterator[str]:
                         yield f"{path}: {record.key} is not in the shard"
         except ShardReadError as error:
             yield str(error)
+        if not state.is_settled(STAGES, shard):
+            num_pending += 1
+            continue
         for stage in STAGES:
             if not state.is_complete(stage, shard):
                 yield f"shard {info.index}: the {stage} do not account for every sample"
+    if num_pending:
+        yield f"{num_pending} of {len(state.shards)} shards pending; run it again"

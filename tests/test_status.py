@@ -148,6 +148,18 @@ def test_validate_finds_a_run_whole(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["validate", str(tmp_path / "run")]) == 0, capsys.readouterr().out
 
 
+def test_validate_says_once_that_shards_are_pending(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupted run got two lines for each shard not begun, as if its results were short."""
+    dataset = write_questions(tmp_path / "questions.jsonl", TEN)
+    run(echo_config(tmp_path / "run", dataset), steps=("shard",), show_progress=False)
+    assert main(["validate", str(tmp_path / "run")]) == 2
+    text = capsys.readouterr().out
+    assert text.count("3 of 3 shards pending; run it again") == 1
+    assert "account" not in text
+
+
 def test_validate_names_a_damaged_shard_and_a_missing_result(
     finished: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
