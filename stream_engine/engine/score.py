@@ -120,31 +120,36 @@ def _in_batches(
         batch: list[ScoreRequest] = []
         starts: list[int] = []
         num_tokens = 0
-        while True:
-            if not waiting:
-                following = next(source, None)
-                if following is None:
-                    break
-                waiting.append(following)
-            request = waiting[0]
-            longest = max((len(row) for row in request.continuations), default=0)
-            refusal = engine.refusal(request.prompt, longest)
-            if refusal is not None:
-                waiting.popleft()
-                yield RequestFailure(request.key, *refusal)
-                continue
-            size = len(request.prompt) + sum(map(fed, request.continuations))
-            if batch and num_tokens + size > engine.budget.tokens:
-                break
-            try:
-                starts.append(engine.cache.allocate_span(len(request.prompt)))
-            except CacheFullError:
-                # What generation has begun early must not keep the first request out.
-                if not batch and engine.scheduler.forget():
+        try:
+            while True:
+                if not waiting:
+                    following = next(source, None)
+                    if following is None:
+                        break
+                    waiting.append(following)
+                request = waiting[0]
+                longest = max((len(row) for row in request.continuations), default=0)
+                refusal = engine.refusal(request.prompt, longest)
+                if refusal is not None:
+                    waiting.popleft()
+                    yield RequestFailure(request.key, *refusal)
                     continue
-                break
-            batch.append(waiting.popleft())
-            num_tokens += size
+                size = len(request.prompt) + sum(map(fed, request.continuations))
+                if batch and num_tokens + size > engine.budget.tokens:
+                    break
+                try:
+                    starts.append(engine.cache.allocate_span(len(request.prompt)))
+                except CacheFullError:
+                    # What generation has begun early must not keep the first request out.
+                    if not batch and engine.scheduler.forget():
+                        continue
+                    break
+                batch.append(waiting.popleft())
+                num_tokens += size
+        except BaseException:  # of the requests' source, or of who reads the results
+            for request, start in zip(batch, starts):
+                engine.cache.release_span(start, len(request.prompt))
+            raise
         if not batch:
             return
         yield from _run_batch(engine, batch, starts, read, waiting)

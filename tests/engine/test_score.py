@@ -130,3 +130,17 @@ def test_a_question_without_scorable_answers_gets_an_empty_result(make_engine):
     engine = make_engine()
     prompt = ask(engine, 1)[0].prompt
     assert next(engine.score([ScoreRequest("k", prompt, ())])).token_logps == []
+
+
+def test_requests_that_end_in_an_error_leave_nothing_in_the_cache(make_engine):
+    """The spans of a batch that was being put together stayed taken for good."""
+    engine = make_engine()
+
+    def requests():
+        for request in ask(engine, 2):
+            yield ScoreRequest(request.key, request.prompt, ((5, 6), (7,)))
+        raise ValueError("the pictures ran out")
+
+    with pytest.raises(ValueError, match="ran out"):
+        list(engine.score(requests()))
+    assert not engine.is_busy
