@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,3 +76,55 @@ def test_cpu_and_gpu_score_alike(cuda_engine, make_engine):
 
     result = next(gpu.score([ScoreRequest("k", ask(gpu, 1)[0].prompt, (tuple(answer),))]))
     assert result.token_logps[0] == pytest.approx(full_forward_logps(cpu, prompt, answer), abs=1e-3)
+
+
+def eager(engine: Engine) -> Engine:
+    engine.graphs = None
+    return engine
+
+
+def test_a_single_row_is_drawn(cuda_engine):
+    """Kernels are compiled anew for a count of one."""
+    captured, plain = cuda_engine(max_rows=1), eager(cuda_engine(max_rows=1))
+    expected = rows_of(plain.generate(ask(plain, 3, rows=1)))
+    assert rows_of(captured.generate(ask(captured, 3, rows=1))) == expected
+    assert captured.graphs is not None, "decode steps could not be captured"
+
+
+def test_a_repetition_penalty_is_captured_too(cuda_engine):
+    captured, plain = (cuda_engine(max_rows=6, repetition_penalty=1.3) for _ in range(2))
+    eager(plain)
+    assert rows_of(captured.generate(ask(captured, 6))) == rows_of(plain.generate(ask(plain, 6)))
+    assert captured.graphs is not None and captured.graphs.graphs
+
+
+def test_steps_are_captured_again_when_the_cache_grows(cuda_engine):
+    """Rows with prompts of their own, longer than what a slot was planned to hold."""
+
+    def requests(engine: Engine):
+        for request in ask(engine, 6, rows=2):
+            own = tuple(range(5, 45))
+            yield replace(request, rows=tuple(replace(r, suffix_ids=own) for r in request.rows))
+
+    captured, plain = cuda_engine(), eager(cuda_engine())
+    for _ in range(2):
+        assert rows_of(captured.generate(ask(captured, 3))) == rows_of(
+            plain.generate(ask(plain, 3))
+        )
+        assert rows_of(captured.generate(requests(captured))) == rows_of(
+            plain.generate(requests(plain))
+        )
+    assert captured.graphs is not None
+
+
+def test_graphs_of_two_engines_take_turns(cuda_engine):
+    """Each keeps its own stream and pool: dropping one's graphs leaves the other's whole."""
+    one, other, plain = cuda_engine(), cuda_engine(), eager(cuda_engine())
+    expected = rows_of(plain.generate(ask(plain, 5)))
+    for _ in range(3):
+        assert rows_of(one.generate(ask(one, 5))) == expected
+        assert rows_of(other.generate(ask(other, 5))) == expected
+        one.free_memory()  # its graphs are captured anew, into a new pool
+    one.close()
+    assert rows_of(other.generate(ask(other, 5))) == expected
+    assert other.graphs is not None
