@@ -94,7 +94,7 @@ def test_models_are_asked_in_the_published_words(pipeline, engines):
         "### Question-answer pair:\nQuestion: Describe the image.\nAnswer: a. b. ASSISTANT:"
     )
     assert prompts.SPLIT in asked_split[0]
-    assert asked_rewrite[0].endswith("### Declarative sentences:\n- a\n- b ASSISTANT:")
+    assert asked_rewrite[0].endswith("### Declarative sentences:\n- a\n\n- b\n ASSISTANT:")
     assert prompts.REWRITE in asked_rewrite[0]
     assert [text.rpartition("\n")[2] for text in asked_check] == [
         "so: a? Please answer yes or no. ASSISTANT:",
