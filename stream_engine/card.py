@@ -33,6 +33,11 @@ mean, rejected per token]}`: of the instruct model's untempered distribution, ov
 tokens and the end token where the model generated it. The lists per token cover prompt and answer:
 entry t belongs to token t + 1, and prompt positions are 0. An answer that was cut off has no end
 token, while the trainer appends one: drop `logps` if such pairs (see below) are many.
+
+The log-probs are of the picture as the model saw it when it answered: LLaVA models see it padded to
+a square, while RLAIF-V's `train_llava15.py` crops it. Where pictures are not square, let its
+`image_processor` pad them too (`expand2square` with the mean colour), or the reference's log-probs
+and the policy's are of two pictures.
 """,
     "trl": """\
 ```python

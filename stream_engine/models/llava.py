@@ -6,8 +6,10 @@ Three layouts on disk, one model:
 - llava-hf/llava-1.5-7b-hf: nested configs, other prefixes, and rows appended to the vocabulary,
   which are left out of the softmax here so that log-probs equal the original's.
 
-All are asked in the same words (conversation template `llava_v1`) and see the same picture (padded
-to a square), which is what RLAIF-V sampled, scored and trained with.
+All are asked in the same words (conversation template `llava_v1`) and see the same picture: padded
+to a square where the config says so, which is how LLaVA-1.5 was trained and how RLAIF-V sampled.
+RLAIF-V scored and trained on a centre crop; here one picture serves both, and log-probs of two
+pictures are never subtracted.
 """
 
 from __future__ import annotations
