@@ -32,12 +32,15 @@ DEVICE_ERROR = re.compile(
     r"(cuda|cudnn|cublas|hip|triton) error|device-side assert|illegal memory access", re.IGNORECASE
 )
 OUT_OF_MEMORY = re.compile(
-    r"not enough memory|(cuda|hip) error: out of memory|_ALLOC_FAILED", re.IGNORECASE
+    r"not enough memory|(cuda|hip)( driver)?( error|\]): out of memory|_ALLOC(ATION)?_FAILED"
+    r"|NOT_INITIALIZED when calling .?cublasCreate",  # which allocates its workspace
+    re.IGNORECASE,
 )
 ONE_CALL = re.compile(
     r"invalid (argument|configuration|value|device function|resource handle)|_INVALID_VALUE"
-    r"|_BAD_PARAM|not_supported|not supported|_mismatch|too many resources|no kernel image"
-    r"|kernel image is invalid|capture|capturing|out of memory|out of resource",
+    r"|_BAD_PARAM|not_supported|not supported|unsupported|_mismatch|too many resources|PTX"
+    r"|device ordinal|no kernel image|kernel image is invalid|capture|capturing|out of memory"
+    r"|out of resource",
     re.IGNORECASE,
 )
 """What a device says of a call that it refused: the next call may do better."""

@@ -12,6 +12,7 @@ The module knows nothing of requests: it is handed rows as plain numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,10 @@ class GraphDecoder:
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
         self.site = _CaptureSite(engine.model.device)
+
+    def forget(self) -> None:
+        """Free the graphs: the slabs that they read and write are given up."""
+        self.graphs.clear()
 
     def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
@@ -130,18 +135,35 @@ class _CaptureSite:
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            warm_up()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                warm_up()
+        finally:
+            current.wait_stream(self.stream)
         try:
             # Threads that prepare the next prompts must not be able to break a capture.
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 step()
+        except BaseException:
+            self.end_allocation()
+            raise
         finally:  # a capture that fails leaves its stream current
             torch.cuda.set_stream(current)
         return graph
+
+    def end_allocation(self) -> None:
+        """Let the allocator leave the pool of a capture that failed.
+
+        A capture that its own step has made invalid ends with an error before torch does so; from
+        then on the allocator would give no freed block back to the device.
+        """
+        assert self.stream is not None
+        with suppress(RuntimeError):  # where the capture did end
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            torch._C._cuda_releasePool(self.stream.device_index, self.pool)
+        self.renew_pool()
 
 
 class _CapturedStep:

@@ -285,7 +285,7 @@ class Engine:
         """
         if not self.model.shares_prefix:
             return
-        self.cache.clear()
+        self.clear_cache()
         demand, available = self.demand(), self.available()
         while True:
             plan = plan_memory(demand, available, weights=self._weights())
@@ -395,13 +395,19 @@ class Engine:
             self.slot_tokens = max(self.slot_tokens, self.cache.slot_capacity)
         self.is_planned = False
         self.scheduler.forget()
-        self.cache.clear()
+        self.clear_cache()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def clear_cache(self) -> None:
+        """Free the cache, and the captured steps that hold its addresses."""
+        self.cache.clear()
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def close(self) -> None:
         """Free the model's memory; the engine is of no use afterwards."""
-        self.cache.clear()
+        self.clear_cache()
         del self.model, self.head_weight, self.graphs, self.seen
         gc.collect()  # the engine and its parts refer to each other
         if torch.cuda.is_available():
@@ -493,7 +499,7 @@ def share_device(engines: Sequence[Engine]) -> None:
     for engine in planned:
         engine.allowance = None
         engine.budget.max_tokens, engine.budget.max_rows = engine.bounds
-        engine.cache.clear()
+        engine.clear_cache()
     available = planned[0].available() - sum(engine.still_to_take() for engine in kept)
     wants = [wanted_bytes(engine.demand()) for engine in planned]
     for engine, part in zip(planned, share_out(max(0, available), wants)):

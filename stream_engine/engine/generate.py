@@ -364,7 +364,7 @@ class Scheduler:
             hidden = self.engine.prefill(
                 [request.prompt for request, _ in admitted], [start for _, start in admitted]
             )
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             if is_device_lost(error):
                 raise
             if is_out_of_memory(error):
@@ -375,14 +375,20 @@ class Scheduler:
                     return
                 queue.put_back([request for request, _ in admitted])
                 raise
-            if len(admitted) > 1:
-                for one in admitted:
-                    self.prefill([one], queue)
+            if len(admitted) == 1:
+                request, start = admitted[0]
+                self.cache.release_span(start, len(request.prompt))
+                failure = RequestFailure(request.key, FORWARD_ERROR, str(error))
+                self.deliver(request, failure, is_wanted=queue is self.queue)
                 return
-            request, start = admitted[0]
-            self.cache.release_span(start, len(request.prompt))
-            failure = RequestFailure(request.key, FORWARD_ERROR, str(error))
-            self.deliver(request, failure, is_wanted=queue is self.queue)
+            hidden = None
+        if hidden is None:  # out of the handler, which holds the tensors of the batch that failed
+            for place, one in enumerate(admitted):
+                try:
+                    self.prefill([one], queue)
+                except BaseException:
+                    queue.put_back([request for request, _ in admitted[place + 1 :]])
+                    raise
             return
         for (request, start), state in zip(admitted, hidden):
             is_wanted = queue is self.queue

@@ -130,7 +130,9 @@ class KVCache:
             in_use = self.spans.capacity - self.spans.num_free
             wanted = max(self.spans.capacity + length, 2 * self.spans.capacity)
             capacity = min(wanted, max(self.max_prefix_tokens, in_use + length))
-            if in_use and in_use + length > self.max_prefix_tokens:
+            is_at_limit = self.spans.capacity >= self.max_prefix_tokens
+            if in_use and (is_at_limit or in_use + length > self.max_prefix_tokens):
+                # At the limit what is free lies in pieces: they join as questions end.
                 raise CacheFullError(f"{in_use} prefix tokens in use, {length} more asked for")
             self.spans.grow(max(capacity, self.spans.capacity + length))
             self.generation += 1

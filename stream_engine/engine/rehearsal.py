@@ -6,6 +6,7 @@ numbers of answers depend on seed and position only, so nothing that is drawn la
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
     from stream_engine.engine.memory import MemoryPlan
     from stream_engine.models.base import Prompt
+
+logger = logging.getLogger(__name__)
 
 QUESTION = "Describe the picture in detail: what is there, where does it lie, what is going on?"
 PICTURE_SIZE = (640, 480)
@@ -95,8 +98,8 @@ def _decode(engine: Engine, plan: MemoryPlan) -> None:
     if engine.graphs is not None:
         try:
             engine.graphs.run(batch, 1)
-        except CaptureError:  # said and handled at the first real step
-            pass
+        except CaptureError as error:  # handled at the first real step
+            logger.info("a decode step could not be captured: %s", error)
         else:
             return
     logits = engine.logits(decode_eagerly(engine, batch))

@@ -143,6 +143,8 @@ def _in_batches(
                     # What generation has begun early must not keep the first request out.
                     if not batch and engine.scheduler.forget():
                         continue
+                    if not batch:
+                        raise
                     break
                 batch.append(waiting.popleft())
                 num_tokens += size

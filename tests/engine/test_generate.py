@@ -197,6 +197,26 @@ def test_memory_that_runs_out_where_requests_are_made_is_not_the_devices(make_en
     assert len(drawn(engine.generate(ask(engine, 4)))) == 4
 
 
+@pytest.mark.parametrize("alone_only", [False, True], ids=["at-once", "after-another-error"])
+def test_memory_that_runs_out_in_a_prefill_loses_no_question(make_engine, alone_only):
+    """Host memory lost the whole batch, and one of a failed batch's questions those after it."""
+    engine = make_engine()
+    expected = drawn(engine.generate(ask(engine, 5)))
+    prefill, calls = engine.prefill, []
+
+    def fail(prompts, starts):
+        calls.append(len(prompts))
+        if alone_only and len(prompts) > 1 and len(calls) == 1:
+            raise ValueError("a bad one among them")
+        if len(calls) == (3 if alone_only else 1):
+            raise MemoryError
+        return prefill(prompts, starts)
+
+    engine.prefill = fail
+    assert drawn(engine.generate(ask(engine, 5))) == expected
+    assert len(calls) > 3 or not alone_only
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")]
 )

@@ -18,7 +18,7 @@ from stream_engine.engine.batching import (
     map_ahead,
 )
 from stream_engine.engine.engine import decode_image
-from stream_engine.engine.prefix_cache import KVCache, SpanAllocator
+from stream_engine.engine.prefix_cache import CacheFullError, KVCache, SpanAllocator
 from stream_engine.engine.selftest import check_model
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.records import EncodedImage
@@ -63,6 +63,19 @@ def test_the_slot_that_padding_is_written_to_is_never_handed_out():
     assert len(set(slots)) == 34
 
 
+def test_a_prefix_slab_in_pieces_waits_and_does_not_outgrow_its_limit():
+    """It grew by every prompt that found no piece large enough, far beyond what was planned."""
+    cache = KVCache(max_prefix_tokens=100)
+    starts = [cache.allocate_span(25) for _ in range(4)]
+    cache.release_span(starts[0], 25)
+    cache.release_span(starts[2], 25)
+    with pytest.raises(CacheFullError, match="50 prefix tokens in use, 40 more"):
+        cache.allocate_span(40)
+    assert cache.spans.capacity == 100
+    cache.release_span(starts[1], 25)
+    assert cache.allocate_span(40) == 0
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -89,6 +102,8 @@ def test_an_error_that_every_further_call_gives_means_a_lost_device(text: str):
         RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
         RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        RuntimeError("CUDA error: invalid device ordinal"),
+        RuntimeError("Triton Error [CUDA]: a PTX JIT compilation failed"),
         ValueError("CUDA error"),
     ],
 )
@@ -103,6 +118,10 @@ def test_an_error_of_one_call_does_not_mean_a_lost_device(error: Exception):
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried ..."),
         MemoryError(),
     ],
