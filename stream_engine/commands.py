@@ -28,6 +28,7 @@ from stream_engine.runner import RunReport, begin, retry_shard, run
 from stream_engine.status import Status, collect, no_pairs, problems
 from stream_engine.storage.atomic import temporary_path
 from stream_engine.storage.exports import EXPORTS
+from stream_engine.storage.inputs import canonical_source
 from stream_engine.storage.run_dir import RunDir, folder_on_disk
 
 DEMO_COUNT = 300
@@ -90,7 +91,11 @@ def retry_failed(args: argparse.Namespace) -> int:
             f"{put_back.rejected} records were rejected when they were read: their inputs are read "
             f"again {when}, and what is there and correct by then is taken"
         )
-    return 0 if args.requeue_only else finish(args, run(config))
+    if args.requeue_only:
+        return 0
+    known = state.refresh().manifest.inputs  # those that are to be read again are so marked there
+    unread = [path for path in config.dataset_path if canonical_source(path) not in known]
+    return finish(args, run(msgspec.structs.replace(config, dataset_path=tuple(unread))))
 
 
 def finish(args: argparse.Namespace, report: RunReport) -> int:

@@ -117,7 +117,9 @@ def record_failure(
         key=member.split(".")[0] or getattr(error, "key", ""),
         worker=worker,
         time=now,
-        retry_at=now + config.retry_backoff_s * 2 ** (attempts + deaths.total() - 1),
+        # Attempts are few; of deaths there may be any number, and the shard is put last anyway.
+        retry_at=now
+        + config.retry_backoff_s * 2 ** min(attempts + deaths.total() - 1, MAX_DEATHS_TOGETHER),
         damaged=damaged,
         deaths=dict(deaths),
     )

@@ -100,9 +100,9 @@ class LoadedEngines:
         said = {
             role.name: {"stage": role.stage, **engine.describe()} for role, engine in self._unsaid
         }
-        self._unsaid.clear()
         if self.rank.place == 0:
             note_engines(self.run_dir, said, worker=self.rank.worker_id)
+        self._unsaid.clear()  # last: what could not be noted is noted at the next try
 
     def only(self, role: ModelRole) -> Engine:
         """A role's engine, alone in memory."""

@@ -11,6 +11,7 @@ from stream_engine.config import ModelRole, RunConfig, SamplingConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.loaded_engines import EngineKey, engine_key
 from stream_engine.models import detect_family, read_checkpoint_config
+from stream_engine.other_python import find_python
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.placement import (
@@ -62,8 +63,10 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
     check_inputs(config)
+    elsewhere = find_python(config.reward_model_python_path) is not None
     for role in pipeline.roles():
-        detect_family(role.path, name_hint=role.hint)
+        if not (elsewhere and role.stage == "rewards"):  # there it may be of a family of its own
+            detect_family(role.path, name_hint=role.hint)
     yield f"pipeline  {pipeline.name}, {config.sample_k} answers a question, seed {config.seed}"
     rank = Rank.from_environment()
     device = set_device(rank, config.device)

@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from stream_engine.config import InputConfig, RunConfig, Stage, WorkerConfig
 from stream_engine.console import ProgressView
 from stream_engine.errors import (
@@ -60,7 +62,7 @@ from stream_engine.records import Failure, Sample
 from stream_engine.run_state import RunState, Shard, shard_lease
 from stream_engine.shard_work import Process, ShardWork, StageRecord
 from stream_engine.storage.ingest import IngestReport, ingest
-from stream_engine.storage.inputs import input_fingerprint
+from stream_engine.storage.inputs import canonical_source, input_fingerprint
 from stream_engine.storage.leases import Holder, Lease, list_leases
 from stream_engine.storage.run_dir import RunDir
 from stream_engine.storage.shards import read_shard
@@ -125,6 +127,7 @@ class Worker:
         self.current_pass = self.passes[0] if self.passes else ()
         self.is_placed = False
         self.unread: dict[str, str] = {}
+        self.limits: dict[str, int | None] = {}
         self.manifest_start = 0
         self.num_added = 0
         self.num_hopeless = 0
@@ -143,6 +146,8 @@ class Worker:
         if read_input and self.config.run_stage in (None, 0):
             self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
         self.state.refresh()
+        if read_input and self.config.run_stage in (None, 0):
+            self.take_up_forgotten_inputs()
         self.manifest_start = self.state.manifest.end
         try:
             return self.work_until_settled(do_shards=do_shards)
@@ -209,16 +214,18 @@ class Worker:
         with lease:
             self.state.refresh()
             sources = self.unread_sources()
-            if sources:
-                logger.info("reading %s", ", ".join(sources))
-                report = ingest(
-                    self.run_dir,
-                    sources,
-                    self.config.part(InputConfig),
-                    on_progress=self.ingest_progress,
-                )
-                logger.info("%s", describe_ingest(report))
-                self.num_added = report.added
+            named = [source for source in sources if source not in self.limits]
+            for group in (named, *([source] for source in sources if source in self.limits)):
+                if group:
+                    logger.info("reading %s", ", ".join(group))
+                    report = ingest(
+                        self.run_dir,
+                        group,
+                        self.reading_settings(group[0]),
+                        on_progress=self.ingest_progress,
+                    )
+                    logger.info("%s", describe_ingest(report))
+                    self.num_added += report.added
         self.unread = {}
         return True
 
@@ -229,17 +236,34 @@ class Worker:
         here, or hold files that could not be read: those are tried once a launch, not by each of
         its workers in turn.
         """
-        part = self.config.part(InputConfig)
         manifest = self.state.manifest
-        return [
-            source
-            for source, mark in self.unread.items()
-            if not manifest.was_read_since(self.manifest_start, source, part)
-            and (
-                not manifest.is_read(source, mark, part)
-                or manifest.unreadable_files(source, mark, part)
-            )
-        ]
+        unread = []
+        for source, mark in self.unread.items():
+            part = self.reading_settings(source)
+            is_read = manifest.is_read(source, mark, part)
+            if not manifest.was_read_since(self.manifest_start, source, part) and (
+                not is_read or manifest.unreadable_files(source, mark, part)
+            ):
+                unread.append(source)
+        return unread
+
+    def take_up_forgotten_inputs(self) -> None:
+        """Add the inputs that are to be read again, whoever named them: each with its own limit."""
+        named = {canonical_source(source) for source in self.unread}
+        for source, info in self.state.manifest.inputs.items():
+            if not info.fingerprint and source not in named:
+                mark = caught(functools.partial(input_fingerprint, source))
+                if isinstance(mark, Exception):
+                    logger.warning("its rejected records are not read again: %s", mark)
+                else:
+                    self.unread[source] = mark
+                    self.limits[source] = info.max_samples
+
+    def reading_settings(self, source: str) -> InputConfig:
+        part = self.config.part(InputConfig)
+        if source in self.limits:
+            part = msgspec.structs.replace(part, max_samples=self.limits[source])
+        return part
 
     def ingest_progress(self, report: IngestReport) -> None:
         """Show how far reading is, and stop it when the data are plainly wrong."""
@@ -392,7 +416,8 @@ class Worker:
             failure = note_alone(self.run_dir, failure, "")
             process = functools.partial(isolated, failure=failure)
         else:
-            ahead = self.look_ahead(self.current_pass)
+            # A shard that may kill this worker is blamed alone: no other is leased beside it.
+            ahead = self.look_ahead(self.current_pass) if failure is None else ()
         work = self.shard_work(left, shard, lease, ahead)
         with self.meter.shard():
             error = caught(functools.partial(work.do, left, process))
@@ -454,6 +479,9 @@ class Worker:
         if lease is None:
             raise ConfigError(f"another worker is at shard {index}")
         with lease:
+            failure = self.state.failure(shard)
+            if failure is not None and failure.damaged == "tar":
+                list(read_shard(self.run_dir.shard(index), self.state.manifest.shards[index]))
             for stages in self.passes:
                 left = [stage for stage in stages if not self.state.is_complete(stage, shard)]
                 if left:
@@ -526,9 +554,9 @@ def is_device_lost(error: Exception) -> bool:
     """Whether a model's code raised what says that this process can compute no more."""
     if not isinstance(error, RuntimeError):
         return False
-    from stream_engine.engine import batching  # imports torch
+    from stream_engine import device_errors  # imports torch
 
-    return batching.is_device_lost(error)
+    return device_errors.is_device_lost(error)
 
 
 def isolated(

@@ -107,6 +107,8 @@ def test_a_damaged_tar_leaves_its_shard_out_and_says_what_mends_it(run_dir: RunD
     after = file_states(run_dir.root / "results")
     assert {name: after[name] for name in results} == results
 
+    assert main(["work", str(run_dir.root), "--shard=1"]) == 1  # it once called the shard done
+    assert read_failure(run_dir, 1) is not None
     assert main(["retry-failed", str(run_dir.root)]) == 2  # as long as no copy is put back
     run_dir.shard(1).write_bytes(tar)
     CALLS.clear()

@@ -18,7 +18,7 @@ PACKAGES = {
 # From the ground up. A module may import its own floor and those below it.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"stream_kernels"}),
-    frozenset({"records", "config", "errors", "console", "ranks"}),
+    frozenset({"records", "config", "errors", "device_errors", "console", "ranks"}),
     frozenset({"storage", "ranking", "filters", "balance"}),
     frozenset({"models"}),
     frozenset({"engine"}),

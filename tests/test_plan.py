@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import msgspec
@@ -228,3 +229,20 @@ def test_run_json_keeps_the_confirmed_plans(
         assert sum(shares) <= num_bytes
     else:
         assert shares == [num_bytes, num_bytes]
+
+
+def test_a_reward_model_for_another_python_need_not_be_known_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan`, which the launch scripts run first, refused what the run itself would have done."""
+    settings = config(tmp_path / "run")
+    reward = tmp_path / "reward"
+    shutil.copytree(settings.reward_model_path, reward)
+    stated = json.loads((reward / "config.json").read_text())
+    changed = {"model_type": "acme", "architectures": ["AcmeForCausalLM"]}
+    (reward / "config.json").write_text(json.dumps(stated | changed))
+    settings = msgspec.structs.replace(settings, reward_model_path=str(reward))
+    with pytest.raises(StreamEngineError, match="Acme"):
+        list(plan_lines(settings))
+    monkeypatch.setattr("stream_engine.plan.find_python", lambda setting: Path(sys.executable))
+    assert any(line.startswith("model     reward: ") for line in plan_lines(settings))

@@ -128,3 +128,25 @@ def test_a_retry_waits_for_no_reader_of_the_input(finished: Path, capsys) -> Non
     with lease:
         assert main(["retry-failed", str(finished)]) == 1
     assert "a worker is reading the input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("requeue_only", [False, True])
+def test_an_appended_input_keeps_its_limit_when_it_is_read_again(
+    tmp_path: Path, requeue_only: bool
+) -> None:
+    """A retry read all that the limit had left out; and after --requeue_only a run that named the
+    first input alone read nothing again."""
+    first = write_questions(tmp_path / "first.jsonl", TEN[:2])
+    config = echo_config(tmp_path / "run", first)
+    run(config, show_progress=False)
+    second = tmp_path / "second.jsonl"
+    rows = [{"question_id": f"s{i}", "question": TEN[i], "image": f"{i}.png"} for i in range(6)]
+    second.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["append", str(tmp_path / "run"), f"--dataset_path={second}", "--max_samples=2"]
+    assert main(words) == 2
+    for number in range(6):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    options = ["--requeue_only"] if requeue_only else []
+    assert main(["retry-failed", str(tmp_path / "run"), *options]) == 0
+    report = run(config, show_progress=False)
+    assert (report.status.samples.done, report.status.samples.quarantined) == (4, 0)

@@ -20,7 +20,7 @@ import torch
 from stream_kernels import HostLayout
 from torch import Tensor
 
-from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.device_errors import is_out_of_memory
 from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import DecodeStep, active
 

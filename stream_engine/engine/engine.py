@@ -22,7 +22,8 @@ from stream_kernels.gemm import linear, pack
 from torch import Tensor
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
-from stream_engine.engine.batching import TokenBudget, is_device_lost, is_out_of_memory, map_ahead
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
+from stream_engine.engine.batching import TokenBudget, map_ahead
 from stream_engine.engine.cpu import keep_freed_memory, pack_linears
 from stream_engine.engine.decode import STEPS_PER_READ, GraphDecoder, can_capture
 from stream_engine.engine.draw import SeenTokens

@@ -32,7 +32,7 @@ import torch
 from stream_kernels import HostLayout
 from torch import Tensor
 
-from stream_engine.engine.batching import is_device_lost, is_out_of_memory
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine.decode import (
     STEPS_PER_READ,
     CaptureError,

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stream_engine.config import ModelConfig
-from stream_engine.engine.batching import is_out_of_memory
+from stream_engine.device_errors import is_out_of_memory
 from stream_engine.engine.prefix_cache import UnsupportedAttentionError
 from stream_engine.errors import ConfigError, ParallelError
 from stream_engine.models import load_model

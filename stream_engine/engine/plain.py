@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stream_engine.engine.batching import is_device_lost, is_out_of_memory
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine.draw import draw, seen_in
 from stream_engine.engine.generate import (
     GeneratedRow,

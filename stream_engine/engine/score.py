@@ -16,7 +16,7 @@ import torch
 from stream_kernels import linear_logp
 from torch import Tensor
 
-from stream_engine.engine.batching import is_device_lost, is_out_of_memory
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine.generate import RequestFailure
 from stream_engine.engine.prefix_cache import CacheFullError
 from stream_engine.models.base import Prompt

@@ -18,6 +18,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as hf_logging
 
 from stream_engine.config import ModelConfig
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.errors import CheckpointError
 from stream_engine.models.base import VisionLanguageModel
 from stream_engine.models.checkpoints import WeightFiles, read_json, resolve_device, resolve_dtype
@@ -84,12 +85,12 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
 def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> Iterator[None]:
     """A model's first forwards: what its own code raises becomes a CheckpointError with its class.
 
-    Running out of memory stays what it is.
+    Running out of memory and a lost device stay what they are.
     """
     try:
         yield
     except LOAD_ERRORS as error:
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        if is_out_of_memory(error) or is_device_lost(error):
             raise
         raise CheckpointError(
             f"{checkpoint}: {type(own).__name__} cannot be run on a few tokens "

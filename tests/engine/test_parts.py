@@ -9,14 +9,9 @@ import torch
 from PIL import ExifTags, Image
 
 from stream_engine.config import SamplingConfig
+from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine import resolve_sampling, row_seed
-from stream_engine.engine.batching import (
-    RECOVERY_STEPS,
-    TokenBudget,
-    is_device_lost,
-    is_out_of_memory,
-    map_ahead,
-)
+from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
 from stream_engine.engine.engine import decode_image
 from stream_engine.engine.prefix_cache import CacheFullError, KVCache, SpanAllocator
 from stream_engine.engine.selftest import check_model

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from stream_engine import pipelines
-from stream_engine.config import RunConfig
-from stream_engine.errors import DeviceLostError
-from stream_engine.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER
+from stream_engine.config import RunConfig, WorkerConfig
+from stream_engine.errors import DeviceLostError, WorkerDiedError
+from stream_engine.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER, record_failure
+from stream_engine.records import SampleRollouts
 from stream_engine.run_state import shard_lease
 from stream_engine.runner import RunReport, run
-from stream_engine.storage.leases import this_process
+from stream_engine.storage.leases import list_leases, this_process
 from stream_engine.storage.run_dir import RunDir
 from tests.conftest import write_questions
-from tests.echo_pipeline import CALLS, echo_config
+from tests.echo_pipeline import CALLS, EchoPipeline, echo_config
 from tests.processes import context
 
 TEN = [f"what is number {i} good for" for i in range(10)]
@@ -97,3 +99,43 @@ def test_a_shard_at_which_a_worker_died_comes_after_the_others(tmp_path: Path) -
     assert run_on(tmp_path, TEN).exit_status == 0
     first_calls = [call for call in CALLS if call.startswith("rollouts")]
     assert {call.split(maxsplit=1)[1] for call in first_calls[-4:]} == set(TEN[:4])
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_shard_that_may_end_its_worker_is_held_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard leased ahead was blamed for each death at its neighbour."""
+    run_dir = RunDir(tmp_path / "run")
+    held: list[int] = []
+    rollouts = EchoPipeline.rollouts
+
+    def watching(self: EchoPipeline, engines, samples, ahead=()) -> Iterator[SampleRollouts]:
+        list(ahead)
+        held.append(len(list_leases(run_dir)))
+        yield from rollouts(self, engines, samples)
+
+    monkeypatch.setattr(EchoPipeline, "rollouts", watching)
+    plant_dead_lease(run_dir, 0)
+    plant_dead_lease(run_dir, 1)
+    assert run_on(tmp_path, TEN, look_ahead="always").exit_status == 0
+    assert held[-2:] == [1, 1]
+
+
+def test_deaths_do_not_put_a_shard_off_for_days(tmp_path: Path) -> None:
+    """Each doubled the wait without an end: 36 hours after seventeen of them."""
+    run_dir, config = RunDir(tmp_path), WorkerConfig()
+    for _ in range(17):
+        failure = record_failure(
+            run_dir,
+            WorkerDiedError("the worker that held this shard died"),
+            shard=0,
+            stage="rollouts",
+            fingerprint="f",
+            worker="w",
+            config=config,
+            ended_worker=True,
+        )
+    assert failure.num_deaths == 17
+    waits = failure.retry_at - failure.time
+    assert waits == pytest.approx(config.retry_backoff_s * 2**MAX_DEATHS_TOGETHER)

@@ -31,6 +31,7 @@ from stream_engine.engine import (
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models import detect_family, load_model
 from stream_engine.models.base import Prompt, cache_argument
+from stream_engine.models.native import naming_architecture
 from tests.models.hf_architectures import ARCHITECTURES
 from tests.models.writers_hf import write_hf
 
@@ -364,3 +365,20 @@ def test_a_logit_rule_that_the_class_leaves_out_is_left_out_with_a_warning(tmp_p
     model = load_model(write_hf(tmp_path / "m", "granite"), CPU)
     assert model.logit_scale == 1.0
     assert "states logit scale 0.25" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "is_named"),
+    [
+        pytest.param("index 9 is out of range", True, id="its-own-code"),
+        pytest.param("CUDA error: out of memory", False, id="memory"),
+        pytest.param("CUDA error: an illegal memory access was encountered", False, id="lost"),
+    ],
+)
+def test_no_architecture_is_blamed_for_its_device(text: str, is_named: bool) -> None:
+    """Two ranks on one full GPU: the second was told that its model is not supported."""
+    expected = CheckpointError if is_named else RuntimeError
+    naming = naming_architecture(Path("checkpoint"), torch.nn.Linear(1, 1))
+    with pytest.raises(expected, match=text) as raised, naming:
+        raise RuntimeError(text)
+    assert isinstance(raised.value, CheckpointError) == is_named
