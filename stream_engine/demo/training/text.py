@@ -4,7 +4,9 @@
     python -m stream_engine.demo.training.text --out /tmp/demo --go_on_from OLD/text --steps 900
 
 The second form goes on from a checkpoint, with its tokenizer: where a prompt has changed a
-little, a third of the steps is enough. The checkpoint of the package was last made so.
+little, a third of the steps is enough. The checkpoint of the package was last made so. From
+scratch, copying is learnt late, and not within these steps by every seed: a loss near 0.09 at the
+end says that it was not, 0.03 or less that it was.
 
 A plain Llama with a Llama-3-like tokenizer and chat template; it sees no picture.
 """
