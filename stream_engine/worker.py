@@ -659,17 +659,25 @@ def exit_on_sigterm(run_dir: RunDir, worker_id: str) -> Iterator[None]:
         yield
         return
 
+    received: list[int] = []
+
     def stop(signum: int, frame: object) -> None:
+        received.append(signum)
         raise SystemExit(128 + signum)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except SystemExit:
+    except BaseException as error:
+        if not received and not isinstance(error, SystemExit):
+            raise
         # The signal may have come while a lease was being taken, before anybody owned it.
         for lease in list_leases(run_dir):
             if lease.worker_id == worker_id:
                 run_dir.lease(lease.name).unlink(missing_ok=True)
-        raise
+        if isinstance(error, SystemExit):
+            raise
+        # It broke into something (a lock being taken) that made an error of its own of it.
+        raise SystemExit(128 + received[0]) from error
     finally:
         signal.signal(signal.SIGTERM, before)

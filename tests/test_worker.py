@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -317,3 +319,17 @@ def test_an_input_is_read_once_a_launch(
     make_worker(config, 0).work(do_shards=False)
     tries_again = change == "unreadable-file"
     assert len(reads) == 1 + tries_again
+
+
+def test_a_signal_that_becomes_another_error_still_ends_with_143(tmp_path: Path) -> None:
+    """It may come while a lock is taken, which then cannot be released: that ended with 1."""
+    run_dir = RunDir(tmp_path / "run")
+    with pytest.raises(SystemExit) as raised, worker_module.exit_on_sigterm(run_dir, "w"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except SystemExit:
+            raise RuntimeError("release unlocked lock") from None
+    assert raised.value.code == 143
+    with pytest.raises(RuntimeError, match="its own"), worker_module.exit_on_sigterm(run_dir, "w"):
+        raise RuntimeError("its own")
