@@ -31,9 +31,9 @@ def merge_when_due(
     """Merge unless the dataset is up to date; waits while another worker is at it.
 
     All shards must be settled; failed ones are left out, and so are those of which a file turns
-    out to be damaged. An `append` may bring new shards at any
-    moment before this worker has the lease. Whoever settles those merges, so they are no error
-    here: a worker (`works`) goes back to do them, and a merge alone leaves them to others.
+    out to be damaged. An `append` may bring new shards at any moment before this worker has the
+    lease. Whoever settles those merges, so they are no error here: a worker (`works`) goes back to
+    do them, and a merge alone leaves them to others.
 
     Raises:
         ConfigError: when the input held no sample, and no bad record says why.

@@ -143,10 +143,9 @@ class Worker:
             ConfigError: for settings or data that are plainly wrong.
             CheckpointError: when a model cannot be loaded.
         """
-        if read_input and self.config.run_stage in (None, 0):
-            self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
         self.state.refresh()
         if read_input and self.config.run_stage in (None, 0):
+            self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
             self.take_up_forgotten_inputs()
         self.manifest_start = self.state.manifest.end
         try:
@@ -237,15 +236,12 @@ class Worker:
         its workers in turn.
         """
         manifest = self.state.manifest
-        unread = []
-        for source, mark in self.unread.items():
-            part = self.reading_settings(source)
-            is_read = manifest.is_read(source, mark, part)
-            if not manifest.was_read_since(self.manifest_start, source, part) and (
-                not is_read or manifest.unreadable_files(source, mark, part)
-            ):
-                unread.append(source)
-        return unread
+        return [
+            source
+            for source, mark in self.unread.items()
+            if manifest.is_left_to_read(source, mark, part := self.reading_settings(source))
+            and not manifest.was_read_since(self.manifest_start, source, part)
+        ]
 
     def take_up_forgotten_inputs(self) -> None:
         """Add the inputs that are to be read again, whoever named them: each with its own limit."""

@@ -79,7 +79,7 @@ class GraphDecoder:
     def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
         if self.generation != self.engine.cache.generation:
-            self.graphs.clear()
+            self.forget()
             self.site.renew_pool()
             self.generation = self.engine.cache.generation
         num_rows, layout = len(batch.tokens), batch.layout

@@ -43,6 +43,7 @@ from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import (
     CacheFullError,
     ExtendStep,
+    KVCache,
     PrefillStep,
     active,
 )
@@ -51,6 +52,7 @@ from stream_engine.records import FORWARD_ERROR
 
 if TYPE_CHECKING:
     from stream_engine.engine.engine import Engine
+    from stream_engine.engine.score import ScoreRequest
 
 
 logger = logging.getLogger(__name__)
@@ -350,8 +352,7 @@ class Scheduler:
                 num_tokens += length
                 num_rows += len(request.rows)
         except BaseException:  # of the requests' source: nobody else knows of these spans
-            for request, start in taken:
-                self.cache.release_span(start, len(request.prompt))
+            release_prompts(self.cache, taken)
             raise
         return taken
 
@@ -369,15 +370,14 @@ class Scheduler:
                 raise
             if is_out_of_memory(error):
                 if queue is self.ahead:  # not worth smaller batches for those that are asked for
-                    for request, start in admitted:
-                        self.cache.release_span(start, len(request.prompt))
+                    release_prompts(self.cache, admitted)
                     self.ahead = _Queue((), self.is_early)
                     return
                 queue.put_back([request for request, _ in admitted])
                 raise
             if len(admitted) == 1:
-                request, start = admitted[0]
-                self.cache.release_span(start, len(request.prompt))
+                release_prompts(self.cache, admitted)
+                request, _ = admitted[0]
                 failure = RequestFailure(request.key, FORWARD_ERROR, str(error))
                 self.deliver(request, failure, is_wanted=queue is self.queue)
                 return
@@ -603,6 +603,14 @@ class Scheduler:
     def drain(self) -> Iterator[Generation | RequestFailure]:
         while self.results:
             yield self.results.popleft()
+
+
+def release_prompts(
+    cache: KVCache, admitted: Iterable[tuple[GenerateRequest | ScoreRequest, int]]
+) -> None:
+    """Free the spans of requests' prompts, each given with its span's start."""
+    for request, start in admitted:
+        cache.release_span(start, len(request.prompt))
 
 
 def prefill_prompts(engine: Engine, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:

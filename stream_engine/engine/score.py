@@ -17,7 +17,7 @@ from stream_kernels import linear_logp
 from torch import Tensor
 
 from stream_engine.device_errors import is_device_lost, is_out_of_memory
-from stream_engine.engine.generate import RequestFailure
+from stream_engine.engine.generate import RequestFailure, release_prompts
 from stream_engine.engine.prefix_cache import CacheFullError
 from stream_engine.models.base import Prompt
 from stream_engine.records import FORWARD_ERROR
@@ -149,8 +149,7 @@ def _in_batches(
                 batch.append(waiting.popleft())
                 num_tokens += size
         except BaseException:  # of the requests' source, or of who reads the results
-            for request, start in zip(batch, starts):
-                engine.cache.release_span(start, len(request.prompt))
+            release_prompts(engine.cache, zip(batch, starts))
             raise
         if not batch:
             return
@@ -171,8 +170,7 @@ def _run_batch(
     except (RuntimeError, ValueError, IndexError, MemoryError) as error:
         if is_device_lost(error):
             raise
-        for request, start in zip(batch, starts):
-            engine.cache.release_span(start, len(request.prompt))
+        release_prompts(engine.cache, zip(batch, starts))
         if is_out_of_memory(error):
             if len(batch) == 1 and engine.budget.is_minimal:
                 yield RequestFailure(batch[0].key, "out_of_memory", str(error))
@@ -188,8 +186,7 @@ def _run_batch(
             start = engine.cache.allocate_span(len(request.prompt))
             yield from _run_batch(engine, [request], [start], read, waiting)
         return
-    for request, start in zip(batch, starts):
-        engine.cache.release_span(start, len(request.prompt))
+    release_prompts(engine.cache, zip(batch, starts))
     engine.budget.succeed()
     yield from results
 

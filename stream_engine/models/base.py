@@ -19,10 +19,11 @@ Legend: N tokens, D hidden, V vocabulary, P prompts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -213,8 +214,13 @@ class VisionLanguageModel(ABC):
 def cache_argument(model: type) -> str:
     """What a transformers model's forward calls its cache: `past_key_values`, or `cache` in newer
     releases, which warn of the former name."""
-    names = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    names = argument_names(model.forward)  # type: ignore[attr-defined]
     return "cache" if "cache" in names else "past_key_values"
+
+
+@functools.cache  # asked at each step
+def argument_names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def content_hash(tensor: Tensor) -> bytes:

@@ -85,8 +85,7 @@ def ingest(
     to_read = {
         source: state
         for source, state in states.items()
-        if not manifest.is_read(source, state, config)
-        or manifest.unreadable_files(source, state, config)
+        if manifest.is_left_to_read(source, state, config)
     }
     report.skipped_inputs = [source for source in states if source not in to_read]
     if not to_read:

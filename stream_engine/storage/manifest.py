@@ -214,6 +214,12 @@ class Manifest:
             return []
         return sorted(info.unreadable)
 
+    def is_left_to_read(self, source: str, fingerprint: str, config: InputConfig) -> bool:
+        """Whether a source in this state was not read to its end, or some of its files were not."""
+        return not self.is_read(source, fingerprint, config) or bool(
+            self.unreadable_files(source, fingerprint, config)
+        )
+
     def was_read_since(self, end: int, source: str, config: InputConfig) -> bool:
         """Whether a source was read by anybody after the manifest had that `end`."""
         info = self.inputs.get(canonical_source(source))

@@ -29,6 +29,19 @@ Launch = tuple[list[str], dict[str, str]]
 """A command and the variables of its environment."""
 
 
+def run_data_engine(
+    *words: str, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "launch/run_data_engine.sh", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,14 +124,7 @@ def test_the_data_engine_script_ends_with_the_datasets_path(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question_id": "b", "question": ""}\n')
     paths = ["--dataset_path", f"{demo_questions},{bad}", "--work_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        ["bash", "launch/run_data_engine.sh", *DEMO_FLAGS, *paths],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_data_engine(*DEMO_FLAGS, *paths)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == f"{tmp_path}/run/dataset"
@@ -130,14 +136,7 @@ def test_the_data_engine_script_ends_with_the_datasets_path(
 
 def test_the_data_engine_script_runs_the_demo_when_nothing_is_given(tmp_path: Path) -> None:
     flags = [*DEMO_FLAGS[1:], "--max_samples=6", "--work_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        ["bash", "launch/run_data_engine.sh", *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_data_engine(*flags)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == f"{tmp_path}/run/dataset"
@@ -177,26 +176,16 @@ def test_the_data_engine_script_mixes_no_demo_part_into_a_run_of_ones_own(
     if way == "file":
         (tmp_path / "run.yaml").write_text(json.dumps(settings))
         words = ["--config", str(tmp_path / "run.yaml")]
-    done = subprocess.run(
-        ["bash", "launch/run_data_engine.sh", *words, "--work_dir", str(tmp_path / "run")],
-        cwd=ROOT,
-        env=ENVIRONMENT | (settings if way == "variables" else {}),
-        capture_output=True,
-        text=True,
-    )
+    environment = ENVIRONMENT | (settings if way == "variables" else {})
+    done = run_data_engine(*words, "--work_dir", str(tmp_path / "run"), environment=environment)
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith(f"stream-engine: {missing}") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_the_data_engine_script_refuses_a_wrong_setting_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", "launch/run_data_engine.sh", "--work_dir", str(tmp_path / "run")],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"sample_k": "2"},
-        capture_output=True,
-        text=True,
-    )
+    environment = ENVIRONMENT | {"sample_k": "2"}
+    done = run_data_engine("--work_dir", str(tmp_path / "run"), environment=environment)
     assert done.returncode == 1
     assert done.stderr == "stream-engine: rank 3 needs at least 6 answers, sample_k is 2\n"
 
