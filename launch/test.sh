@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash launch/test.sh
 #
-# Runs the tests, on any machine; arguments go to pytest (`bash launch/test.sh tests/storage -x`).
+# Runs the tests, on any machine; arguments go to pytest (`bash launch/test.sh tests/inputs -x`).
 
 set -euo pipefail
 

@@ -7,7 +7,7 @@ __all__ = ["RunConfig", "__version__", "run"]
 
 if TYPE_CHECKING:
     from stream_engine.config import RunConfig
-    from stream_engine.runner import run
+    from stream_engine.work.runner import run
 
 
 def __getattr__(name: str) -> object:
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> object:
 
         return RunConfig
     if name == "run":
-        from stream_engine.runner import run
+        from stream_engine.work.runner import run
 
         return run
     raise AttributeError(f"module 'stream_engine' has no attribute {name!r}")

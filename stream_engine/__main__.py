@@ -2,6 +2,6 @@
 
 import sys
 
-from stream_engine.cli import main
+from stream_engine.cli.main import main
 
 sys.exit(main())

@@ -18,11 +18,17 @@ from PIL import Image
 from stream_engine import pipelines
 from stream_engine.demo.data import write_dataset
 from stream_engine.records import SampleRollouts
-from stream_engine.storage.results import read_results
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_results
 from tests import echo_pipeline
 from tests.processes import run_rank
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import msgspec
 from stream_engine.config import ModelRole, RunConfig, Stage
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.ranking import rank_by_reward
+from stream_engine.pipelines.ranking import rank_by_reward
 from stream_engine.records import (
     FORWARD_ERROR,
     Answer,

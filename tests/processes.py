@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-PRELOADED = ["torch", "transformers", "webdataset", "stream_engine.cli", "stream_engine.engine"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "webdataset",
+    "stream_engine.cli.main",
+    "stream_engine.engine",
+]
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*PRELOADED, "tests.processes"])
@@ -47,7 +53,7 @@ def run_rank(argv: Sequence[object], *, log: Path) -> int | None:
 def _rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     import torch
 
-    from stream_engine.cli import main
+    from stream_engine.cli.main import main
 
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stream_engine.config import ModelRole, RunConfig, Stage
-from stream_engine.merger import MergeReport, merge
+from stream_engine.pairs.merger import MergeReport, merge
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.ranking import rank_by_reward
+from stream_engine.pipelines.ranking import rank_by_reward
 from stream_engine.records import (
     Answer,
     AnswerScore,
@@ -27,10 +27,10 @@ from stream_engine.records import (
     ShardInfo,
     sample_key,
 )
-from stream_engine.storage.manifest import InputInfo, Manifest
-from stream_engine.storage.results import ResultHeader, write_results
-from stream_engine.storage.run_dir import RunDir
-from stream_engine.storage.shards import write_shard
+from stream_engine.run_dir.manifest import InputInfo, Manifest
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import ResultHeader, write_results
+from stream_engine.run_dir.shards import write_shard
 
 FINGERPRINTS: dict[Stage, str] = {"rollouts": "f" * 16, "rewards": "e" * 16}
 WORDS = (

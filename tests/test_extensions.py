@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stream_engine.records import SampleRewards
-from stream_engine.storage.results import read_results
+from stream_engine.run_dir.results import read_results
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "llava15"
@@ -38,7 +38,7 @@ PIPELINE = '''
 """A pipeline: the longer answer is the better one."""
 
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.ranking import rank_by_wins
+from stream_engine.pipelines.ranking import rank_by_wins
 from stream_engine.records import AnswerScore, SampleRewards
 
 

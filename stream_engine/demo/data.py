@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from stream_engine.demo.world import make_picture
 from stream_engine.errors import ConfigError
-from stream_engine.storage.atomic import temporary_path
+from stream_engine.store.atomic import temporary_path
 
 SCHEMA = pa.schema(
     [

@@ -62,11 +62,11 @@ from stream_engine.engine.score import (
 )
 from stream_engine.engine.selftest import check_model
 from stream_engine.errors import RecordError
+from stream_engine.inputs.images import check_depth, upright
 from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
-from stream_engine.storage.images import check_depth, upright
 
 SMALLER = 0.85
 """A plan that did not hold is made anew for this share of the memory."""

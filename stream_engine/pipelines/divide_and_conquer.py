@@ -25,8 +25,8 @@ from stream_engine.pipelines.asking import Ask, Replies, Reply, ask, failure_of
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.bullets import parse_bullets, without_last_line
 from stream_engine.pipelines.prompts import rewrite_prompt, split_prompt, yes_no_prompt
+from stream_engine.pipelines.ranking import rank_by_denied_facts
 from stream_engine.pipelines.yes_no import YesNo, yes_no_tokens
-from stream_engine.ranking import rank_by_denied_facts
 from stream_engine.records import (
     AnswerScore,
     Failure,

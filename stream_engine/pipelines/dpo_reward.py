@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stream_engine.config import ModelRole, Stage
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.ranking import rank_by_reward
+from stream_engine.pipelines.ranking import rank_by_reward
 from stream_engine.records import (
     Answer,
     AnswerScore,

@@ -19,9 +19,9 @@ from stream_engine.config import ModelRole, RunConfig, SamplingConfig, Stage
 from stream_engine.errors import ConfigError, RecordError
 from stream_engine.pipelines.asking import ask, failure_of
 from stream_engine.pipelines.base import Pipeline
+from stream_engine.pipelines.ranking import rank_by_wins
 from stream_engine.pipelines.schedules import VERDICTS_PER_MATCH, num_matches
 from stream_engine.pipelines.tournament import Tournament
-from stream_engine.ranking import rank_by_wins
 from stream_engine.records import (
     Failure,
     PreferencePair,

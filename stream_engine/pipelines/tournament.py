@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from stream_engine.pipelines.asking import Ask, Replies, Reply
 from stream_engine.pipelines.prompts import critic_prompt
+from stream_engine.pipelines.ranking import count_words
 from stream_engine.pipelines.schedules import (
     Match,
     Schedule,
@@ -21,7 +22,6 @@ from stream_engine.pipelines.verdicts import (
     parse_verdict,
     parse_verdict_rlaifv,
 )
-from stream_engine.ranking import count_words
 from stream_engine.records import AnswerScore, Sample, SampleRewards, SampleRollouts
 
 

@@ -30,7 +30,7 @@ WORDS = 60
 
 def build(folder: Path, num_samples: int) -> None:
     """A run of samples with one random image each and ten answers."""
-    from stream_engine.storage.run_dir import RunDir
+    from stream_engine.run_dir.paths import RunDir
     from tests.synthetic import synthetic_sample, write_run
 
     samples = (synthetic_sample(i, image_bytes=IMAGE_BYTES) for i in range(num_samples))
@@ -39,7 +39,7 @@ def build(folder: Path, num_samples: int) -> None:
 
 def merge(folder: Path) -> dict[str, float]:
     """Merge in this process; returns its peak memory and what it did."""
-    from stream_engine.storage.run_dir import RunDir
+    from stream_engine.run_dir.paths import RunDir
     from tests.synthetic import run_merge
 
     started = time.monotonic()

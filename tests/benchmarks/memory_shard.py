@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from stream_engine.config import InputConfig
+from stream_engine.inputs.ingest import ingest
 from stream_engine.records import EncodedImage, Sample, sample_key
-from stream_engine.storage.ingest import ingest
-from stream_engine.storage.manifest import Manifest
-from stream_engine.storage.run_dir import RunDir
-from stream_engine.storage.shards import read_shard, write_shard
+from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.shards import read_shard, write_shard
 
 MAX_GROWTH = 0.15
 IMAGE_SIDE = 320

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stream_engine.demo.world import make_picture
-from stream_engine.storage.manifest import Manifest
-from stream_engine.storage.run_dir import RunDir
+from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.paths import RunDir
 from tests.conftest import DEMO_FLAGS, answers
 from tests.processes import run_rank
 

@@ -13,12 +13,12 @@ import pytest
 from stream_engine import pipelines
 from stream_engine.config import RunConfig, WorkerConfig
 from stream_engine.errors import DeviceLostError, WorkerDiedError
-from stream_engine.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER, record_failure
 from stream_engine.records import SampleRollouts
-from stream_engine.run_state import shard_lease
-from stream_engine.runner import RunReport, run
-from stream_engine.storage.leases import list_leases, this_process
-from stream_engine.storage.run_dir import RunDir
+from stream_engine.run_dir.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER, record_failure
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.state import shard_lease
+from stream_engine.store.leases import list_leases, this_process
+from stream_engine.work.runner import RunReport, run
 from tests.conftest import write_questions
 from tests.echo_pipeline import CALLS, EchoPipeline, echo_config
 from tests.processes import context

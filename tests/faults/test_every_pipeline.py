@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from stream_engine.records import SampleRewards
-from stream_engine.storage.results import read_results
+from stream_engine.run_dir.results import read_results
 from tests.conftest import answers, parts
 from tests.processes import run_rank, start_rank
 

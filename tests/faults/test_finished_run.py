@@ -22,7 +22,7 @@ def test_a_finished_run_repeated_does_not_even_import_torch(
     words = ["run", *DEMO_FLAGS, "--dataset_path", demo_questions, "--work_dir", demo_run]
     code = f"""
 import sys
-from stream_engine.cli import main
+from stream_engine.cli.main import main
 status = main({[str(word) for word in words]!r})
 sys.exit(77 if "torch" in sys.modules else status)
 """

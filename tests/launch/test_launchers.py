@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from stream_engine.demo import checkpoint_path
-from stream_engine.storage.leases import list_leases
-from stream_engine.storage.run_dir import RunDir
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.leases import list_leases
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix, "DS_ACCELERATOR": "cpu"}

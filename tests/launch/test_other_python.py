@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stream_engine.cli import main
+from stream_engine.cli.main import main
 from stream_engine.errors import ConfigError
-from stream_engine.other_python import find_python
-from stream_engine.storage.results import read_header
+from stream_engine.run_dir.results import read_header
+from stream_engine.work.other_python import find_python
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
 from tests.processes import run_rank
 

@@ -16,9 +16,9 @@ from stream_engine.demo import demo_models
 from stream_engine.demo.facts import count_wrong_facts, read_facts
 from stream_engine.demo.world import make_picture, scene_of
 from stream_engine.engine import load_engine
-from stream_engine.loaded_engines import EngineKey, engine_key
 from stream_engine.pipelines import pipeline_class
 from stream_engine.records import EncodedImage, Sample, SampleRewards, SampleRollouts, sample_key
+from stream_engine.work.loaded_engines import EngineKey, engine_key
 
 NUM_PICTURES = 8
 SEED = 99

@@ -1,0 +1,350 @@
+"""What each command does: settings in, the right function called, a few lines out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream_engine.cli.flags import convert_flag, read_settings
+from stream_engine.config import InputConfig, ModelConfig, RunConfig
+from stream_engine.demo import demo_models
+from stream_engine.errors import ConfigError
+from stream_engine.inputs.sources import canonical_source
+from stream_engine.outputs.formats import EXPORTS
+from stream_engine.pairs.merge_step import wait_for_lease
+from stream_engine.pairs.merger import MergeReport
+from stream_engine.pairs.merger import export as export_format
+from stream_engine.pipelines import pipeline_class
+from stream_engine.ranks import Rank
+from stream_engine.run_dir.damage import around_damage
+from stream_engine.run_dir.inspect import inspect as inspect_lines
+from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.requeue import requeue
+from stream_engine.run_dir.run_json import DEMO_DATASET, merged_sources, read_run_file
+from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.store.atomic import temporary_path
+from stream_engine.work.plan import plan_lines
+from stream_engine.work.runner import RunReport, begin, retry_shard, run
+
+DEMO_COUNT = 300
+DEMO_SEED = 7
+DEMO_SHARD = 32  # small shards, so that two workers share the few questions evenly
+
+
+# -- commands that work ---------------------------------------------------------------------------
+
+
+def run_command(args: argparse.Namespace) -> int:
+    return finish(args, run(config_from(args)))
+
+
+def append(args: argparse.Namespace) -> int:
+    config, given = config_of_run(args), read_settings(args)
+    if not args.dataset_path:
+        raise ConfigError("append needs --dataset_path, the dataset to add")
+    new = msgspec.structs.replace(
+        config,
+        dataset_path=tuple(given["dataset_path"]),
+        max_samples=given.get("max_samples"),  # the run's own is of what it was given with
+    )
+    return finish(args, run(new))
+
+
+def shard(args: argparse.Namespace) -> int:
+    return finish(args, run(config_of_run(args, may_be_new=True), steps=("shard",)))
+
+
+def work(args: argparse.Namespace) -> int:
+    config = config_of_run(args)
+    if args.shard is None:
+        return finish(args, run(config, steps=("work",)))
+    retry_shard(config, args.shard)
+    print(f"shard {args.shard} is done; `stream-engine merge {config.work_dir}` takes it up")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    return finish(args, run(config_of_run(args), steps=("merge",)))
+
+
+def retry_failed(args: argparse.Namespace) -> int:
+    config = config_of_run(args)
+    rank = Rank.from_environment()
+    if rank.world_size > 1:
+        raise ConfigError(
+            "retry-failed is one process: run `stream-engine retry-failed --requeue_only`, then "
+            "the run itself with its launcher"
+        )
+    run_dir = RunDir(config.work_dir)
+    run_file = begin(run_dir, config, pipeline_class(config.pipeline_name)(config), rank)
+    state = RunState(run_dir, run_file.fingerprints, max_shard_retries=config.max_shard_retries)
+    put_back = requeue(state, worker=rank.worker_id, timeout_s=config.lease_timeout_s)
+    print(f"put back {put_back.shards} shards and {put_back.records} records")
+    if put_back.rejected:
+        when = "by the next run" if args.requeue_only else "now"
+        print(
+            f"{put_back.rejected} records were rejected when they were read: their inputs are read "
+            f"again {when}, and what is there and correct by then is taken"
+        )
+    if args.requeue_only:
+        return 0
+    known = state.refresh().manifest.inputs  # those that are to be read again are so marked there
+    unread = [path for path in config.dataset_path if canonical_source(path) not in known]
+    return finish(args, run(msgspec.structs.replace(config, dataset_path=tuple(unread))))
+
+
+def finish(args: argparse.Namespace, report: RunReport) -> int:
+    """Print how a run ended, from its first worker only; returns the exit status."""
+    if Rank.from_environment().rank == 0:
+        for line in report_lines(report):
+            print(line)
+    return 0 if args.failures_ok else report.exit_status
+
+
+def report_lines(report: RunReport) -> list[str]:
+    """How a run ended: counts that add up, every problem, and the dataset's path last."""
+    did_work = report.samples_added_here or report.shards_done_here or report.merged_here
+    lines = []
+    if report.status.samples.total and not report.status.shards.total:
+        lines.append("no sample to work on: every record was rejected when it was read")
+    elif report.status.is_finished and not did_work:
+        lines.append("nothing to do" if report.problems else "nothing to do: all is up to date")
+    lines += status_lines(report.status)
+    lines += [f"note:    {note}" for note in report.notes]
+    if report.problems:
+        lines += ["failed:", *(f"  {problem}" for problem in report.problems)]
+        lines += remedies(report)
+    if report.no_pairs is not None:
+        lines.append(f"NO PAIRS: {report.no_pairs}")
+    if report.dataset is not None:
+        lines.append(f"dataset: {report.dataset}")
+    return lines
+
+
+def remedies(report: RunReport) -> list[str]:
+    """What helps against a report's problems: it depends on where a record was set aside.
+
+    Rejected records of a corrected file are read again by any run; those whose picture has been
+    supplied since, which no file of the input tells, by `retry-failed` alone.
+    """
+    status = report.status
+    set_aside = sum(counts.quarantined for counts in status.stages.values())
+    rejected = status.samples.quarantined - set_aside
+    lines = []
+    if rejected:
+        folder = RunDir(report.work_dir).quarantine_dir
+        files = list(folder.glob("input-*.jsonl"))
+        where = files[0] if len(files) == 1 else folder / "input-*.jsonl"
+        lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
+    lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
+    return lines
+
+
+# -- commands that look ---------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> int:
+    for line in plan_lines(config_from(args, make_demo_data=False)):
+        print(line)
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    state = open_state(args)
+    found = collect(state)
+    if args.json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        print("\n".join(status_lines(found)))
+        for problem in problems(state):
+            print(f"  {problem}")
+    if not args.check:
+        return 0
+    if not found.is_finished:
+        return 1
+    return 2 if found.has_problems or no_pairs(state.run_dir) else 0
+
+
+def status_lines(status: Status) -> list[str]:
+    """A status for people."""
+    samples, shards, pairs = status.samples, status.shards, status.pairs
+    lines = [
+        f"samples: {samples.total} = {samples.done} done + {samples.quarantined} quarantined "
+        f"+ {samples.pending} pending",
+        f"shards:  {shards.total} = {shards.done} done + {shards.failed} failed "
+        f"+ {shards.running} running + {shards.pending} pending",
+    ]
+    most_first = sorted(pairs.dropped.items(), key=lambda item: (-item[1], item[0]))
+    dropped = ", ".join(f"{count} {why}" for why, count in most_first)
+    total = sum(pairs.dropped.values())
+    lines.append(
+        f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
+        + (f" ({dropped})" if dropped else "")
+    )
+    for worker in status.workers:
+        lines.append(f"worker:  {worker.worker} holds {worker.holds} for {worker.since_s:.0f} s")
+    return lines
+
+
+def validate(args: argparse.Namespace) -> int:
+    from stream_engine.inputs.readers import unread_line
+    from stream_engine.outputs.validate import is_run
+    from stream_engine.outputs.validate import validate as find_problems
+    from stream_engine.run_dir.verify import damaged_parts
+
+    config = RunConfig.create(read_settings(args)).part(InputConfig)
+    unread: dict[str, None] = {}
+    found = find_problems(args.path, config=config, unread=unread)
+    if is_run(Path(args.path)):
+        args.positional_work_dir = args.path
+        found = [*damaged_parts(open_state(args)), *found]
+    for problem in found:
+        print(problem)
+    if unread:
+        print(f"{args.path}: {unread_line(unread)}")
+    print(f"{args.path}: {len(found)} problems" if found else f"{args.path}: ok")
+    return 2 if found else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    formats = convert_flag("format", args.format or [], tuple[str, ...])
+    if not formats:
+        raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
+    if args.out and len(formats) > 1:
+        raise ConfigError(f"--out takes one format, not {','.join(formats)}")
+    folder = folder_on_disk(args.out, setting="--out") if args.out else None
+    state = open_state(args)
+    run_file = read_run_file(state.run_dir)
+    config = run_file.config()
+    if args.max_part_bytes is not None:
+        most = convert_flag("max_part_bytes", args.max_part_bytes, int)
+        config = RunConfig.create(config.to_dict() | {"max_part_bytes": most})
+    pipeline = pipeline_class(config.pipeline_name)(config)
+    rank = Rank.from_environment()
+    for name in formats:
+
+        def write(name: str = name) -> MergeReport:
+            return export_format(
+                state.run_dir,
+                config,
+                pipeline,
+                run_file.fingerprints,
+                format=name,
+                folder=folder,
+                allow_partial=any(state.is_failed(shard) for shard in state.shards),
+            )
+
+        with wait_for_lease(state, config, rank):
+            report = around_damage(state, config, rank.worker_id, write)
+        print(f"{name}: {report.formats[name].written} pairs in {report.formats[name].folder}")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    for line in inspect_lines(open_state(args), args.target):
+        print(line)
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from stream_engine.engine.verify_checkpoint import verify_checkpoint
+
+    models = ModelConfig(
+        device=args.device, dtype=args.dtype, vision_tower_path=args.vision_tower_path
+    )
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    num_failed = 0
+    for check in verify_checkpoint(args.checkpoint, models, reference=args.reference):
+        print(f"{marks[check.ok]:6}  {check.name}: {check.shown}", flush=True)
+        num_failed += check.ok is False
+    print(f"{num_failed} checks failed" if num_failed else "all checks passed")
+    return 2 if num_failed else 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    if args.kind == "data":
+        from stream_engine.demo.data import write_dataset
+
+        print(write_dataset(Path(args.out), args.count, args.seed))
+    else:
+        from stream_engine.demo.score import score_pairs
+
+        print(msgspec.json.encode(score_pairs(Path(args.work_dir))).decode())
+    return 0
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def config_from(args: argparse.Namespace, *, make_demo_data: bool = True) -> RunConfig:
+    """The settings of a command line alone (`run`, `plan`)."""
+    return RunConfig.create(with_demo(args, read_settings(args), make_demo_data=make_demo_data))
+
+
+def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunConfig:
+    """The settings kept in a run, with those of the command line over them."""
+    args.work_dir = work_dir_of(args)
+    given = read_settings(args)
+    work_dir = given.get("work_dir", RunConfig().work_dir)
+    run_dir = RunDir(work_dir)
+    if may_be_new and not run_dir.run_json.exists():
+        return RunConfig.create(with_demo(args, given, make_demo_data=True))
+    base = read_run_file(run_dir).settings
+    settings = read_settings(args, base | {"work_dir": work_dir})
+    settings["dataset_path"] = merged_sources(base["dataset_path"], settings["dataset_path"])
+    return RunConfig.create(settings)
+
+
+def work_dir_of(args: argparse.Namespace) -> str | None:
+    """The work directory that a command line names, by its place or by its flag."""
+    positional, flag = args.positional_work_dir, args.work_dir
+    if positional is not None and flag is not None and positional != flag:
+        raise ConfigError(f"two work directories: {positional} and {flag}")
+    return positional or flag
+
+
+def with_demo(
+    args: argparse.Namespace, settings: dict[str, Any], *, make_demo_data: bool
+) -> dict[str, Any]:
+    """The settings with the embedded models and data in the places left empty, for --demo."""
+    if not args.demo:
+        return settings
+    defaults = RunConfig()
+    models = demo_models(settings.get("pipeline_name", defaults.pipeline_name))
+    settings = models | {name: value for name, value in settings.items() if value is not None}
+    if not settings.get("dataset_path"):
+        path = RunDir(settings.get("work_dir", defaults.work_dir)).root / DEMO_DATASET
+        if make_demo_data:
+            write_demo_dataset(path)
+        settings["dataset_path"] = (str(path),)
+        settings.setdefault("samples_per_shard", DEMO_SHARD)
+    return settings
+
+
+def write_demo_dataset(path: Path) -> None:
+    """Write the embedded dataset, unless it is there; workers that start together write it once."""
+    from stream_engine.demo.data import write_dataset
+
+    if path.exists():
+        return
+    own = temporary_path(path)
+    try:
+        write_dataset(own, DEMO_COUNT, DEMO_SEED)
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def open_state(args: argparse.Namespace) -> RunState:
+    """The state of an existing run, from its files alone."""
+    run_dir = RunDir(work_dir_of(args) or RunConfig().work_dir)
+    run_file = read_run_file(run_dir)
+    retries = run_file.config().max_shard_retries
+    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()

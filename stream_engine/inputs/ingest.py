@@ -1,0 +1,298 @@
+"""Ingest: inputs become shards, once, and new inputs become new shards.
+
+    for each input not yet read:   read ─▶ reject | known | new ─▶ shard, manifest line
+                                   quarantine file, then the input's own manifest line
+
+A kill at any moment leaves whole shards and a manifest that lists them; the next ingest reads the
+interrupted input again from its start, finds what is already there, and goes on where it ended.
+Shards are not shared by two inputs, so that inputs given together or one by one give the same.
+The caller holds the lease "ingest": there is one ingest at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import msgspec
+
+from stream_engine.config import InputConfig
+from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.inputs.known import KnownSamples
+from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows, unread_line
+from stream_engine.inputs.sources import canonical_source, input_fingerprint
+from stream_engine.records import Failure, Sample
+from stream_engine.run_dir.manifest import (
+    InputInfo,
+    Manifest,
+    RowCounts,
+    covers,
+    reading_settings,
+)
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_quarantine
+from stream_engine.run_dir.shards import write_shard
+from stream_engine.store.atomic import fsync_folder, remove_leftovers, temporary_path
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_PROGRESS = 50
+
+OnProgress = Callable[["IngestReport"], object]
+
+
+class IngestReport(RowCounts, kw_only=True):
+    """Rows of the inputs that were read: read = added + known + the rejected, by reason.
+
+    What an interrupted ingest of the same input had added counts as added again.
+    """
+
+    num_shards: int = 0
+    """Shards written by this call."""
+    skipped_inputs: list[str] = msgspec.field(default_factory=list)
+    """Inputs that were read to their end before and have not changed."""
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+
+def ingest(
+    run_dir: RunDir,
+    sources: Sequence[str],
+    config: InputConfig,
+    *,
+    on_progress: OnProgress | None = None,
+) -> IngestReport:
+    """Cut what is new in the sources into shards.
+
+    `on_progress` gets the report so far, every 50 rows, before each shard is put in place and at
+    the end of each input; it may raise to stop, and the rejects up to there are in the quarantine
+    file then. Of an input that did not change, the files that could not be read are tried again by
+    each call, and only those.
+
+    Raises:
+        ConfigError: when a source does not exist or its format is unknown.
+        ConservationError: when the counts do not add up.
+    """
+    report = IngestReport()
+    states = {canonical_source(source): input_fingerprint(source) for source in sources}
+    manifest = Manifest.load(run_dir)
+    to_read = {
+        source: state
+        for source, state in states.items()
+        if manifest.is_left_to_read(source, state, config)
+    }
+    report.skipped_inputs = [source for source in states if source not in to_read]
+    if not to_read:
+        return report
+    remove_leftovers(run_dir.shards_dir, older_than_s=0.0)
+    with KnownSamples(manifest.shards.lines()) as known:
+        for source, state in to_read.items():
+            part = as_far_as_before(config, manifest.inputs.get(source))
+            InputReading(run_dir, manifest, known, source, part, report, on_progress).run(state)
+    return report
+
+
+def as_far_as_before(config: InputConfig, before: InputInfo | None) -> InputConfig:
+    """The settings to read an input again with: never less of it than an earlier reading took."""
+    if before is None or not covers(before, config.max_samples):
+        return config
+    return msgspec.structs.replace(config, max_samples=before.max_samples)
+
+
+class InputReading:
+    """One pass over one input."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        manifest: Manifest,
+        known: KnownSamples,
+        source: str,
+        config: InputConfig,
+        report: IngestReport,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.manifest = manifest
+        self.known = known
+        self.source = source
+        self.config = config
+        self.total = report
+        self.before = RowCounts()
+        self.counts = RowCounts()
+        self.file_counts = RowCounts()
+        self.file = ""
+        self.unreadable: dict[str, RowCounts] = {}
+        self.only: list[str] | None = None
+        self.num_written = 0
+        self.num_resumed = 0
+        self.unread: dict[str, None] = {}
+        self.on_progress = on_progress or (lambda report: None)
+
+    def run(self, fingerprint: str) -> None:
+        """Write the input's shards, its quarantine file and its line in the manifest."""
+        self.known.set_pending(self.manifest.unfinished_shards(self.source))
+        self.take_up(self.manifest.unreadable_files(self.source, fingerprint, self.config))
+        with QuarantineWriter(self.run_dir, self.source) as self.quarantine:
+            for failure in self.rejects_before():
+                self.quarantine.write(failure)
+            self.write_shards(self.new_samples())
+            self.on_progress(self.total)
+        self.known.clear_pending()
+        self.check_conservation()
+        counts = self.before.plus(self.counts)
+        if self.unread:
+            logger.warning("%s: %s", self.source, unread_line(self.unread))
+        self.manifest.append_input(
+            InputInfo(
+                source=self.source,
+                fingerprint=fingerprint,
+                settings=reading_settings(self.config),
+                max_samples=self.config.max_samples,
+                read=counts.read,
+                added=counts.added,
+                known=counts.known,
+                rejected=counts.rejected,
+                unreadable=self.unreadable,
+                unread=list(self.unread),
+            )
+        )
+
+    def take_up(self, unreadable: list[str]) -> None:
+        """Read these files alone when everything about the others is on hand.
+
+        It is not when the quarantine file was lost or damaged, and with `max_samples` it is not
+        plain which rows are the first.
+        """
+        if not unreadable or self.config.max_samples is not None:
+            return
+        self.only = unreadable
+        self.before = self.manifest.inputs[self.source].readable_counts
+        try:
+            num_rejects = sum(1 for _ in self.rejects_before())
+        except ShardReadError:
+            num_rejects = -1
+        if num_rejects != sum(self.before.rejected.values()):
+            self.only, self.before = None, RowCounts()
+
+    def rejects_before(self) -> Iterator[Failure]:
+        """The rejects of the files that are not read again."""
+        if self.only is not None:
+            path = quarantine_path(self.run_dir, self.source)
+            yield from (f for f in read_quarantine(path) if f.source not in self.only)
+
+    def write_shards(self, samples: Iterator[Sample]) -> None:
+        """Cut the new samples into shards; the last one may be smaller."""
+        rest = self.config.samples_per_shard - 1
+        for first in samples:
+            index = len(self.manifest.shards)
+            shard = self.then_report(chain((first,), islice(samples, rest)))
+            info = write_shard(self.run_dir.shard(index), index, shard)
+            self.manifest.append_shard(info, source=self.source)
+            self.num_written += info.num_samples
+            self.total.num_shards += 1
+
+    def then_report(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Report progress when a shard is full: the caller's last chance to stop it."""
+        yield from samples
+        self.on_progress(self.total)
+
+    def new_samples(self) -> Iterator[Sample]:
+        """The samples the run does not hold yet; everything else is counted."""
+        for row in read_rows(self.source, self.config, only=self.only, unread=self.unread):
+            if self.count(row):
+                assert isinstance(row.item, Sample)
+                yield row.item
+
+    def count(self, row: InputRow) -> bool:
+        """Count one row; True when it is a new sample."""
+        item = row.item
+        if isinstance(item, Failure):
+            state = "rejected"
+        else:
+            state = self.known.classify(item.idx, item.key, self.source)
+            if state == "conflict":
+                item = conflict(row, item)
+        if row.source != self.file:
+            self.file, self.file_counts = row.source, RowCounts()
+        for counts in (self.counts, self.total, self.file_counts):
+            counts.read += 1
+            if isinstance(item, Failure):
+                counts.rejected[item.reason] = counts.rejected.get(item.reason, 0) + 1
+            elif state == "known":
+                counts.known += 1
+            else:
+                counts.added += 1
+        self.num_resumed += state == "pending"
+        if isinstance(item, Failure):
+            self.quarantine.write(item)
+            if item.reason == UNREADABLE_FILE:
+                self.unreadable[row.source] = self.file_counts
+        if self.counts.read % ROWS_PER_PROGRESS == 0:
+            self.on_progress(self.total)
+        return state == "new"
+
+    def check_conservation(self) -> None:
+        """Every row that was read is in a shard, was there before, or is in quarantine."""
+        counts = self.counts
+        num_added = self.num_written + self.num_resumed
+        num_rejected = self.quarantine.num_written - sum(self.before.rejected.values())
+        if counts.read != num_added + counts.known + num_rejected or counts.added != num_added:
+            raise ConservationError(
+                f"{self.source}: read {counts.read} rows, but added {num_added}, "
+                f"known {counts.known}, rejected {num_rejected}"
+            )
+
+
+class QuarantineWriter:
+    """The quarantine file of one input, put in place however the reading ends."""
+
+    def __init__(self, run_dir: RunDir, source: str) -> None:
+        self.path = quarantine_path(run_dir, source)
+        self.num_written = 0
+
+    def __enter__(self) -> QuarantineWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = temporary_path(self.path)
+        self.file = open(self.temporary, "wb")
+        return self
+
+    def write(self, failure: Failure) -> None:
+        self.file.write(msgspec.json.encode(failure) + b"\n")
+        self.num_written += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.num_written:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink()
+            self.path.unlink(missing_ok=True)
+        fsync_folder(self.path.parent)
+
+
+def quarantine_path(run_dir: RunDir, source: str) -> Path:
+    """The quarantine file of an input."""
+    digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+    return run_dir.quarantine(f"input-{digest}")
+
+
+def conflict(row: InputRow, sample: Sample) -> Failure:
+    """The reject of a row whose id belongs to another sample of its source already."""
+    return Failure(
+        reason="conflicting_id",
+        detail=f"another sample of this input has the id {sample.idx!r}; the first one is kept. "
+        "Make the ids unique, or drop their column: ids are then made from the content",
+        source=row.source,
+        row=row.row,
+        key=sample.key,
+        idx=sample.idx,
+    )

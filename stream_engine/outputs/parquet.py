@@ -1,0 +1,178 @@
+"""Parquet parts, written as a stream, that carry Hugging Face's feature metadata.
+
+Knows nothing of samples or trainers: rows are dicts of columns. The schema is always given, since
+a column whose values are all null would have another type in each part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from stream_engine.store.atomic import fsync_folder
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+ROW_GROUP_BYTES = 16_000_000  # unencoded; what a reader must hold to get at one row
+FOOTER_BYTES = 16_000  # left free in a part for its footer: schema and features,
+GROUP_FOOTER_BYTES = 4_000  # and the columns of each row group
+
+STRING = {"dtype": "string", "_type": "Value"}
+FLOAT = {"dtype": "float64", "_type": "Value"}
+IMAGE = {"_type": "Image"}
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a dataset."""
+
+    name: str
+    rows: int
+    bytes: int
+
+
+class ParquetParts:
+    """Writes rows to `train-00000-of-000NN.parquet`, holding one row group at a time.
+
+    A part is at most `max_part_bytes` long, unless one row alone is longer. Columns are
+    dictionary-encoded up to a whole row group, so that an image that several rows share is stored
+    once.
+    """
+
+    def __init__(self, folder: Path, schema: pyarrow.Schema, *, max_part_bytes: int) -> None:
+        self.folder = folder
+        self.schema = schema
+        self.max_part_bytes = max_part_bytes
+        self.row_group_bytes = min(ROW_GROUP_BYTES, max(1, max_part_bytes // 2))
+        self.rows: list[dict[str, Any]] = []
+        self.num_bytes = 0
+        self.part_rows: list[int] = []
+        self.part_groups = 0
+        self._writer: pyarrow.parquet.ParquetWriter | None = None
+        self._sink: pyarrow.NativeFile | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take a row; writes a row group when enough of them are there."""
+        num_bytes = size_of(row)
+        if self.rows and self.num_bytes + num_bytes > self.row_group_bytes:
+            self._write_row_group()
+        self.rows.append(row)
+        self.num_bytes += num_bytes
+
+    def close(self) -> list[Part]:
+        """Finish the last part and give all parts their names; durable when this returns.
+
+        Without any row there is one part without rows, so that the dataset still has its columns.
+        """
+        if self.rows:
+            self._write_row_group()
+        elif not self.part_rows:
+            self._open_part()
+        self._close_part()
+        total = len(self.part_rows)
+        parts = []
+        for number, rows in enumerate(self.part_rows):
+            path = self.folder / f"train-{number:05d}-of-{total:05d}.parquet"
+            self._unfinished(number).rename(path)
+            parts.append(Part(name=path.name, rows=rows, bytes=path.stat().st_size))
+        fsync_folder(self.folder)
+        return parts
+
+    def _unfinished(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.unfinished"
+
+    def _write_row_group(self) -> None:
+        import pyarrow
+
+        if self._sink is not None:
+            footer = FOOTER_BYTES + GROUP_FOOTER_BYTES * (self.part_groups + 1)
+            if self._sink.tell() + self.num_bytes + footer > self.max_part_bytes:
+                self._close_part()
+        if self._writer is None:
+            self._open_part()
+        assert self._writer is not None
+        table = pyarrow.Table.from_pylist(self.rows, schema=self.schema)
+        self._writer.write_table(table, row_group_size=len(self.rows))
+        self.part_rows[-1] += len(self.rows)
+        self.part_groups += 1
+        self.rows, self.num_bytes = [], 0
+
+    def _open_part(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._sink = pyarrow.OSFile(str(self._unfinished(len(self.part_rows))), "wb")
+        self._writer = pyarrow.parquet.ParquetWriter(
+            self._sink,
+            self.schema,
+            compression="snappy",
+            dictionary_pagesize_limit=self.row_group_bytes,
+            write_statistics=False,
+        )
+        self.part_rows.append(0)
+        self.part_groups = 0
+
+    def _close_part(self) -> None:
+        if self._writer is None or self._sink is None:
+            return
+        self._writer.close()
+        self._sink.close()
+        self._writer = self._sink = None
+        fsync_file(self._unfinished(len(self.part_rows) - 1))
+
+
+def write_empty(path: Path, schema: pyarrow.Schema) -> None:
+    """A parquet file without rows. It has no row group either: datasets fails on an empty one."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.ParquetWriter(path, schema).close()
+    fsync_file(path)
+
+
+def arrow_schema(features: Mapping[str, Any]) -> pyarrow.Schema:
+    """Hugging Face features as an arrow schema that carries them.
+
+    The same as `datasets.Features(...).arrow_schema`, without importing datasets.
+    """
+    import pyarrow
+
+    schema = pyarrow.schema([(name, arrow_type(feature)) for name, feature in features.items()])
+    metadata = msgspec.json.encode({"info": {"features": dict(features)}})
+    return schema.with_metadata({"huggingface": metadata})
+
+
+def arrow_type(feature: Any) -> pyarrow.DataType:
+    """The arrow type of one Hugging Face feature: a list, a struct, Image or Value."""
+    import pyarrow
+
+    if isinstance(feature, list):
+        return pyarrow.list_(arrow_type(feature[0]))
+    if feature == IMAGE:
+        return pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    if feature.get("_type") == "Value":
+        return {"string": pyarrow.string(), "float64": pyarrow.float64()}[feature["dtype"]]
+    return pyarrow.struct([(name, arrow_type(value)) for name, value in feature.items()])
+
+
+def size_of(value: Any) -> int:
+    """About how many bytes a row takes unencoded."""
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, Mapping):
+        return sum(size_of(item) for item in value.values())
+    if isinstance(value, list):
+        return sum(size_of(item) for item in value)
+    return 8
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,339 @@
+"""`stream-engine validate`: is this input readable, is this dataset what its trainer accepts?
+
+A problem is one line that names the file, the row and the rule. An empty list means: fine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stream_engine.config import InputConfig
+from stream_engine.errors import RecordError
+from stream_engine.outputs.formats import EXPORTS, ParquetExport
+from stream_engine.outputs.parquet import arrow_schema
+from stream_engine.records import Failure
+from stream_engine.run_dir.paths import RunDir
+
+MAX_PROBLEMS = 100
+ROWS_PER_BATCH = 16
+RESERVED_TRL_COLUMNS = frozenset(("image", "label", "messages", "completion"))
+OPTIONAL_COLUMNS = frozenset(("logps", "chosen_score", "rejected_score", "margin"))
+ROLES = frozenset(("user", "assistant", "system"))
+
+FEATURES = {
+    name: kind.features for name, kind in EXPORTS.items() if issubclass(kind, ParquetExport)
+}
+
+Row = dict[str, Any]
+Check = Callable[[Row, Path], Iterator[str]]
+"""(row, the dataset's folder) -> the row's problems."""
+
+
+def validate(
+    path: str | Path,
+    *,
+    config: InputConfig | None = None,
+    unread: dict[str, None] | None = None,
+) -> list[str]:
+    """The problems of a run directory's datasets, of one dataset, or of an input.
+
+    At most the first hundred are listed; a last line says that there are more. `unread` takes up
+    the names of an input's columns that no reader knows.
+
+    Raises:
+        ConfigError: when there is nothing at the path, or nothing that is known.
+    """
+    unread = {} if unread is None else unread
+    found = find_problems(path, config or InputConfig(), unread)
+    problems = list(islice(found, MAX_PROBLEMS + 1))
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"and more; the first {MAX_PROBLEMS} are listed"]
+    return problems
+
+
+def find_problems(path: str | Path, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
+    """All problems, as they are found."""
+    folder = Path(path)
+    if is_run(folder):
+        datasets = [p for p in sorted(folder.glob("dataset*")) if format_of(p) is not None]
+        if not datasets:
+            yield f"{folder}: the run has no dataset yet"
+        for dataset in datasets:
+            yield from dataset_problems(dataset)
+    elif format_of(folder) is not None:
+        yield from dataset_problems(folder)
+    else:
+        yield from input_problems(str(path), config, unread)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory."""
+    run_dir = RunDir(folder)
+    return run_dir.run_json.is_file() or run_dir.manifest.is_file()
+
+
+def input_problems(source: str, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
+    """What ingest would reject, and ids that stand for several samples."""
+    from stream_engine.inputs.readers import read_rows
+
+    key_of: dict[str, str] = {}
+    num_rows = 0
+    for row in read_rows(source, config, unread=unread):
+        num_rows += 1
+        where = f"{row.source}, row {row.row}"
+        if isinstance(row.item, Failure):
+            detail = f": {row.item.detail}" if row.item.detail else ""
+            yield f"{where}: {row.item.reason}{detail}"
+        elif key_of.setdefault(row.item.idx, row.item.key) != row.item.key:
+            yield f"{where}: idx {row.item.idx!r} was given to another sample before"
+    if num_rows == 0:
+        yield f"{source}: no rows"
+
+
+def format_of(path: Path) -> str | None:
+    """The format of a dataset, as its columns or files say; None when it is none of ours."""
+    for part in parts_of(path):
+        columns = set(column_names(part))
+        if {"chosen", "rejected"} <= columns:
+            return "trl" if "prompt" in columns else "rlaifv"
+    if (path / "dataset_info.json").is_file():
+        return "llama_factory" if (path / "train.jsonl").is_file() else None
+    first = next(iter(lines_of(path / "train.jsonl")), None)
+    return "ms_swift" if first is not None and "rejected_response" in first else None
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parquet files of a dataset; of a single file, that one."""
+    return (
+        [path] if path.suffix == ".parquet" and path.is_file() else sorted(path.glob("*.parquet"))
+    )
+
+
+def column_names(part: Path) -> list[str]:
+    """The columns of a parquet file; none when it cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_schema(part).names)
+    except (pyarrow.ArrowInvalid, OSError):
+        return []
+
+
+def dataset_problems(folder: Path) -> Iterator[str]:
+    """The problems of one dataset: files, schema, every row, and the number of rows."""
+    name = format_of(folder)
+    assert name is not None, f"{folder} is no dataset"
+    rows = parquet_rows if issubclass(EXPORTS[name], ParquetExport) else jsonl_rows
+    num_rows = 0
+    for where, row in rows(folder, name):
+        if isinstance(row, str):
+            yield f"{where}: {row}"
+            continue
+        num_rows += 1
+        yield from (f"{where}: {problem}" for problem in row_problems(row, folder, CHECKS[name]))
+    yield from count_problems(folder, num_rows)
+
+
+def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
+    """Every row of the parts, or a problem instead, each with its place."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for part in parts_of(folder):
+        try:
+            file = pyarrow.parquet.ParquetFile(part)
+            yield from ((str(part), problem) for problem in schema_problems(file, name))
+            batches = file.iter_batches(batch_size=ROWS_PER_BATCH)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield f"{part}, row {number}", row
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            yield str(part), f"cannot be read on: {error}"
+
+
+def jsonl_rows(folder: Path, _name: str) -> Iterator[tuple[str, Row | str]]:
+    """Every row of train.jsonl, or a problem instead, each with its place."""
+    path = folder / "train.jsonl"
+    begins_with_image = True
+    for number, row in enumerate(lines_of(path)):
+        where = f"{path}, row {number}"
+        if row is None:
+            yield where, "not a JSON object"
+            continue
+        if number == 0:
+            begins_with_image = bool(row.get("images"))
+        elif row.get("images") and not begins_with_image:
+            begins_with_image = True  # said once
+            yield where, "the first row with images is not the first of all; `images` may not load"
+        yield where, row
+
+
+def schema_problems(file: Any, name: str) -> Iterator[str]:
+    """Columns, types and the metadata by which images load as images."""
+    expected, found = arrow_schema(FEATURES[name]), file.schema_arrow
+    for field in expected:
+        if field.name not in found.names:
+            if field.name not in OPTIONAL_COLUMNS:
+                yield f"column {field.name!r} is missing"
+        elif found.field(field.name).type != field.type:
+            yield f"column {field.name!r} is {found.field(field.name).type}, not {field.type}"
+    if name == "trl":
+        for reserved in sorted(RESERVED_TRL_COLUMNS & set(found.names)):
+            yield f"column {reserved!r} makes TRL take the rows for another kind of data"
+    metadata = json.loads((found.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    column = "image" if "image" in expected.names else "images"
+    if "Image" not in json.dumps(features.get(column, {})):
+        yield f"no Hugging Face metadata says that {column!r} holds images; they load as dicts"
+
+
+def row_problems(row: Row, folder: Path, check: Check) -> Iterator[str]:
+    """Problems of one row; a row of another shape than its schema's is one problem."""
+    try:
+        yield from check(row, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        yield f"not of the expected shape: {type(error).__name__}: {error}"
+
+
+def rlaifv_problems(row: Row, _folder: Path) -> Iterator[str]:
+    """RLAIF-V: texts, one image, and log-probs of which the trainer unpacks six."""
+    yield from text_problems(row["question"], row["chosen"], row["rejected"])
+    if row["idx"] is None:
+        yield "idx is null"
+    if row["image"] is None or not row["image"]["bytes"]:
+        yield "no image bytes"
+    else:
+        yield from image_problems(row["image"]["bytes"])
+    if row["origin_split"]:
+        json.loads(row["origin_split"])
+    if row.get("logps") is not None:
+        logps = json.loads(row["logps"])["logps"]
+        if len(logps) != 6:
+            yield f"logps holds {len(logps)} values, not 6"
+            return
+        numbers = [logps[0], logps[1], *logps[2], logps[3], logps[4], *logps[5]]
+        if not all(isinstance(n, int | float) and math.isfinite(n) and n <= 0 for n in numbers):
+            yield "logps holds values that are no log-probs"
+
+
+def trl_problems(row: Row, _folder: Path) -> Iterator[str]:
+    """TRL's conversational preference rows with images."""
+    question, num_image_parts = "", 0
+    for message in row["prompt"]:
+        for part in message["content"]:
+            num_image_parts += part["type"] == "image"
+            question += part["text"] or ""
+            if "image" in part:
+                yield "a content part has a key 'image'"
+    chosen, rejected = (
+        "".join(part["text"] or "" for message in row[name] for part in message["content"])
+        for name in ("chosen", "rejected")
+    )
+    yield from text_problems(question, chosen, rejected)
+    for name in ("prompt", "chosen", "rejected"):
+        for message in row[name]:
+            if message["role"] not in ROLES:
+                yield f"{name} has the role {message['role']!r}"
+    if row["images"] is None:
+        yield "images is null; a row without images has an empty list"
+        return
+    if num_image_parts != len(row["images"]):
+        yield f"{num_image_parts} image parts in the prompt, {len(row['images'])} images"
+    for image in row["images"]:
+        yield from image_problems(image["bytes"])
+
+
+def text_problems(question: str, chosen: str, rejected: str) -> Iterator[str]:
+    """Rules for texts that all formats share."""
+    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+        if not text or not text.strip():
+            yield f"{name} is empty"
+        elif "<image>" in text:
+            yield f"{name} holds a literal <image>"
+    if chosen == rejected:
+        yield "chosen and rejected are the same"
+
+
+def image_problems(data: bytes) -> Iterator[str]:
+    """Whether an image decodes to its last row."""
+    from stream_engine.inputs.images import check_image
+
+    try:
+        check_image(data, InputConfig().max_image_pixels)
+    except RecordError as error:
+        yield f"image: {error}"
+
+
+def lines_of(path: Path) -> Iterator[Row | None]:
+    """The JSON objects of a file's lines; None for a line that is none."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield row if isinstance(row, dict) else None
+
+
+def ms_swift_problems(row: Row, folder: Path) -> Iterator[str]:
+    """ms-swift: a user's and an assistant's turn, and as many image marks as images."""
+    user, assistant = row["messages"]
+    if (user["role"], assistant["role"]) != ("user", "assistant"):
+        yield f"roles are {user['role']}, {assistant['role']}"
+    yield from mark_problems(user["content"], row.get("images", []), folder)
+    question = user["content"].replace("<image>", "")
+    yield from text_problems(question, assistant["content"], row["rejected_response"])
+
+
+def llama_factory_problems(row: Row, folder: Path) -> Iterator[str]:
+    """LLaMA-Factory: one human turn, two gpt turns, and as many image marks as images."""
+    (human,) = row["conversations"]
+    roles = (human["from"], row["chosen"]["from"], row["rejected"]["from"])
+    if roles != ("human", "gpt", "gpt"):
+        yield f"turns are from {', '.join(roles)}"
+    yield from mark_problems(human["value"], row.get("images", []), folder)
+    question = human["value"].replace("<image>", "")
+    yield from text_problems(question, row["chosen"]["value"], row["rejected"]["value"])
+
+
+def mark_problems(prompt: str, images: list[str], folder: Path) -> Iterator[str]:
+    """Image marks and images match in number, and the images are there."""
+    if prompt.count("<image>") != len(images):
+        yield f"{prompt.count('<image>')} image marks in the prompt, {len(images)} images"
+    for image in images:
+        try:
+            data = (folder / image).read_bytes()
+        except OSError as error:
+            yield f"{image}: {error.strerror}"
+            continue
+        yield from (f"{image}: {problem}" for problem in image_problems(data))
+
+
+CHECKS: dict[str, Check] = {
+    "rlaifv": rlaifv_problems,
+    "trl": trl_problems,
+    "ms_swift": ms_swift_problems,
+    "llama_factory": llama_factory_problems,
+}
+
+
+def count_problems(folder: Path, num_rows: int) -> Iterator[str]:
+    """Whether the rows are as many as stats.json says, where there is one."""
+    try:
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        written = stats["pairs"]["written"]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (ValueError, KeyError, TypeError):
+        yield f"{folder / 'stats.json'}: cannot be read"
+        return
+    if written != num_rows:
+        yield f"{folder}: {num_rows} rows, stats.json says {written}"

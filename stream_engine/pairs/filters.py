@@ -1,0 +1,99 @@
+"""Filters over the candidate pairs of one sample.
+
+A filter returns None, or the reason it drops the pair; the merger counts the reasons. A new
+filter is one function here and one line in FILTERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from stream_engine.config import RankingConfig
+from stream_engine.pipelines.ranking import count_words
+from stream_engine.records import Answer, PreferencePair
+
+IMAGE_TAG = "<image>"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair with its two answers."""
+
+    pair: PreferencePair
+    chosen: Answer
+    rejected: Answer
+
+    @cached_property
+    def chosen_words(self) -> int:
+        return count_words(self.chosen.text)
+
+    @cached_property
+    def rejected_words(self) -> int:
+        return count_words(self.rejected.text)
+
+
+Filter = Callable[[Candidate, Sequence[Candidate], RankingConfig], str | None]
+"""(candidate, the sample's pairs kept so far, settings) -> None, or the reason to drop it."""
+
+
+def empty_answer(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig) -> str | None:
+    """An answer without any word teaches nothing, and has no log-prob to compare."""
+    if candidate.chosen_words and candidate.rejected_words:
+        return None
+    return "empty_answer"
+
+
+def image_tag(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig) -> str | None:
+    """A literal `<image>` in an answer would be taken for an image by every trainer."""
+    if IMAGE_TAG in candidate.chosen.text or IMAGE_TAG in candidate.rejected.text:
+        return "image_tag"
+    return None
+
+
+def same_text(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig) -> str | None:
+    """Chosen and rejected are two samplings of one text."""
+    return "same_text" if candidate.chosen.text == candidate.rejected.text else None
+
+
+def identical_row(candidate: Candidate, kept: Sequence[Candidate], _: RankingConfig) -> str | None:
+    """The same two texts were paired before. Rows of different samples differ in their idx."""
+    texts = (candidate.chosen.text, candidate.rejected.text)
+    if any(texts == (other.chosen.text, other.rejected.text) for other in kept):
+        return "identical_row"
+    return None
+
+
+def max_pairs(candidate: Candidate, kept: Sequence[Candidate], config: RankingConfig) -> str | None:
+    """At most `max_pairs_per_sample` pairs of one sample."""
+    return "max_pairs_per_sample" if len(kept) >= config.max_pairs_per_sample else None
+
+
+FILTERS: tuple[Filter, ...] = (empty_answer, image_tag, same_text, identical_row, max_pairs)
+
+
+def split_candidates(
+    candidates: Sequence[Candidate], config: RankingConfig
+) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+    """One sample's candidates, best first -> (those kept, those dropped with the reason)."""
+    kept: list[Candidate] = []
+    dropped: list[tuple[Candidate, str]] = []
+    for candidate in candidates:
+        reason = first_reason(candidate, kept, config)
+        if reason is None:
+            kept.append(candidate)
+        else:
+            dropped.append((candidate, reason))
+    return kept, dropped
+
+
+def first_reason(
+    candidate: Candidate, kept: Sequence[Candidate], config: RankingConfig
+) -> str | None:
+    """The reason of the first filter that drops the candidate."""
+    for check in FILTERS:
+        reason = check(candidate, kept, config)
+        if reason is not None:
+            return reason
+    return None

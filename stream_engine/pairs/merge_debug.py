@@ -1,0 +1,106 @@
+"""`--debug`: what the merge saw and decided, as JSON lines that a person can read.
+
+ranked.jsonl   every scored sample with its answers, best first
+pairs.jsonl    the pairs that were kept, and the formats that could not express them
+drops.jsonl    the pairs that were dropped, with the reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import msgspec
+
+from stream_engine.pairs.filters import Candidate
+from stream_engine.pipelines.ranking import count_words
+from stream_engine.records import Answer, Sample, SampleRewards, SampleRollouts
+from stream_engine.store.atomic import atomic_writer
+
+NAMES = ("ranked", "pairs", "drops")
+
+
+class DebugFiles:
+    """Writes the three files into a folder, each replaced when all is done; None: does nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.files: dict[str, BinaryIO] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> DebugFiles:
+        if self.folder is not None:
+            for name in NAMES:
+                path = self.folder / f"{name}.jsonl"
+                self.files[name] = self._stack.enter_context(atomic_writer(path))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def ranked(self, sample: Sample, rollouts: SampleRollouts, rewards: SampleRewards) -> None:
+        """A sample's answers with their scores, best first, those without a score last."""
+        if not self.files:
+            return
+        scores = {score.index: score for score in rewards.scores}
+        unscored = {i: reason for reason, indices in rewards.unscored.items() for i in indices}
+        order = sorted(scores.values(), key=lambda score: (-score.score, score.index))
+        answers = {answer.index: answer for answer in rollouts.answers}
+        lines = [
+            {
+                **shown(answers[score.index]),
+                "score": score.score,
+                "scores": score.scores,
+                "details": score.details,
+            }
+            for score in order
+        ]
+        lines += [
+            {**shown(answer), "unscored": unscored.get(answer.index, "no score")}
+            for answer in rollouts.answers
+            if answer.index not in scores
+        ]
+        self._write("ranked", sample, {"answers": lines})
+
+    def written(
+        self, sample: Sample, candidate: Candidate, refusals: Mapping[str, str | None]
+    ) -> None:
+        """A pair that was kept."""
+        refused = {name: reason for name, reason in refusals.items() if reason is not None}
+        self._write("pairs", sample, {**shown_pair(candidate), "refused_by": refused})
+
+    def dropped(self, sample: Sample, candidate: Candidate, reason: str) -> None:
+        """A pair that was dropped."""
+        self._write("drops", sample, {"reason": reason, **shown_pair(candidate)})
+
+    def _write(self, name: str, sample: Sample, content: dict[str, Any]) -> None:
+        if self.files:
+            line = {"idx": sample.idx, "key": sample.key, "question": sample.question, **content}
+            self.files[name].write(msgspec.json.encode(line) + b"\n")
+
+
+def shown(answer: Answer) -> dict[str, Any]:
+    """An answer as a person reads it."""
+    return {
+        "index": answer.index,
+        "text": answer.text,
+        "words": count_words(answer.text),
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def shown_pair(candidate: Candidate) -> dict[str, Any]:
+    """A pair as a person reads it."""
+    return {
+        "margin": candidate.pair.margin,
+        "chosen": {**shown(candidate.chosen), "score": candidate.pair.chosen_score},
+        "rejected": {**shown(candidate.rejected), "score": candidate.pair.rejected_score},
+    }

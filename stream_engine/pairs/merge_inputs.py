@@ -1,0 +1,175 @@
+"""What a merge is made from: the shards with complete results, their counts, and their hash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from stream_engine import __version__
+from stream_engine.config import RankingConfig, RunConfig, Stage, fingerprint
+from stream_engine.errors import ConservationError
+from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.records import SCHEMA_VERSION, ShardInfo
+from stream_engine.run_dir.failures import read_failure
+from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import ResultHeader, is_done, read_header, verify_result
+from stream_engine.run_dir.state import RunState, numbered
+
+
+class ShardCounts(NamedTuple):
+    """Of one shard whose stages are both complete."""
+
+    samples: int
+    failed_rollouts: int
+    failed_rewards: int
+    scored: int
+
+
+class MergeInputs:
+    """The shards of a run as a merge sees them; infos are read from the manifest when needed."""
+
+    def __init__(self, manifest: Manifest, fingerprints: Mapping[Stage, str]) -> None:
+        self.manifest = manifest
+        self.stages = dict(fingerprints)
+        self.missing: list[int] = []
+        self.num_missing_samples = 0
+        self.digest: list[tuple[int, str, ShardCounts | None]] = []
+        self.newest_mtime_ns = 0
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    def shards(self) -> Iterator[ShardInfo]:
+        """The shards that take part, in order."""
+        missing = set(self.missing)
+        return (info for info in self.manifest.shards if info.index not in missing)
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """total = scored + quarantined + missing; `rejected` are the inputs' records."""
+        counts = [counts for _, _, counts in self.digest if counts is not None]
+        return {
+            "total": sum(one.samples for one in counts) + self.num_missing_samples,
+            "scored": sum(one.scored for one in counts),
+            "quarantined": {
+                "rollouts": sum(one.failed_rollouts for one in counts),
+                "rewards": sum(one.failed_rewards for one in counts),
+            },
+            "missing": self.num_missing_samples,
+            "rejected": sum(sum(i.rejected.values()) for i in self.manifest.inputs.values()),
+        }
+
+    def fingerprint(self, config: RunConfig, pipeline: Pipeline, format: str) -> str:
+        """Hash of everything that shapes the dataset of one format."""
+        return fingerprint(
+            {
+                "version": [__version__, SCHEMA_VERSION],
+                "pipeline": pipeline.name,
+                "options": config.pipeline_options,
+                "seed": config.seed,
+                "ranking": msgspec.to_builtins(config.part(RankingConfig)),
+                "format": format,
+                "max_part_bytes": config.max_part_bytes,
+                "debug": config.debug,
+                "stages": self.stages,
+                "shards": self.digest,
+                "rejected": self.samples["rejected"],
+            }
+        )
+
+
+def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInputs:
+    """Look at the manifest and at every result's header; shards whose tar is damaged are missing.
+
+    Raises:
+        ConservationError: when a result's counts are not those of what it was made from.
+        ShardReadError: when that is because a result file is damaged.
+    """
+    inputs = MergeInputs(Manifest.load(run_dir), fingerprints)
+    without_tar = set(damaged_tars(run_dir, fingerprints))
+    for info in inputs.manifest.shards:
+        counts = None
+        if info.index not in without_tar:
+            counts = complete_counts(run_dir, info, fingerprints)
+        inputs.digest.append((info.index, info.sha256, counts))
+        if counts is None:
+            inputs.missing.append(info.index)
+            inputs.num_missing_samples += info.num_samples
+            continue
+        for stage in STAGES:
+            mtime_ns = run_dir.result(stage, info.index).stat().st_mtime_ns
+            inputs.newest_mtime_ns = max(inputs.newest_mtime_ns, mtime_ns)
+    return inputs
+
+
+def damaged_tars(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> Iterator[int]:
+    """The shards whose tar a merge found damaged under these settings, until they are put back."""
+    for index, _ in numbered(run_dir.failures_dir):
+        failure = read_failure(run_dir, index)
+        if failure is None or failure.damaged != "tar":
+            continue
+        if failure.fingerprint == fingerprints[failure.stage]:
+            yield index
+
+
+def seen_inputs(state: RunState) -> MergeInputs:
+    """The same from the headers that a RunState has read already; no file is opened.
+
+    The results' times are left out: the dataset that is held against these is known to be new.
+    """
+    inputs = MergeInputs(state.manifest, state.fingerprints)
+    for shard in state.shards:
+        counts = None
+        is_whole = all(state.is_complete(stage, shard) for stage in STAGES)
+        if is_whole and not state.is_failed(shard):
+            rollouts, rewards = (state.header(stage, shard) for stage in STAGES)
+            assert rollouts is not None and rewards is not None
+            counts = counts_of(shard.num_samples, rollouts, rewards)
+        inputs.digest.append((shard.index, shard.sha256, counts))
+        if counts is None:
+            inputs.missing.append(shard.index)
+            inputs.num_missing_samples += shard.num_samples
+    return inputs
+
+
+def complete_counts(
+    run_dir: RunDir, info: ShardInfo, fingerprints: Mapping[Stage, str]
+) -> ShardCounts | None:
+    """The counts of a shard whose stages are both complete, else None.
+
+    After `retry-failed` a result covers a part of its samples, and is not complete.
+    """
+    if not all(is_done(run_dir, stage, info, fingerprints[stage]) for stage in STAGES):
+        return None
+    rollouts, rewards = (read_header(run_dir.result(stage, info.index)) for stage in STAGES)
+    check_header(run_dir, info, rollouts, info.num_samples)
+    check_header(run_dir, info, rewards, rollouts.num_results)
+    if rollouts.num_samples < info.num_samples or rewards.num_samples < rollouts.num_results:
+        return None
+    return counts_of(info.num_samples, rollouts, rewards)
+
+
+def counts_of(num_samples: int, rollouts: ResultHeader, rewards: ResultHeader) -> ShardCounts:
+    return ShardCounts(
+        samples=num_samples,
+        failed_rollouts=rollouts.num_quarantined,
+        failed_rewards=rewards.num_quarantined,
+        scored=rewards.num_results,
+    )
+
+
+def check_header(run_dir: RunDir, info: ShardInfo, header: ResultHeader, num_inputs: int) -> None:
+    """Samples in = results + quarantined, and no more samples than there are."""
+    outcomes = header.num_results + header.num_quarantined
+    if header.num_samples != outcomes or header.num_samples > num_inputs:
+        for stage in STAGES:  # a changed byte is one shard's damage, not a fault in the counting
+            verify_result(run_dir.result(stage, info.index))
+        raise ConservationError(
+            f"shard {info.index}, {header.stage}: {num_inputs} samples went in, but the result "
+            f"speaks of {header.num_samples}: {header.num_results} results and "
+            f"{header.num_quarantined} quarantined"
+        )

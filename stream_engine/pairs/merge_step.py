@@ -1,0 +1,127 @@
+"""The last step of a run: exactly one worker merges, when every shard is settled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Literal
+
+from stream_engine.config import RunConfig
+from stream_engine.errors import ConfigError
+from stream_engine.pairs.merge_inputs import seen_inputs
+from stream_engine.pairs.merger import MergeReport, is_current, merge, merge_is_current
+from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.ranks import Rank
+from stream_engine.run_dir.damage import around_damage
+from stream_engine.run_dir.state import RunState
+from stream_engine.store.leases import Lease
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+
+Outcome = Literal["merged", "current", "unsettled"]
+"""This worker merged; there was nothing to merge; or shards came that are still to be done."""
+
+
+def merge_when_due(
+    state: RunState, config: RunConfig, pipeline: Pipeline, rank: Rank, *, works: bool
+) -> Outcome:
+    """Merge unless the dataset is up to date; waits while another worker is at it.
+
+    All shards must be settled; failed ones are left out, and so are those of which a file turns
+    out to be damaged. An `append` may bring new shards at any moment before this worker has the
+    lease. Whoever settles those merges, so they are no error here: a worker (`works`) goes back to
+    do them, and a merge alone leaves them to others.
+
+    Raises:
+        ConfigError: when the input held no sample, and no bad record says why.
+        MissingStageError: without `works`, when shards were unsettled from the outset.
+    """
+    was_settled = all_settled(state.refresh())
+    if works and not was_settled:
+        return "unsettled"
+    if not any(state.is_complete(STAGES[-1], shard) for shard in state.shards):
+        if not state.shards and not state.num_rejected():
+            raise ConfigError("the input holds no samples")
+        return "current"
+    before = datasets_on_file(state, config)
+    with wait_for_lease(state, config, rank):
+        is_settled = all_settled(state.refresh())
+        if was_settled and not is_settled:
+            if not works:
+                logger.warning("new shards came; whoever computes them builds the dataset")
+            return "unsettled"
+        if was_merged_meanwhile(state, config, pipeline, before):
+            return "current"
+        fingerprints = state.fingerprints
+
+        def is_up_to_date() -> bool:
+            return merge_is_current(state.run_dir, config, pipeline, fingerprints)
+
+        if around_damage(state, config, rank.worker_id, is_up_to_date):
+            return "current"
+        logger.info("building pairs from %d shards", len(state.shards))
+        started = time.monotonic()
+
+        def write() -> MergeReport:
+            has_failed = any(state.is_failed(shard) for shard in state.shards)
+            allow_partial = has_failed and is_settled
+            return merge(state.run_dir, config, pipeline, fingerprints, allow_partial=allow_partial)
+
+        report = around_damage(state, config, rank.worker_id, write)
+        logger.info(
+            "merged in %.1f s: %d pairs of %d candidates",
+            time.monotonic() - started,
+            report.written,
+            report.candidates,
+        )
+    return "merged"
+
+
+def all_settled(state: RunState) -> bool:
+    return all(state.is_settled(STAGES, shard) for shard in state.shards)
+
+
+def was_merged_meanwhile(
+    state: RunState, config: RunConfig, pipeline: Pipeline, before: dict[str, os.stat_result]
+) -> bool:
+    """Whether every dataset was replaced since `before`, by one of what this worker has seen.
+
+    The workers of a run all wait for the one that merges. Without this each in turn would read
+    every result's header again, under the lease, to find nothing to do.
+    """
+    now = datasets_on_file(state, config)
+    folders = state.run_dir.dataset_folders(config.format)
+    if now.keys() != folders.keys():
+        return False
+    if any(name in before and os.path.samestat(before[name], now[name]) for name in now):
+        return False
+    inputs = seen_inputs(state)
+    return all(
+        is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
+        for name, folder in folders.items()
+    )
+
+
+def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, os.stat_result]:
+    """By format, the folder of each dataset that is there; a merge puts a new one in its place."""
+    found = {}
+    for name, folder in state.run_dir.dataset_folders(config.format).items():
+        try:
+            found[name] = folder.stat()
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def wait_for_lease(state: RunState, config: RunConfig, rank: Rank) -> Lease:
+    """The merge lease; whoever has to wait for it finds the work done."""
+    while True:
+        lease = Lease.acquire(
+            state.run_dir, "merge", worker_id=rank.worker_id, timeout_s=config.lease_timeout_s
+        )
+        if lease is not None:
+            return lease
+        time.sleep(POLL_S)

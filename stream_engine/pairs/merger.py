@@ -1,0 +1,443 @@
+"""Results -> candidate pairs -> filters -> length balance -> dataset, statistics and card.
+
+Two passes over the shards in order, one sample in memory at a time. The first counts (balance,
+bounds of the margins); the second decides about every pair again, reads the images from the
+shards and writes. Both see the same pairs in the same order, since ranking and filters are pure.
+
+A dataset is written in a folder with a temporary name and swapped in when it is complete, so a
+killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while that
+stands, merging again does nothing. The caller holds the merge lease.
+
+Counts are checked before the swap: every sample of the shards has a result or a reason, and every
+candidate pair is in the dataset or dropped for a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream_engine.config import RankingConfig, RunConfig, Stage
+from stream_engine.errors import ConservationError, MissingStageError
+from stream_engine.outputs.card import content_hash, dataset_card
+from stream_engine.outputs.formats import PairRow, export_class
+from stream_engine.outputs.parquet import Part
+from stream_engine.pairs.balance import Balance, length_balance
+from stream_engine.pairs.filters import Candidate, split_candidates
+from stream_engine.pairs.merge_debug import DebugFiles
+from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
+from stream_engine.pairs.statistics import PairStatistics, RunStatistics
+from stream_engine.pipelines.base import Pipeline
+from stream_engine.records import Sample, SampleRewards, SampleRollouts, ShardInfo
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.shards import read_shard
+from stream_engine.store.atomic import write_atomic
+from stream_engine.store.folders import FolderSwap
+
+MAX_NAMED = 10  # shards named in a message
+
+
+class FormatReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One format's dataset: candidates = written + dropped."""
+
+    folder: str
+    written: int
+    dropped: dict[str, int]
+    parts: list[Part]
+
+
+class MergeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a merge wrote, or found up to date. Pair counts are of the first format."""
+
+    candidates: int
+    written: int
+    dropped: dict[str, int]
+    samples: dict[str, Any]
+    """total = scored + the quarantined of each stage + missing; `rejected` came before that."""
+    dataset: str
+    parts: list[Part]
+    formats: dict[str, FormatReport]
+    missing_shards: list[int]
+    is_new: bool
+    """False when everything was up to date and nothing was written."""
+
+    def summary(self) -> str:
+        """The conservation of samples and pairs, in a line each."""
+        aside = self.samples["quarantined"]
+        parts = [f"{self.samples['scored']} scored"]
+        parts += [f"{n} set aside ({stage})" for stage, n in aside.items() if n]
+        if self.samples["missing"]:
+            parts.append(f"{self.samples['missing']} in shards without results")
+        lines = [
+            f"samples: {self.samples['total']} = {' + '.join(parts)}",
+            f"pairs: {balance_line(self.candidates, self.written, self.dropped)}",
+        ]
+        for name, report in list(self.formats.items())[1:]:
+            line = balance_line(self.candidates, report.written, report.dropped)
+            lines.append(f"pairs ({name}): {line}")
+        if self.missing_shards:
+            lines.append(f"left out: {named_shards(self.missing_shards)}")
+        return "\n".join(lines)
+
+
+def merge(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    fingerprints: Mapping[Stage, str],
+    *,
+    allow_partial: bool = False,
+) -> MergeReport:
+    """Write the datasets that `config.format` asks for, those that are not up to date.
+
+    Args:
+        fingerprints: of each stage; results that others made do not count.
+        allow_partial: leave shards without complete results out, and name them.
+
+    Raises:
+        ConfigError: for an unknown format.
+        MissingStageError: when a shard has no complete results and that was not allowed.
+        ConservationError: when counts do not add up; the old dataset stays as it was.
+        ShardReadError: when a shard or result file is damaged.
+    """
+    folders = run_dir.dataset_folders(config.format)
+    return write_formats(
+        run_dir, config, pipeline, fingerprints, folders, allow_partial=allow_partial
+    )
+
+
+def export(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    fingerprints: Mapping[Stage, str],
+    *,
+    format: str,
+    folder: Path | None = None,
+    allow_partial: bool = False,
+) -> MergeReport:
+    """Write the pairs of a run in one more format, by default into the run directory.
+
+    Raises:
+        ConfigError: for an unknown format, or a folder that holds something else.
+        Otherwise as `merge`.
+    """
+    target = folder or run_dir.dataset_folders(config.format).get(
+        format, run_dir.export_dir(format)
+    )
+    return write_formats(
+        run_dir, config, pipeline, fingerprints, {format: target}, allow_partial=allow_partial
+    )
+
+
+def merge_is_current(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    fingerprints: Mapping[Stage, str],
+) -> bool:
+    """Whether every dataset asked for is there, whole, and made from what is there now."""
+    inputs = read_inputs(run_dir, fingerprints)
+    folders = run_dir.dataset_folders(config.format)
+    return all(
+        is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
+        for name, folder in folders.items()
+    )
+
+
+def write_formats(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    fingerprints: Mapping[Stage, str],
+    folders: Mapping[str, Path],
+    *,
+    allow_partial: bool,
+) -> MergeReport:
+    """Bring each format's folder up to date."""
+    for name in folders:
+        export_class(name)
+    inputs = read_inputs(run_dir, fingerprints)
+    if inputs.num_shards == 0:
+        raise MissingStageError(f"{run_dir.root} has no shards; `stream-engine shard` makes them")
+    if inputs.missing and not allow_partial:
+        raise MissingStageError(
+            f"{len(inputs.missing)} of {inputs.num_shards} shards have no complete results "
+            f"({named_shards(inputs.missing)}); `stream-engine work` computes them"
+        )
+    made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
+    stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
+    if stale:
+        with ExitStack() as stack:
+            outputs = [
+                Output(name, stack.enter_context(FolderSwap(folders[name])), config)
+                for name in stale
+            ]
+            common = build(run_dir, config, pipeline, inputs, outputs)
+            for output in outputs:
+                output.finish(config, {**common, "fingerprint": made_from[output.name]})
+            for output in outputs:
+                output.swap.commit()
+    return read_report(folders, is_new=bool(stale))
+
+
+class Output:
+    """One format in the making."""
+
+    def __init__(self, name: str, swap: FolderSwap, config: RunConfig) -> None:
+        self.name = name
+        self.swap = swap
+        self.export = export_class(name)(swap.new, max_part_bytes=config.max_part_bytes)
+        self.dropped: Counter[str] = Counter()
+        self.statistics = PairStatistics()
+
+    def write(self, row: PairRow, candidate: Candidate) -> str | None:
+        """Write a row; returns the reason when this format cannot express it."""
+        reason = self.export.write(row)
+        if reason is None:
+            self.statistics.add_pair(candidate)
+        else:
+            self.dropped[reason] += 1
+        return reason
+
+    def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
+        """Close the files, check the counts, and write card and statistics, the latter last."""
+        parts = self.export.close()
+        dropped = Counter(common["pairs"]["dropped"]) + self.dropped
+        candidates, written = common["pairs"]["candidates"], self.statistics.num_pairs
+        if candidates != written + sum(dropped.values()):
+            line = balance_line(candidates, written, dropped)
+            raise ConservationError(f"{self.name}: the pairs do not add up: {line}")
+        if written != sum(part.rows for part in parts):
+            raise ConservationError(
+                f"{self.name}: {written} pairs were written, but the files hold "
+                f"{sum(part.rows for part in parts)}"
+            )
+        stats = {
+            **{name: value for name, value in common.items() if name != "resolved_sampling"},
+            **self.statistics.to_dict(),
+            "format": self.name,
+            "samples": {**common["samples"], "with_pairs": self.statistics.num_samples},
+            "pairs": {
+                "candidates": candidates,
+                "written": written,
+                "dropped": dict(sorted(dropped.items())),
+            },
+            "parts": msgspec.to_builtins(parts),
+        }
+        card = dataset_card(
+            config,
+            stats,
+            data_files=self.export.data_files,
+            content=content_hash(self.swap.new / part.name for part in parts),
+            resolved_sampling=common["resolved_sampling"],
+        )
+        write_atomic(self.swap.new / "README.md", card.encode())
+        encoded = msgspec.json.format(msgspec.json.encode(stats), indent=2)
+        write_atomic(self.swap.new / "stats.json", encoded + b"\n")
+
+
+def build(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    inputs: MergeInputs,
+    outputs: list[Output],
+) -> dict[str, Any]:
+    """Both passes; returns what the statistics of all formats have in common."""
+    ranking = config.part(RankingConfig)
+    balance = length_balance(pipeline.length_balance, ranking)
+    statistics = RunStatistics()
+    count_pairs(run_dir, pipeline, ranking, inputs, balance, statistics)
+    for output in outputs:
+        output.statistics.set_margin_bounds(statistics.least_margin, statistics.greatest_margin)
+    with DebugFiles(run_dir.debug_dir if config.debug else None) as debug:
+        dropped = write_pairs(run_dir, pipeline, ranking, inputs, balance, outputs, debug)
+    if statistics.num_samples != inputs.samples["scored"]:
+        raise ConservationError(
+            f"{statistics.num_samples} samples were read, the results' headers say "
+            f"{inputs.samples['scored']}"
+        )
+    return {
+        "pipeline": pipeline.name,
+        "samples": {
+            **inputs.samples,
+            "with_candidates": statistics.num_samples_with_candidates,
+        },
+        "missing_shards": inputs.missing,
+        "pairs": {"candidates": statistics.num_candidates, "dropped": dropped},
+        **statistics.to_dict(pipeline.judge_rates),
+        "resolved_sampling": resolved_sampling(run_dir),
+    }
+
+
+def count_pairs(
+    run_dir: RunDir,
+    pipeline: Pipeline,
+    ranking: RankingConfig,
+    inputs: MergeInputs,
+    balance: Balance,
+    statistics: RunStatistics,
+) -> None:
+    """First pass: let balance and statistics see every answer and every pair that passes."""
+    for info in inputs.shards():
+        for rollouts, rewards in scored_answers(run_dir, info):
+            candidates = rank(pipeline, rollouts, rewards)
+            statistics.add_sample(rollouts, rewards, num_candidates=len(candidates))
+            kept, _ = split_candidates(candidates, ranking)
+            for candidate in kept:
+                balance.count(candidate)
+                statistics.add_pair(candidate)
+
+
+def write_pairs(
+    run_dir: RunDir,
+    pipeline: Pipeline,
+    ranking: RankingConfig,
+    inputs: MergeInputs,
+    balance: Balance,
+    outputs: list[Output],
+    debug: DebugFiles,
+) -> Counter[str]:
+    """Second pass: write what is kept; returns the reasons of what no format gets."""
+    all_dropped: Counter[str] = Counter()
+    for info in inputs.shards():
+        for sample, rollouts, rewards in scored_samples(run_dir, info):
+            candidates = rank(pipeline, rollouts, rewards)
+            debug.ranked(sample, rollouts, rewards)
+            kept, dropped = split_candidates(candidates, ranking)
+            for candidate in kept:
+                reason = balance.reason_to_drop(candidate)
+                if reason is not None:
+                    dropped.append((candidate, reason))
+                    continue
+                row = PairRow(
+                    sample,
+                    candidate.chosen,
+                    candidate.rejected,
+                    candidate.pair,
+                    rollouts.num_prompt_tokens,
+                )
+                refusals = {output.name: output.write(row, candidate) for output in outputs}
+                debug.written(sample, candidate, refusals)
+            for candidate, reason in dropped:
+                all_dropped[reason] += 1
+                debug.dropped(sample, candidate, reason)
+    return all_dropped
+
+
+def rank(pipeline: Pipeline, rollouts: SampleRollouts, rewards: SampleRewards) -> list[Candidate]:
+    """The pipeline's candidate pairs with their answers, found by index."""
+    answers = {answer.index: answer for answer in rollouts.answers}
+    return [
+        Candidate(pair, answers[pair.chosen], answers[pair.rejected])
+        for pair in pipeline.candidate_pairs(rollouts, rewards)
+    ]
+
+
+def scored_answers(
+    run_dir: RunDir, info: ShardInfo
+) -> Iterator[tuple[SampleRollouts, SampleRewards]]:
+    """The samples of a shard that have a result of both stages, joined by key, in order."""
+    rollouts = read_results(run_dir.result("rollouts", info.index), SampleRollouts)
+    for rewards in read_results(run_dir.result("rewards", info.index), SampleRewards):
+        answers = next((record for record in rollouts if record.key == rewards.key), None)
+        if answers is None:
+            raise ConservationError(
+                f"shard {info.index}: the scores of {rewards.key} have no answers, or are out of "
+                "order"
+            )
+        yield answers, rewards
+
+
+def scored_samples(
+    run_dir: RunDir, info: ShardInfo
+) -> Iterator[tuple[Sample, SampleRollouts, SampleRewards]]:
+    """The same with the samples themselves, read from the shard."""
+    samples = read_shard(run_dir.shard(info.index), info)
+    for rollouts, rewards in scored_answers(run_dir, info):
+        sample = next((sample for sample in samples if sample.key == rollouts.key), None)
+        if sample is None:
+            raise ConservationError(
+                f"shard {info.index}: the answers to {rollouts.key} have no sample, or are out of "
+                "order"
+            )
+        yield sample, rollouts, rewards
+
+
+def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
+    """The sampling values that the instruct model's engine noted in run.json."""
+    try:
+        run_file = msgspec.json.decode(run_dir.run_json.read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return run_file.get("engines", {}).get("instruct", {}).get("sampling")
+
+
+def is_current(folder: Path, inputs: MergeInputs, made_from: str) -> bool:
+    """Whether a folder's dataset is whole, made from this, and no older than any result."""
+    stats = read_stats(folder)
+    if stats is None or stats.get("fingerprint") != made_from:
+        return False
+    for part in msgspec.convert(stats["parts"], list[Part]):
+        path = folder / part.name
+        if not path.is_file() or path.stat().st_size != part.bytes:
+            return False
+    return inputs.newest_mtime_ns <= (folder / "stats.json").stat().st_mtime_ns
+
+
+def read_stats(folder: Path) -> dict[str, Any] | None:
+    """The stats.json of a dataset; None when there is none."""
+    try:
+        return msgspec.json.decode((folder / "stats.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+
+
+def read_report(folders: Mapping[str, Path], *, is_new: bool) -> MergeReport:
+    """The report of datasets on file."""
+    stats = {name: read_stats(folder) for name, folder in folders.items()}
+    formats = {
+        name: FormatReport(
+            folder=str(folders[name]),
+            written=one["pairs"]["written"],
+            dropped=one["pairs"]["dropped"],
+            parts=msgspec.convert(one["parts"], list[Part]),
+        )
+        for name, one in stats.items()
+        if one is not None
+    }
+    first = next(iter(folders))
+    one = stats[first]
+    assert one is not None, f"{folders[first]} was just written"
+    return MergeReport(
+        candidates=one["pairs"]["candidates"],
+        written=formats[first].written,
+        dropped=formats[first].dropped,
+        samples=one["samples"],
+        dataset=str(folders[first]),
+        parts=formats[first].parts,
+        formats=formats,
+        missing_shards=one["missing_shards"],
+        is_new=is_new,
+    )
+
+
+def balance_line(candidates: int, written: int, dropped: Mapping[str, int]) -> str:
+    """`12 candidates = 9 written + 3 dropped (same_text 2, max_pairs_per_sample 1)`."""
+    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()) if n)
+    shown = f" ({reasons})" if reasons else ""
+    return f"{candidates} candidates = {written} written + {sum(dropped.values())} dropped{shown}"
+
+
+def named_shards(indices: list[int]) -> str:
+    """`shards 3, 5, 8 and 12 more`."""
+    named = ", ".join(str(index) for index in indices[:MAX_NAMED])
+    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
+    return f"shard{'s' if len(indices) > 1 else ''} {named}{more}"

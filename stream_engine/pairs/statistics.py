@@ -1,0 +1,215 @@
+"""What stats.json says about a dataset: counts, margins, lengths, the judge.
+
+Collected in the merger's two passes, in memory that does not grow with the number of pairs:
+counters, and histograms over word counts and over fixed bins of the margin.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from stream_engine.pairs.filters import Candidate
+from stream_engine.records import SampleRewards, SampleRollouts
+
+NUM_MARGIN_BINS = 40
+
+
+class LengthWins:
+    """How often the chosen answer is the longer one: judges favour length."""
+
+    def __init__(self) -> None:
+        self.longer = 0
+        self.shorter = 0
+        self.equal = 0
+
+    def add(self, candidate: Candidate) -> None:
+        difference = candidate.chosen_words - candidate.rejected_words
+        self.longer += difference > 0
+        self.shorter += difference < 0
+        self.equal += difference == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """`rate` is longer / (longer + shorter); 0.5 shows no bias."""
+        unequal = self.longer + self.shorter
+        return {
+            "longer": self.longer,
+            "shorter": self.shorter,
+            "equal": self.equal,
+            "rate": rounded(self.longer / unequal) if unequal else None,
+        }
+
+
+class RunStatistics:
+    """First pass: every answer of every scored sample, and the pairs before the balance."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_samples_with_candidates = 0
+        self.num_candidates = 0
+        self.num_answers = 0
+        self.num_tokens = 0
+        self.num_scored = 0
+        self.finish_reasons: Counter[str] = Counter()
+        self.unscored: Counter[str] = Counter()
+        self.judge: defaultdict[str, float] = defaultdict(float)
+        self.length_wins = LengthWins()
+        self.least_margin = float("inf")
+        self.greatest_margin = float("-inf")
+
+    def add_sample(
+        self, rollouts: SampleRollouts, rewards: SampleRewards, *, num_candidates: int
+    ) -> None:
+        """Count one sample's answers and verdicts, and the pairs ranking made of it."""
+        self.num_samples += 1
+        self.num_samples_with_candidates += num_candidates > 0
+        self.num_candidates += num_candidates
+        self.num_answers += len(rollouts.answers)
+        self.num_tokens += sum(len(answer.token_ids) for answer in rollouts.answers)
+        self.num_scored += len(rewards.scores)
+        self.finish_reasons.update(answer.finish_reason for answer in rollouts.answers)
+        for reason, indices in rewards.unscored.items():
+            self.unscored[reason] += len(indices)
+        for name, value in rewards.judge.items():
+            self.judge[name] += value
+
+    def add_pair(self, candidate: Candidate) -> None:
+        """Take note of a pair that passed the filters, before the balance."""
+        self.length_wins.add(candidate)
+        self.least_margin = min(self.least_margin, candidate.pair.margin)
+        self.greatest_margin = max(self.greatest_margin, candidate.pair.margin)
+
+    def to_dict(self, judge_rates: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+        """The parts of stats.json that do not depend on the format."""
+        rates = {
+            name: rounded(self.judge.get(part, 0.0) / self.judge[whole])
+            for name, (part, whole) in sorted(judge_rates.items())
+            if self.judge.get(whole)
+        }
+        return {
+            "answers": {
+                "total": self.num_answers,
+                "scored": self.num_scored,
+                "unscored": dict(sorted(self.unscored.items())),
+                "finish_reasons": dict(sorted(self.finish_reasons.items())),
+                "mean_tokens": rounded(self.num_tokens / max(1, self.num_answers)),
+            },
+            "judge": {
+                "counts": {name: rounded(n) for name, n in sorted(self.judge.items())},
+                "rates": rates,
+            },
+            "length_wins_before_balance": self.length_wins.to_dict(),
+        }
+
+
+class PairStatistics:
+    """Second pass: the pairs that one format holds."""
+
+    def __init__(self) -> None:
+        self.num_pairs = 0
+        self.num_samples = 0
+        self.last_key = ""
+        self.dropped: Counter[str] = Counter()
+        self.margins = Histogram(0.0, 0.0)
+        self.chosen_words: Counter[int] = Counter()
+        self.rejected_words: Counter[int] = Counter()
+        self.length_wins = LengthWins()
+        self.finish_reasons: Counter[str] = Counter()
+
+    def set_margin_bounds(self, least: float, greatest: float) -> None:
+        """What the first pass found, before any pair is added."""
+        self.margins = Histogram(least, greatest)
+
+    def add_pair(self, candidate: Candidate) -> None:
+        """Count a pair that was written; the pairs of a sample come one after the other."""
+        self.num_pairs += 1
+        self.num_samples += candidate.pair.key != self.last_key
+        self.last_key = candidate.pair.key
+        self.margins.add(candidate.pair.margin)
+        self.chosen_words[candidate.chosen_words] += 1
+        self.rejected_words[candidate.rejected_words] += 1
+        self.length_wins.add(candidate)
+        self.finish_reasons[f"chosen_{candidate.chosen.finish_reason}"] += 1
+        self.finish_reasons[f"rejected_{candidate.rejected.finish_reason}"] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts of stats.json about the pairs of this dataset."""
+        chosen, rejected = words_summary(self.chosen_words), words_summary(self.rejected_words)
+        return {
+            "margin": self.margins.to_dict(),
+            "words": {
+                "chosen": chosen,
+                "rejected": rejected,
+                "mean_difference": rounded(chosen["mean"] - rejected["mean"]),
+            },
+            "length_wins": self.length_wins.to_dict(),
+            "pair_finish_reasons": dict(sorted(self.finish_reasons.items())),
+        }
+
+
+class Histogram:
+    """Counts over equal bins between two known bounds."""
+
+    def __init__(self, least: float, greatest: float) -> None:
+        self.least = least
+        self.greatest = greatest
+        self.counts = [0] * NUM_MARGIN_BINS
+        self.total = 0.0
+        self.low = float("inf")
+        self.high = float("-inf")
+
+    def add(self, value: float) -> None:
+        span = self.greatest - self.least
+        place = int((value - self.least) / span * len(self.counts)) if span > 0 else 0
+        self.counts[min(place, len(self.counts) - 1)] += 1
+        self.total += value
+        self.low = min(self.low, value)
+        self.high = max(self.high, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        num = sum(self.counts)
+        if num == 0:
+            return {
+                "mean": None,
+                "min": None,
+                "max": None,
+                "histogram": {"edges": [], "counts": []},
+            }
+        step = (self.greatest - self.least) / len(self.counts)
+        edges = [rounded(self.least + i * step) for i in range(len(self.counts) + 1)]
+        return {
+            "mean": rounded(self.total / num),
+            "min": rounded(self.low),
+            "max": rounded(self.high),
+            "histogram": {"edges": edges, "counts": self.counts},
+        }
+
+
+def words_summary(counts: Counter[int]) -> dict[str, Any]:
+    """Mean, quantiles and maximum of a histogram over word counts."""
+    num = sum(counts.values())
+    if num == 0:
+        return {"mean": 0.0, "median": 0, "p90": 0, "max": 0}
+    return {
+        "mean": rounded(sum(words * n for words, n in counts.items()) / num),
+        "median": quantile(counts, 0.5),
+        "p90": quantile(counts, 0.9),
+        "max": max(counts),
+    }
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """The least value that at least `share` of the counted ones do not exceed."""
+    needed = share * sum(counts.values())
+    seen = 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= needed:
+            return value
+    return max(counts)
+
+
+def rounded(value: float) -> float:
+    """Six decimals: what a person reads, and the same on every machine."""
+    return round(float(value), 6)

@@ -1,0 +1,105 @@
+"""Finished files whose bytes have changed: set aside and recorded, so that the rest goes on.
+
+A result can be computed again, so a damaged one is moved out of the way and its shard is failed
+until someone asks for a retry. A shard's tar cannot: it is the only copy of its samples here. Its
+results stay where they are, but no pairs are built from them while the tar is damaged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from stream_engine.config import RunConfig, Stage, WorkerConfig
+from stream_engine.errors import ShardReadError
+from stream_engine.pipelines.base import STAGES
+from stream_engine.run_dir.failures import record_failure
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.state import RunState, shard_lease
+from stream_engine.store.leases import Lease
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def around_damage(state: RunState, config: RunConfig, worker: str, write: Callable[[], T]) -> T:
+    """What `write` returns, once the shards whose files it finds damaged are failed.
+
+    The caller holds the merge lease; `write` leaves failed shards out, as `state` then knows them.
+
+    Raises:
+        ShardReadError: when another worker is at the damaged shard.
+    """
+    while True:
+        try:
+            return write()
+        except ShardReadError as error:
+            note_damage(state, config, worker, error)
+            state.refresh()
+
+
+def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardReadError) -> None:
+    """Record the final failure of the shard whose tar or result the error names."""
+    run_dir = state.run_dir
+    index, stage = shard_and_stage(run_dir, error)
+    lease = Lease.acquire(
+        run_dir, shard_lease(index), worker_id=worker, timeout_s=config.lease_timeout_s
+    )
+    if lease is None:
+        raise error
+    with lease:
+        if stage is None:
+            remedy = (
+                "a shard's tar cannot be computed again: put back a copy of it, then "
+                f"`stream-engine retry-failed {run_dir.root}`; without a copy its "
+                f"{state.shards[index].num_samples} samples are lost to this run, so give their "
+                "input to another --work_dir"
+            )
+        else:
+            kept = set_aside(run_dir, stage, index)
+            remedy = (
+                f"kept as {kept}; `stream-engine retry-failed {run_dir.root}` computes it again"
+            )
+        failure = record_failure(
+            run_dir,
+            error,
+            shard=index,
+            stage=stage or STAGES[-1],
+            fingerprint=state.fingerprints[stage or STAGES[-1]],
+            worker=worker,
+            config=config.part(WorkerConfig),
+            damaged="tar" if stage is None else "result",
+            remedy=remedy,
+        )
+    logger.warning("shard %d is left out: %s", index, failure.error)
+
+
+def set_aside(run_dir: RunDir, stage: Stage, index: int) -> Path:
+    """Move a stage's result away, and those made from it; returns where it is now.
+
+    Rewards are of the very answers that were lost, and another GPU may draw others.
+    """
+    for later in STAGES[STAGES.index(stage) :]:
+        path, kept = run_dir.result(later, index), run_dir.damaged(later, index)
+        if path.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, kept)
+    return run_dir.damaged(stage, index)
+
+
+def shard_and_stage(run_dir: RunDir, error: ShardReadError) -> tuple[int, Stage | None]:
+    """Whose file the error names: a shard's result of a stage, or (None) its tar."""
+    path = Path(error.path)
+    if not path.stem.isdecimal():
+        raise error
+    index = int(path.stem)
+    if path == run_dir.shard(index):
+        return index, None
+    for stage in STAGES:
+        if path == run_dir.result(stage, index):
+            return index, stage
+    raise error

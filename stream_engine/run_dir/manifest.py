@@ -1,0 +1,280 @@
+"""The manifest: an append-only list of the shards, and of the inputs that were read to their end.
+
+One JSON line each. Only the holder of the ingest lease appends; anybody reads at any time. A last
+line that is torn counts as not written, and is cut off before the next append.
+
+Memory: a shard's line holds its samples' keys, so lines are read when they are asked for; the
+manifest itself keeps one offset per shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import msgspec
+
+from stream_engine.config import InputConfig, fingerprint
+from stream_engine.errors import ShardError, ShardReadError
+from stream_engine.inputs.sources import canonical_source, input_fingerprint
+from stream_engine.records import ShardInfo
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.atomic import fsync_folder
+
+
+class RowCounts(msgspec.Struct, kw_only=True):
+    """Rows that were read: read = added + known + the rejected, by reason."""
+
+    read: int = 0
+    added: int = 0
+    known: int = 0
+    rejected: dict[str, int] = {}
+
+    def plus(self, other: RowCounts, *, times: int = 1) -> RowCounts:
+        """The sum, or with `times=-1` the difference."""
+        reasons = sorted(self.rejected.keys() | other.rejected.keys())
+        sums = {
+            name: self.rejected.get(name, 0) + times * other.rejected.get(name, 0)
+            for name in reasons
+        }
+        return RowCounts(
+            read=self.read + times * other.read,
+            added=self.added + times * other.added,
+            known=self.known + times * other.known,
+            rejected={name: count for name, count in sums.items() if count},
+        )
+
+
+class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="input"):
+    """An input that was read to its end: read = added + known + the rejected."""
+
+    source: str
+    fingerprint: str
+    """Hash of the source's state; empty: it is to be read again, whatever its state."""
+    settings: str
+    """Hash of the settings that decide what is read; see `reading_settings`."""
+    max_samples: int | None = None
+    """The limit of that reading. Whoever asks for no more has it read already."""
+    read: int
+    added: int
+    known: int
+    rejected: dict[str, int] = {}
+    unread: list[str] = []
+    """Columns that no reader knows."""
+    unreadable: dict[str, RowCounts] = {}
+    """Files that could not be read to their ends, and what of the counts is theirs."""
+
+    def answers(self, config: InputConfig) -> bool:
+        """Whether a reading with these settings would have taken no more."""
+        return self.settings == reading_settings(config) and covers(self, config.max_samples)
+
+    @property
+    def readable_counts(self) -> RowCounts:
+        """The counts without those of the unreadable files."""
+        counts = RowCounts(
+            read=self.read, added=self.added, known=self.known, rejected=self.rejected
+        )
+        for theirs in self.unreadable.values():
+            counts = counts.plus(theirs, times=-1)
+        return counts
+
+
+class ShardLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="shard"):
+    """A shard, and the input it was cut from."""
+
+    shard: ShardInfo
+    source: str = ""
+
+
+class LineKind(msgspec.Struct):
+    """The little that loading needs of every line."""
+
+    kind: str
+    source: str = ""
+
+
+class ShardList(Sequence[ShardInfo]):
+    """The shards in order; each is decoded from its line when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardInfo]: ...
+    def __getitem__(self, index: int | slice) -> ShardInfo | list[ShardInfo]:
+        if isinstance(index, slice):
+            return list(self.at(self.offsets[index]))
+        return next(self.at([self.offsets[index]]))
+
+    def __iter__(self) -> Iterator[ShardInfo]:
+        return self.at(self.offsets)
+
+    def at(self, offsets: Sequence[int]) -> Iterator[ShardInfo]:
+        """The shards whose lines begin at these offsets."""
+        return (line.shard for line in self.lines(offsets))
+
+    def lines(self, offsets: Sequence[int] | None = None) -> Iterator[ShardLine]:
+        """The lines that begin at these offsets; else all."""
+        offsets = self.offsets if offsets is None else offsets
+        if not offsets:
+            return
+        with open(self.path, "rb") as file:
+            for offset in list(offsets):
+                file.seek(offset)
+                yield msgspec.json.decode(file.readline(), type=ShardLine)
+
+
+class Manifest:
+    """`shards` in order of their index, and `inputs`, the latest line of each source."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards = ShardList(path)
+        self.inputs: dict[str, InputInfo] = {}
+        self._input_offsets: dict[str, int] = {}
+        self._whole_readings: dict[str, list[InputInfo]] = {}
+        self._unfinished: dict[str, list[int]] = {}
+        self.size = 0
+        self.end = 0
+
+    @classmethod
+    def load(cls, run_dir: RunDir) -> Manifest:
+        """Read the manifest of a run; a run without one has no shards.
+
+        Raises:
+            ShardReadError: when a line other than the last is damaged.
+        """
+        manifest = cls(run_dir.manifest)
+        if not manifest.path.exists():
+            return manifest
+        with open(manifest.path, "rb") as file:
+            manifest.size = os.fstat(file.fileno()).st_size
+            damaged = 0
+            for number, line in enumerate(file, start=1):
+                if damaged:
+                    raise ShardReadError(manifest.path, f"line {damaged} is damaged")
+                if not line.endswith(b"\n") or not manifest._add(line):
+                    damaged = number
+        return manifest
+
+    def _add(self, line: bytes) -> bool:
+        """Take up a complete line; False when it is damaged."""
+        try:
+            kind = msgspec.json.decode(line, type=LineKind)
+            if kind.kind == "input":
+                self._add_input(msgspec.json.decode(line, type=InputInfo))
+            else:
+                self.shards.offsets.append(self.end)
+                self._unfinished.setdefault(kind.source, []).append(self.end)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        self.end += len(line)
+        return True
+
+    def _add_input(self, info: InputInfo) -> None:
+        self.inputs[info.source] = info
+        if not info.fingerprint:
+            self._whole_readings.pop(info.source, None)
+            return
+        self._input_offsets[info.source] = self.end
+        self._unfinished.pop(info.source, None)
+        if not info.unreadable:
+            self._whole_readings.setdefault(info.source, []).append(info)
+
+    def is_complete(self, sources: Sequence[str], config: InputConfig | None = None) -> bool:
+        """Whether every source, as it is now, was read to its end (with `config`'s settings)."""
+        return all(self.is_read(source, input_fingerprint(source), config) for source in sources)
+
+    def is_read(self, source: str, fingerprint: str, config: InputConfig | None = None) -> bool:
+        """Whether this very state of a source was read to its end, lately or before.
+
+        Nodes that see different times of change for one file have each a state of their own.
+        """
+        readings = list(self._whole_readings.get(canonical_source(source), ()))
+        info = self.inputs.get(canonical_source(source))
+        if info is not None:
+            readings.append(info)
+        return any(
+            known.fingerprint == fingerprint and (config is None or known.answers(config))
+            for known in readings
+        )
+
+    def unreadable_files(self, source: str, fingerprint: str, config: InputConfig) -> list[str]:
+        """The files of a source in this state that could not be read to their ends."""
+        info = self.inputs.get(canonical_source(source))
+        if info is None or info.fingerprint != fingerprint or not info.answers(config):
+            return []
+        return sorted(info.unreadable)
+
+    def is_left_to_read(self, source: str, fingerprint: str, config: InputConfig) -> bool:
+        """Whether a source in this state was not read to its end, or some of its files were not."""
+        return not self.is_read(source, fingerprint, config) or bool(
+            self.unreadable_files(source, fingerprint, config)
+        )
+
+    def was_read_since(self, end: int, source: str, config: InputConfig) -> bool:
+        """Whether a source was read by anybody after the manifest had that `end`."""
+        info = self.inputs.get(canonical_source(source))
+        return (
+            info is not None
+            and info.fingerprint != ""
+            and info.answers(config)
+            and self._input_offsets[info.source] >= end
+        )
+
+    def unfinished_shards(self, source: str) -> Iterator[ShardInfo]:
+        """The shards of a source that were written since it was last read to its end."""
+        return self.shards.at(self._unfinished.get(source, []))
+
+    def append_shard(self, shard: ShardInfo, *, source: str = "") -> None:
+        """Add the line of a shard whose tar is in place."""
+        assert shard.index == len(self.shards), f"{shard.index} after {len(self.shards)} shards"
+        self._append(ShardLine(shard=shard, source=source))
+
+    def append_input(self, info: InputInfo) -> None:
+        """Add the line of an input whose shards are all in the manifest."""
+        self._append(info)
+
+    def forget_input(self, source: str) -> None:
+        """Let a source be read again; its counts stand until then."""
+        self._append(msgspec.structs.replace(self.inputs[source], fingerprint=""))
+
+    def _append(self, line: ShardLine | InputInfo) -> None:
+        encoded = msgspec.json.encode(line) + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with open(self.path, "ab") as file:
+            if os.fstat(file.fileno()).st_size != self.size:
+                raise ShardError(f"{self.path} was changed by another process; run again")
+            file.truncate(self.end)
+            file.write(encoded)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            fsync_folder(self.path.parent)
+        self._add(encoded)
+        self.size = self.end
+
+
+def covers(info: InputInfo, max_samples: int | None) -> bool:
+    """Whether that reading went as far as one with this limit."""
+    if info.max_samples is None or info.read < info.max_samples:
+        return True  # it came to the end
+    return max_samples is not None and max_samples <= info.max_samples
+
+
+def reading_settings(config: InputConfig) -> str:
+    """Hash of the settings that decide which samples of an input are taken, its limit apart."""
+    settings: dict[str, Any] = {
+        "image_root": config.image_root,
+        "max_image_pixels": config.max_image_pixels,
+    }
+    return fingerprint(settings)

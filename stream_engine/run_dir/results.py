@@ -1,0 +1,241 @@
+"""Per-shard results: one file per stage and shard, complete or absent.
+
+    magic | header | record | record | ... | footer
+
+Header and records are msgpack, each after its length (u32, little endian). The footer holds the
+file's size and the SHA-256 of everything before it, so that a cut file shows without being read.
+The quarantine file is written first: a result file that exists has all its counts accounted for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.records import SCHEMA_VERSION, Failure, ShardInfo
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
+from stream_engine.store.atomic import atomic_writer, read_if_there, stat_if_there, write_atomic
+
+RecordT = TypeVar("RecordT", bound=msgspec.Struct)
+
+MAGIC = b"SERESULT"
+END_MAGIC = b"SEEND\x00\x00\x01"
+LENGTH = struct.Struct("<I")
+FOOTER = struct.Struct("<Q32s8s")
+
+
+class ResultHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What a result file holds, of which shard, and which settings made it."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    shard: int
+    shard_sha256: str
+    fingerprint: str
+    num_samples: int
+    num_results: int
+    num_quarantined: int
+    created_by: dict[str, Any] = {}
+
+
+def write_results(
+    run_dir: RunDir,
+    header: ResultHeader,
+    records: Iterable[msgspec.Struct],
+    failures: Sequence[Failure],
+) -> None:
+    """Write a shard's quarantine file (none when nothing failed), then its result file.
+
+    Raises:
+        ConservationError: when the header's counts are not those of records and failures.
+    """
+    if header.num_samples != header.num_results + header.num_quarantined:
+        raise ConservationError(
+            f"{header.stage} of shard {header.shard}: {header.num_samples} samples, but "
+            f"{header.num_results} results and {header.num_quarantined} quarantined"
+        )
+    if len(failures) != header.num_quarantined:
+        raise ConservationError(
+            f"{header.stage} of shard {header.shard}: {len(failures)} failures, "
+            f"the header says {header.num_quarantined}"
+        )
+    with atomic_writer(run_dir.result(header.stage, header.shard)) as file:
+        write_records(file, header, records)
+        write_quarantine(run_dir.stage_quarantine(header.stage, header.shard), failures)
+
+
+def write_records(file: BinaryIO, header: ResultHeader, records: Iterable[msgspec.Struct]) -> None:
+    """Write header, records and footer to an open file."""
+    hashing = HashingWriter(file)
+    hashing.write(MAGIC)
+    encoder = msgspec.msgpack.Encoder()
+    num_written = 0
+    for record in chain((header,), records):
+        encoded = encoder.encode(record)
+        hashing.write(LENGTH.pack(len(encoded)))
+        hashing.write(encoded)
+        num_written += record is not header
+    if num_written != header.num_results:
+        raise ConservationError(
+            f"{header.stage} of shard {header.shard}: {num_written} records, "
+            f"the header says {header.num_results}"
+        )
+    file.write(FOOTER.pack(hashing.num_bytes + FOOTER.size, hashing.digest.digest(), END_MAGIC))
+
+
+def write_quarantine(path: Path, failures: Iterable[Failure]) -> None:
+    """Replace a quarantine file by these failures, one JSON line each; remove it if none."""
+    lines = b"".join(msgspec.json.encode(failure) + b"\n" for failure in failures)
+    if lines:
+        write_atomic(path, lines)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_quarantine(path: Path) -> Iterator[Failure]:
+    """The failures in a quarantine file; none when it is absent.
+
+    Raises:
+        ShardReadError: when a line is damaged.
+    """
+    if stat_if_there(path) is None:
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield msgspec.json.decode(line, type=Failure)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise ShardReadError(path, f"line {number}: {error}") from error
+
+
+def read_header(path: str | Path) -> ResultHeader:
+    """The header of a result file, after checking that the file ends where it should.
+
+    Raises:
+        ShardReadError: when the file is missing, cut, no result file or of a newer version.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return parse_header(path, file)
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
+def read_results(path: str | Path, record_type: type[RecordT]) -> Iterator[RecordT]:
+    """Yield the records of a result file, one at a time, after verifying its checksum.
+
+    Raises:
+        ShardReadError: when the file is missing, cut or changed; it names the file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            header = parse_header(path, file)
+            start = file.tell()
+            verify_checksum(path, file)
+            file.seek(start)
+            decoder = msgspec.msgpack.Decoder(record_type)
+            for number in range(header.num_results):
+                try:
+                    yield decoder.decode(read_frame(path, file))
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise ShardReadError(path, str(error), f"record {number}") from error
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
+def verify_result(path: str | Path) -> None:
+    """Check a result file's checksum.
+
+    Raises:
+        ShardReadError: when the file is missing, cut or changed; it names the file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            parse_header(path, file)
+            verify_checksum(path, file)
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
+def is_done(run_dir: RunDir, stage: str, info: ShardInfo, fingerprint: str) -> bool:
+    """Whether a stage's result of this shard is in place, complete, and made by these settings.
+
+    The quarantine file belongs to the result: a number of lines other than the header's means
+    that a rewrite was interrupted.
+    """
+    path = run_dir.result(stage, info.index)
+    if not path.exists():
+        return False
+    try:
+        header = read_header(path)
+    except ShardReadError:
+        return False
+    return (
+        header.shard_sha256 == info.sha256
+        and header.fingerprint == fingerprint
+        and count_lines(run_dir.stage_quarantine(stage, info.index)) == header.num_quarantined
+    )
+
+
+def parse_header(path: Path, file: BinaryIO) -> ResultHeader:
+    """Check magic, size and version; leaves the file at the first record."""
+    size = os.fstat(file.fileno()).st_size
+    if size < len(MAGIC) + FOOTER.size or file.read(len(MAGIC)) != MAGIC:
+        raise ShardReadError(path, "not a complete result file")
+    file.seek(size - FOOTER.size)
+    stated_size, _, end_magic = FOOTER.unpack(file.read(FOOTER.size))
+    if end_magic != END_MAGIC or stated_size != size:
+        raise ShardReadError(path, "the file is cut or changed at its end")
+    file.seek(len(MAGIC))
+    try:
+        header = msgspec.msgpack.decode(read_frame(path, file), type=ResultHeader)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ShardReadError(path, f"bad header: {error}") from error
+    if header.schema_version > SCHEMA_VERSION:
+        raise ShardReadError(
+            path, f"schema version {header.schema_version}, this program knows {SCHEMA_VERSION}"
+        )
+    return header
+
+
+def read_frame(path: Path, file: BinaryIO) -> bytes:
+    """The next length-prefixed piece."""
+    prefix = file.read(LENGTH.size)
+    if len(prefix) == LENGTH.size:
+        (length,) = LENGTH.unpack(prefix)
+        data = file.read(length)
+        if len(data) == length:
+            return data
+    raise ShardReadError(path, "the file ends inside a record")
+
+
+def verify_checksum(path: Path, file: BinaryIO) -> None:
+    """Compare the footer's checksum with the bytes before it."""
+    remaining = os.fstat(file.fileno()).st_size - FOOTER.size
+    digest = hashlib.sha256()
+    file.seek(0)
+    while remaining > 0:
+        chunk = file.read(min(CHUNK_BYTES, remaining))
+        if not chunk:
+            break
+        digest.update(chunk)
+        remaining -= len(chunk)
+    if digest.digest() != FOOTER.unpack(file.read(FOOTER.size))[1]:
+        raise ShardReadError(path, "its checksum does not match its content")
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file; 0 when it is absent."""
+    return (read_if_there(path) or b"").count(b"\n")

@@ -1,0 +1,248 @@
+"""Shards: WebDataset tars of samples, byte-reproducible, verified when they are read.
+
+A sample is `{key}.json` (every field but the images' bytes) and `{key}.{i}.{ext}`, one member per
+image with its original encoded bytes. Owner, mode and times are fixed, so equal samples make equal
+tars. A tar that was cut at a member's boundary reads silently short in WebDataset: readers here
+compare size, checksum, keys and count with the manifest's ShardInfo.
+
+webdataset imports torch, so it is imported where a tar is really read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tarfile import TarError
+from typing import Any, BinaryIO
+
+import msgspec
+
+from stream_engine.errors import ShardReadError
+from stream_engine.records import EncodedImage, Sample, ShardInfo, sample_key
+from stream_engine.store.atomic import atomic_writer
+
+CHUNK_BYTES = 1 << 20
+
+
+class StoredSample(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON member of a sample: `Sample` with the images' paths in place of the images."""
+
+    key: str
+    idx: str
+    question: str
+    image_paths: list[str] = []
+    ds_name: str = ""
+    origin_dataset: str = ""
+    origin_split: str = ""
+    image_path: str = ""
+    metainfos: str = ""
+
+
+def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> ShardInfo:
+    """Write one shard atomically, one sample at a time; returns its line for the manifest."""
+    from webdataset import TarWriter
+
+    keys: list[str] = []
+    ids: list[str] = []
+    with atomic_writer(path) as file:
+        hashing = HashingWriter(file)
+        with TarWriter(
+            hashing, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
+        ) as tar:
+            for sample in samples:
+                tar.write(sample_members(sample))
+                keys.append(sample.key)
+                ids.append(sample.idx)
+    assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
+    return ShardInfo(
+        index=index,
+        num_samples=len(keys),
+        num_bytes=hashing.num_bytes,
+        sha256=hashing.hexdigest(),
+        keys=keys,
+        ids=ids,
+    )
+
+
+def read_shard(path: str | Path, info: ShardInfo, *, verify: bool = True) -> Iterator[Sample]:
+    """Yield the samples of a shard in order, one at a time.
+
+    `verify` compares size and checksum before the first sample is yielded; number and order of
+    the keys are compared always.
+
+    Raises:
+        ShardReadError: when the tar is missing, torn or is not what `info` says; it names the
+            tar, and the first bad member where one can be told.
+    """
+    path = Path(path)
+    if verify:
+        problem = checksum_problem(path, info)
+        if problem:
+            raise first_damage(path, info) or ShardReadError(path, problem)
+    yield from checked_samples(path, info)
+
+
+def checked_samples(path: Path, info: ShardInfo) -> Iterator[Sample]:
+    """The samples in a tar, after comparing their keys with the manifest's."""
+    num_read = 0
+    for members in tar_samples(path, lambda detail, member: ShardReadError(path, detail, member)):
+        key = members["__key__"]
+        if num_read >= len(info.keys) or key != info.keys[num_read]:
+            raise ShardReadError(path, "unexpected sample", f"{key}.json")
+        yield parse_members(path, key, members)
+        num_read += 1
+    if num_read != info.num_samples:
+        raise ShardReadError(
+            path,
+            f"{num_read} samples, the manifest says {info.num_samples}; "
+            f"the first missing one is {info.keys[num_read]}",
+        )
+
+
+def tar_samples(
+    source: Path | BinaryIO, error_at: Callable[[str, str], Exception]
+) -> Iterator[dict[str, Any]]:
+    """WebDataset samples (`__key__` and suffix -> bytes) of one tar, streaming.
+
+    Whatever goes wrong with the tar raises `error_at(detail, the member it happened in)`.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    member = ""
+
+    def notice(name: str) -> bool:
+        nonlocal member
+        member = name
+        return True
+
+    def members(file: BinaryIO) -> Iterator[dict[str, Any]]:
+        for content in tar_file_iterator(file, select_files=notice):
+            yield {**content, "__url__": str(source)}
+
+    try:
+        if isinstance(source, Path):
+            with open(source, "rb") as file:
+                yield from group_by_keys(members(file))
+        else:
+            yield from group_by_keys(members(source))
+    except (TarError, OSError, EOFError, ValueError) as error:
+        detail = str(error.args[0]) if error.args else type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            detail = error.strerror
+        raise error_at(detail.partition(" @ ")[0], member) from error
+
+
+def sample_members(sample: Sample) -> dict[str, Any]:
+    """A sample as WebDataset's writer takes it."""
+    stored = StoredSample(
+        image_paths=[image.path for image in sample.images],
+        **{
+            name: getattr(sample, name)
+            for name in StoredSample.__struct_fields__
+            if name != "image_paths"
+        },
+    )
+    members: dict[str, Any] = {"__key__": sample.key, "json": msgspec.json.encode(stored)}
+    for i, image in enumerate(sample.images):
+        members[f"{i}.{image_extension(image.data)}"] = image.data
+    return members
+
+
+def parse_members(path: Path, key: str, members: dict[str, Any]) -> Sample:
+    """A sample from its members, the inverse of `sample_members`."""
+    if "json" not in members:
+        raise ShardReadError(path, "member is missing", f"{key}.json")
+    try:
+        stored = msgspec.json.decode(members["json"], type=StoredSample)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ShardReadError(path, str(error), f"{key}.json") from error
+    data_at = {
+        int(suffix.split(".")[0]): data
+        for suffix, data in members.items()
+        if suffix.split(".")[0].isdecimal()
+    }
+    images = []
+    for i, image_path in enumerate(stored.image_paths):
+        if i not in data_at:
+            raise ShardReadError(path, "member is missing", f"{key}.{i}.*")
+        images.append(EncodedImage(data_at[i], image_path))
+    fields = msgspec.structs.asdict(stored)
+    del fields["image_paths"]
+    return Sample(images=tuple(images), **fields)
+
+
+def checksum_problem(path: Path, info: ShardInfo) -> str:
+    """What is wrong with the tar's bytes, or an empty string."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+    except OSError as error:
+        return error.strerror or str(error)
+    if num_bytes != info.num_bytes:
+        return f"{num_bytes} bytes, the manifest says {info.num_bytes}"
+    if digest.hexdigest() != info.sha256:
+        return "its checksum is not the manifest's"
+    return ""
+
+
+def first_damage(path: Path, info: ShardInfo) -> ShardReadError | None:
+    """The error that names the first damaged member, if the samples themselves tell.
+
+    A key is a hash of its sample's content, so a changed image shows in its own key.
+    """
+    if not path.is_file():
+        return None
+    try:
+        for sample in checked_samples(path, info):
+            own_idx = "" if sample.idx == sample.key else sample.idx
+            if sample_key(own_idx, sample.question, sample.images) != sample.key:
+                return ShardReadError(path, "content does not match its key", f"{sample.key}.*")
+    except ShardReadError as error:
+        return error
+    return None
+
+
+def image_extension(data: bytes) -> str:
+    """The usual file extension of an encoded image, told from its first bytes."""
+    for magic, extension in IMAGE_MAGIC.items():
+        if data.startswith(magic):
+            return extension
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    return UNKNOWN_EXTENSION
+
+
+UNKNOWN_EXTENSION = "img"
+IMAGE_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\x00": "tif",
+    b"MM\x00*": "tif",
+    b"\x00\x00\x00\x0cjP  ": "jp2",
+}
+
+
+class HashingWriter:
+    """A binary file that counts and hashes what passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.num_bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+    def hexdigest(self) -> str:
+        return self.digest.hexdigest()

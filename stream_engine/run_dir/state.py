@@ -1,0 +1,241 @@
+"""RunState: which shards are done, failed, held or pending. Derived from the files, each time.
+
+Workers, `status` and the merge ask the same object, so that they cannot disagree. A refresh lists
+folders and opens only files that it has not seen complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from stream_engine.config import Stage
+from stream_engine.errors import ShardReadError
+from stream_engine.pipelines.base import STAGES
+from stream_engine.records import ShardInfo
+from stream_engine.run_dir.failures import ShardFailure, read_failure
+from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import ResultHeader, count_lines, read_header
+from stream_engine.store.atomic import stat_if_there
+from stream_engine.store.leases import LeaseInfo, list_leases
+
+logger = logging.getLogger(__name__)
+
+SHARD_LEASE = "shard-"
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """The little of a ShardInfo that is kept for every shard."""
+
+    index: int
+    num_samples: int
+    sha256: str
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A result file as it was when its header was read; None when that failed."""
+
+    mtime_ns: int
+    num_bytes: int
+    header: ResultHeader | None
+
+
+def shard_lease(index: int) -> str:
+    """The lease of a shard: one for all its stages, since they follow one another."""
+    return f"{SHARD_LEASE}{index:06d}"
+
+
+class RunState:
+    """State of a run as of the last `refresh`. Counts are of shards unless they say samples."""
+
+    def __init__(
+        self, run_dir: RunDir, fingerprints: Mapping[Stage, str], *, max_shard_retries: int
+    ) -> None:
+        self.run_dir = run_dir
+        self.fingerprints = dict(fingerprints)
+        self.max_shard_retries = max_shard_retries
+        self.shards: list[Shard] = []
+        self.manifest = Manifest(run_dir.manifest)
+        self.failures: dict[int, ShardFailure] = {}
+        self.leases: list[LeaseInfo] = []
+        self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
+        self._failure_times: dict[int, int] = {}
+        self._refreshed = float("-inf")
+        self._refresh_cost_s = 0.0
+
+    def refresh(self, *, max_age_s: float = 0.0) -> RunState:
+        """Look at the files again, unless that was done within `max_age_s`.
+
+        Where looking is slow (many shards, a network file system) that age is stretched, so that a
+        worker spends at most a twentieth of its time here.
+        """
+        started = time.monotonic()
+        if max_age_s and started - self._refreshed < max(max_age_s, 20 * self._refresh_cost_s):
+            return self
+        self._refresh_manifest()
+        for stage in STAGES:
+            self._refresh_results(stage)
+        self._refresh_failures()
+        self.leases = [lease for lease in list_leases(self.run_dir) if not lease.is_stale]
+        self._refreshed = time.monotonic()
+        self._refresh_cost_s = self._refreshed - started
+        return self
+
+    def refresh_shard(self, shard: Shard) -> None:
+        """Look at the files of one shard afresh, whatever was seen of them before."""
+        for stage in STAGES:
+            self._seen[stage].pop(shard.index, None)
+            self._look(stage, shard, self.run_dir.result(stage, shard.index))
+        failure = read_failure(self.run_dir, shard.index)
+        self.failures.pop(shard.index, None)
+        if failure is not None:
+            self.failures[shard.index] = failure
+
+    def header(self, stage: Stage, shard: Shard) -> ResultHeader | None:
+        """The header of a shard's result when it is of this shard and these settings.
+
+        It may cover a part of the samples only, after `retry-failed`; see `is_complete`.
+        """
+        seen = self._seen[stage].get(shard.index)
+        if seen is None or seen.header is None:
+            return None
+        header = seen.header
+        fits = header.shard_sha256 == shard.sha256
+        return header if fits and header.fingerprint == self.fingerprints[stage] else None
+
+    def is_complete(self, stage: Stage, shard: Shard) -> bool:
+        """Whether every sample that reaches this stage has a result or is quarantined."""
+        header = self.header(stage, shard)
+        if header is None:
+            return False
+        if stage == "rollouts":
+            return header.num_samples == shard.num_samples
+        before = self.header("rollouts", shard)
+        return (
+            before is not None
+            and before.num_samples == shard.num_samples
+            and header.num_samples == before.num_results
+        )
+
+    def failure(self, shard: Shard) -> ShardFailure | None:
+        """The failure on file, if it is of these settings and its stage is not done since.
+
+        A damaged tar stays one whether or not the results made from it are complete.
+        """
+        failure = self.failures.get(shard.index)
+        if failure is None or failure.fingerprint != self.fingerprints[failure.stage]:
+            return None
+        is_mended = failure.damaged != "tar" and self.is_complete(failure.stage, shard)
+        return None if is_mended else failure
+
+    def is_failed(self, shard: Shard) -> bool:
+        """Whether the shard was tried as often as allowed."""
+        failure = self.failure(shard)
+        return failure is not None and failure.is_final(self.max_shard_retries)
+
+    def is_settled(self, stages: Sequence[Stage], shard: Shard) -> bool:
+        """Whether nothing is left to do at these stages: done, or failed for good."""
+        return all(self.is_complete(stage, shard) for stage in stages) or self.is_failed(shard)
+
+    def holders(self) -> dict[int, LeaseInfo]:
+        """Live leases on shards, by the shard's index."""
+        return {
+            int(lease.name.removeprefix(SHARD_LEASE)): lease
+            for lease in self.leases
+            if lease.name.startswith(SHARD_LEASE)
+        }
+
+    def wait_s(self, shard: Shard) -> float:
+        """Seconds until a shard that failed may be tried again; 0 when it may be now."""
+        failure = self.failure(shard)
+        return 0.0 if failure is None else max(0.0, failure.retry_at - time.time())
+
+    def num_quarantined(self, stage: Stage) -> int:
+        """Samples that a stage set aside."""
+        headers = (self.header(stage, shard) for shard in self.shards)
+        return sum(header.num_quarantined for header in headers if header is not None)
+
+    def num_rejected(self) -> int:
+        """Records that ingest rejected, over all inputs."""
+        return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
+
+    def _refresh_manifest(self) -> None:
+        stat = stat_if_there(self.run_dir.manifest)
+        if stat is None or stat.st_size == self.manifest.size:
+            return
+        self.manifest = Manifest.load(self.run_dir)
+        shards = self.manifest.shards
+        new = shards.at(shards.offsets[len(self.shards) :])
+        self.shards.extend(slim(info) for info in new)
+
+    def _refresh_results(self, stage: Stage) -> None:
+        """Read the headers of results that are new, or were not complete the last time."""
+        present = dict(numbered(self.run_dir.results_dir(stage)))
+        for shard in self.shards:
+            path = present.get(shard.index)
+            if path is None:
+                self._seen[stage].pop(shard.index, None)
+            elif not self.is_complete(stage, shard):
+                self._look(stage, shard, path)
+
+    def _look(self, stage: Stage, shard: Shard, path: Path) -> None:
+        """Read a result's header unless the file is as it was and could be read.
+
+        One that could not may be whole: a network file system fails a read now and then.
+        """
+        seen = self._seen[stage]
+        stat = stat_if_there(path)
+        if stat is None:
+            seen.pop(shard.index, None)
+            return
+        old = seen.get(shard.index)
+        is_new = old is None or (old.mtime_ns, old.num_bytes) != (stat.st_mtime_ns, stat.st_size)
+        if is_new or old is None or old.header is None:
+            header = self._read_header(stage, path, shard.index, warn=is_new)
+            seen[shard.index] = Seen(stat.st_mtime_ns, stat.st_size, header)
+
+    def _read_header(
+        self, stage: Stage, path: Path, index: int, *, warn: bool
+    ) -> ResultHeader | None:
+        """A result's header; None when the file is torn or its quarantine file is another's."""
+        try:
+            header = read_header(path)
+        except ShardReadError as error:
+            if warn:
+                logger.warning("%s; if that stays so, it will be made again", error)
+            return None
+        lines = count_lines(self.run_dir.stage_quarantine(stage, index))
+        return header if lines == header.num_quarantined else None
+
+    def _refresh_failures(self) -> None:
+        present = dict(numbered(self.run_dir.failures_dir))
+        for index in self.failures.keys() - present.keys():
+            del self.failures[index]
+        for index, path in present.items():
+            stat = stat_if_there(path)
+            if stat is None:
+                self.failures.pop(index, None)
+                continue
+            if index in self.failures and self._failure_times.get(index) == stat.st_mtime_ns:
+                continue
+            failure = read_failure(self.run_dir, index)
+            if failure is not None:
+                self.failures[index] = failure
+                self._failure_times[index] = stat.st_mtime_ns
+
+
+def slim(info: ShardInfo) -> Shard:
+    return Shard(info.index, info.num_samples, info.sha256)
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The files of a folder that are named by a shard's index; temporary ones are not."""
+    if not folder.is_dir():
+        return []
+    found = ((path.stem, path) for path in folder.iterdir())
+    return sorted((int(stem), path) for stem, path in found if stem.isdecimal())

@@ -1,0 +1,209 @@
+"""Where a run stands, derived from its files alone: the same from any node, whoever asks.
+
+Knows how to count and to name problems, not how to do anything about them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream_engine.pipelines.base import STAGES
+from stream_engine.records import Failure
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_quarantine
+from stream_engine.run_dir.state import SHARD_LEASE, RunState
+
+MAX_NAMED = 20
+
+
+class SampleCounts(msgspec.Struct, frozen=True):
+    """total = done + quarantined + pending. Records that ingest rejected count as quarantined."""
+
+    total: int = 0
+    done: int = 0
+    quarantined: int = 0
+    pending: int = 0
+
+
+class ShardCounts(msgspec.Struct, frozen=True):
+    """total = done + failed + running + pending."""
+
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    running: int = 0
+    pending: int = 0
+
+
+class StageCounts(msgspec.Struct, frozen=True):
+    """Shards done, and samples with a result or set aside, at one stage."""
+
+    shards_done: int = 0
+    samples_done: int = 0
+    quarantined: int = 0
+
+
+class PairCounts(msgspec.Struct, frozen=True):
+    """Of the last merge: candidates = written + dropped."""
+
+    candidates: int = 0
+    written: int = 0
+    dropped: dict[str, int] = {}
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """A live lease: who holds what. `is_alive` is None when its host cannot be seen from here."""
+
+    worker: str
+    host: str
+    holds: str
+    shard: int | None
+    since_s: float
+    heartbeat_s: float
+    is_alive: bool | None
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What `status --json` prints."""
+
+    samples: SampleCounts
+    shards: ShardCounts
+    stages: dict[str, StageCounts]
+    pairs: PairCounts
+    workers: list[WorkerStatus]
+
+    @property
+    def has_problems(self) -> bool:
+        return bool(self.shards.failed or self.samples.quarantined)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to work on: each shard is done or failed for good."""
+        return self.shards.running == self.shards.pending == 0
+
+
+def collect(state: RunState) -> Status:
+    """Count a run as of its last refresh."""
+    stages: dict[str, StageCounts] = {}
+    for stage in STAGES:
+        headers = [h for shard in state.shards if (h := state.header(stage, shard))]
+        stages[stage] = StageCounts(
+            shards_done=sum(state.is_complete(stage, shard) for shard in state.shards),
+            samples_done=sum(header.num_results for header in headers),
+            quarantined=sum(header.num_quarantined for header in headers),
+        )
+    total = sum(shard.num_samples for shard in state.shards) + state.num_rejected()
+    quarantined = state.num_rejected() + sum(counts.quarantined for counts in stages.values())
+    done = stages[STAGES[-1]].samples_done
+    holders = state.holders()
+    kinds = Counter(
+        "done"
+        if state.is_settled(STAGES, shard) and not state.is_failed(shard)
+        else "running"
+        if shard.index in holders
+        else "failed"
+        if state.is_failed(shard)
+        else "pending"
+        for shard in state.shards
+    )
+    return Status(
+        samples=SampleCounts(total, done, quarantined, total - done - quarantined),
+        shards=ShardCounts(total=len(state.shards), **kinds),
+        stages=stages,
+        pairs=read_pairs(state.run_dir),
+        workers=[
+            WorkerStatus(
+                worker=lease.worker_id,
+                host=lease.host,
+                holds=lease.name,
+                shard=shard_of(lease.name),
+                since_s=round(max(0.0, time.time() - lease.started), 1),
+                heartbeat_s=round(lease.age_s, 1),
+                is_alive=lease.is_alive,
+            )
+            for lease in state.leases
+        ],
+    )
+
+
+def read_stats(run_dir: RunDir) -> dict[str, Any]:
+    """stats.json of the last merge; {} before one."""
+    try:
+        return msgspec.json.decode(run_dir.stats_json.read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError):
+        return {}
+
+
+def read_pairs(run_dir: RunDir) -> PairCounts:
+    """The pair counts of the last merge."""
+    pairs = read_stats(run_dir).get("pairs", {})
+    return PairCounts(
+        candidates=pairs.get("candidates", 0),
+        written=pairs.get("written", 0),
+        dropped=pairs.get("dropped", {}),
+    )
+
+
+def no_pairs(run_dir: RunDir) -> str | None:
+    """Why the last merge wrote no pair though samples were scored; None when that is not so."""
+    stats = read_stats(run_dir)
+    if not stats or stats["pairs"]["written"] or not stats["samples"]["scored"]:
+        return None
+    found = f"no pair was written of {stats['samples']['scored']} scored samples: "
+    candidates, dropped = stats["pairs"]["candidates"], stats["pairs"]["dropped"]
+    if not candidates:
+        return found + (
+            "none has two answers that make one (equal scores, near duplicates, or lengths that "
+            "differ by --distance words or more)"
+        )
+    reason = max(dropped, key=lambda why: dropped[why])
+    return found + f"all {candidates} candidates were dropped, {dropped[reason]} as {reason}"
+
+
+def problems(state: RunState, *, limit: int = MAX_NAMED) -> list[str]:
+    """Every failed shard and quarantined record in one line each; beyond `limit`, where to look."""
+    failed = [shard for shard in state.shards if state.is_failed(shard)]
+    lines = []
+    for shard in islice(failed, limit):
+        failure = state.failures[shard.index]
+        where = f"{failure.source}, member {failure.member}" if failure.member else failure.source
+        reason = failure.error.removeprefix(f"{where}: ")
+        lines.append(f"shard {shard.index} ({where}): {reason} ({failure.attempts} attempts)")
+    if len(failed) > limit:
+        lines.append(f"... {len(failed) - limit} more shards; see {state.run_dir.failures_dir}")
+    total = collect(state).samples.quarantined
+    named = list(islice(quarantined(state.run_dir), limit))
+    lines.extend(describe_failure(failure) for failure in named)
+    if total > len(named):
+        lines.append(f"... {total - len(named)} more records; see {state.run_dir.quarantine_dir}")
+    return lines
+
+
+def quarantined(run_dir: RunDir) -> Iterator[Failure]:
+    """Every record that was set aside, file by file."""
+    for path in quarantine_files(run_dir):
+        yield from read_quarantine(path)
+
+
+def quarantine_files(run_dir: RunDir) -> list[Path]:
+    return sorted(run_dir.quarantine_dir.glob("[!.]*.jsonl"))
+
+
+def describe_failure(failure: Failure) -> str:
+    """A quarantined record in one line: file, row, id, reason."""
+    place = f"{failure.source} row {failure.row}" if failure.row >= 0 else failure.source
+    who = f" (idx {failure.idx})" if failure.idx else ""
+    detail = f": {failure.detail}" if failure.detail else ""
+    return f"{failure.stage}: {place}{who}: {failure.reason}{detail}"
+
+
+def shard_of(lease_name: str) -> int | None:
+    name = lease_name.removeprefix(SHARD_LEASE)
+    return int(name) if name != lease_name and name.isdecimal() else None

@@ -1,0 +1,41 @@
+"""Verify a run byte by byte: shards against the manifest, results against their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stream_engine.errors import ShardReadError
+from stream_engine.pipelines.base import STAGES
+from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.shards import read_shard
+from stream_engine.run_dir.state import RunState
+from stream_engine.work.shard_work import RECORD_TYPES
+
+
+def damaged_parts(state: RunState) -> Iterator[str]:
+    """A line for every damaged shard or result, and for samples that no result accounts for.
+
+    Shards that the next run works on are one line together.
+    """
+    num_pending = 0
+    for info, shard in zip(state.manifest.shards, state.shards):
+        try:
+            for _ in read_shard(state.run_dir.shard(info.index), info):
+                pass
+            for stage in STAGES:
+                if state.header(stage, shard) is None:
+                    continue
+                path = state.run_dir.result(stage, info.index)
+                for record in read_results(path, RECORD_TYPES[stage]):
+                    if record.key not in info.keys:
+                        yield f"{path}: {record.key} is not in the shard"
+        except ShardReadError as error:
+            yield str(error)
+        if not state.is_settled(STAGES, shard):
+            num_pending += 1
+            continue
+        for stage in STAGES:
+            if not state.is_complete(stage, shard):
+                yield f"shard {info.index}: the {stage} do not account for every sample"
+    if num_pending:
+        yield f"{num_pending} of {len(state.shards)} shards pending; run it again"

@@ -1,1 +1,0 @@
-"""Everything that knows bytes and paths: inputs, shards, results, leases, exports."""

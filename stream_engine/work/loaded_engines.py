@@ -1,0 +1,138 @@
+"""LoadedEngines: the models a worker has in memory, loaded when a shard first needs them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from stream_engine.config import ModelConfig, ModelRole, SamplingConfig, Stage
+from stream_engine.pipelines.base import Pipeline
+from stream_engine.ranks import Rank, set_device
+from stream_engine.run_dir.run_json import note_engines
+from stream_engine.run_dir.paths import RunDir
+
+if TYPE_CHECKING:
+    from stream_engine.engine import Engine
+    from stream_engine.work.team import Team
+
+logger = logging.getLogger(__name__)
+
+
+EngineKey = tuple[str, SamplingConfig | None]
+
+
+def engine_key(role: ModelRole) -> EngineKey:
+    """What two roles must have in common to share an engine."""
+    return role.path, role.sampling
+
+
+class LoadedEngines:
+    """Engines by role. Roles with one path and one way of sampling share one engine."""
+
+    def __init__(
+        self, run_dir: RunDir, pipeline: Pipeline, rank: Rank, team: Team | None = None
+    ) -> None:
+        """`team` is given to the rank that leads one."""
+        self.run_dir = run_dir
+        self.pipeline = pipeline
+        self.rank = rank
+        self.team = team
+        self._loaded: dict[EngineKey, Engine] = {}
+        self._unsaid: list[tuple[ModelRole, Engine]] = []
+        self._device = ""
+        self.one_at_a_time = False
+
+    def get(self, needed: Sequence[Stage], *, keep: Sequence[Stage]) -> Mapping[str, Engine]:
+        """The engines of the `needed` stages by role; those of other stages than `keep` are freed.
+
+        With `one_at_a_time` an engine is loaded when it is asked for, and the one before it freed.
+
+        Raises:
+            CheckpointError: when a model cannot be loaded.
+        """
+        if self.team is None:
+            return self._get(needed, keep)
+        load = functools.partial(self._get, needed, keep)
+        return self.team.load(tuple(needed), tuple(keep), self.one_at_a_time, load)
+
+    def _get(self, needed: Sequence[Stage], keep: Sequence[Stage]) -> Mapping[str, Engine]:
+        roles = {role.name: role for role in self.pipeline.roles() if role.stage in needed}
+        kept = {engine_key(role) for role in self.pipeline.roles() if role.stage in keep}
+        self.free(self._loaded.keys() - kept)
+        if self.one_at_a_time:
+            return OneAtATime(self, roles)
+        engines = {name: self.engine(role) for name, role in roles.items()}
+        self.plan()
+        return engines
+
+    def engine(self, role: ModelRole) -> Engine:
+        """A role's engine, loaded now unless it is in memory."""
+        key = engine_key(role)
+        if key not in self._loaded:
+            from stream_engine.engine import load_engine
+
+            config = self.pipeline.config
+            self._device = self._device or set_device(self.rank, config.device)
+            models = msgspec.structs.replace(config.part(ModelConfig), device=self._device)
+            started = time.monotonic()
+            engine = self._loaded[key] = load_engine(role, models, config.part(SamplingConfig))
+            seconds = time.monotonic() - started
+            logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
+            self._unsaid.append((role, engine))
+        return self._loaded[key]
+
+    def plan(self) -> None:
+        """Divide the memory that new engines have left, and note what they say of themselves.
+
+        Raises:
+            ConfigError: when one runs in another precision here than where it ran before.
+        """
+        if not self._unsaid:
+            return
+        from stream_engine.engine import share_device
+
+        share_device(list(self._loaded.values()))
+        said = {
+            role.name: {"stage": role.stage, **engine.describe()} for role, engine in self._unsaid
+        }
+        if self.rank.place == 0:
+            note_engines(self.run_dir, said, worker=self.rank.worker_id)
+        self._unsaid.clear()  # last: what could not be noted is noted at the next try
+
+    def only(self, role: ModelRole) -> Engine:
+        """A role's engine, alone in memory."""
+        self.free(self._loaded.keys() - {engine_key(role)})
+        engine = self.engine(role)
+        self.plan()
+        return engine
+
+    def free(self, keys: Collection[EngineKey]) -> None:
+        for key in keys:
+            self._loaded.pop(key).close()
+
+    def close(self) -> None:
+        """Free every model."""
+        while self._loaded:
+            self._loaded.popitem()[1].close()
+
+
+class OneAtATime(Mapping[str, "Engine"]):
+    """Engines by role, of which the one asked for last is in memory and no other."""
+
+    def __init__(self, engines: LoadedEngines, roles: Mapping[str, ModelRole]) -> None:
+        self._engines = engines
+        self._roles = roles
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._engines.only(self._roles[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)

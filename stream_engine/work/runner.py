@@ -1,0 +1,220 @@
+"""run(): what `stream-engine run` does, as a function. Every launcher's every process calls it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import msgspec
+
+from stream_engine.config import RunConfig
+from stream_engine.work.progress import ProgressView, set_up_logging
+from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.pairs.merge_step import Outcome, merge_when_due
+from stream_engine.work.other_python import find_python, run_rewards_under
+from stream_engine.pipelines import pipeline_class
+from stream_engine.pipelines.base import Pipeline
+from stream_engine.ranks import Rank
+from stream_engine.run_dir.run_json import (
+    RunFile,
+    open_run,
+    read_run_file,
+    refuse_foreign,
+    refuse_no_input,
+    refuse_unwritable,
+    stage_inputs,
+)
+from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.outputs.formats import export_class
+from stream_engine.inputs.readers import unread_line
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.work.team import Team
+from stream_engine.work.worker import Worker, exit_on_sigterm, require_rollouts
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Step = Literal["shard", "work", "merge"]
+ALL_STEPS: tuple[Step, ...] = ("shard", "work", "merge")
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run ended. The same for every worker of the run, but for the first three fields."""
+
+    samples_added_here: int
+    """New samples that this process read from the input."""
+    shards_done_here: int
+    """Shards that this process finished; 0 when there was nothing to do."""
+    merged_here: bool
+    work_dir: str
+    dataset: str | None
+    """Folder of the finished dataset; None when the merge was not part of the run."""
+    status: Status
+    problems: list[str]
+    """Every failed shard and quarantined record, one line each; long lists are cut."""
+    no_pairs: str | None
+    """Why the dataset holds no pair though samples were scored."""
+    notes: list[str]
+    """What did not fail, but may not be meant: columns of the input that nothing read."""
+
+    @property
+    def exit_status(self) -> int:
+        """0 done, 2 finished but shards or records failed, or no pair came of it."""
+        return 2 if self.problems or self.no_pairs else 0
+
+
+def run(
+    config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS, show_progress: bool = True
+) -> RunReport:
+    """Build the dataset, or what is left to build of it, and return how it went.
+
+    Resumes what an earlier call with the same settings began; a finished run is a no-op. `steps`
+    leaves parts out: "shard" reads the input, "work" runs the models, "merge" writes the dataset.
+
+    Raises:
+        ConfigError: for wrong settings, or settings that contradict results on hand.
+        CheckpointError: when a model cannot be loaded.
+        MissingStageError: when `run_stage` builds upon a stage that was not run.
+    """
+    runs_models = "work" in steps and config.run_stage != 2
+    rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
+    pipeline = pipeline_class(config.pipeline_name)(config)
+    run_dir = RunDir(config.work_dir)
+    refuse_foreign(run_dir)
+    refuse_unwritable(run_dir)
+    view = ProgressView(silent=not show_progress or rank.rank != 0)
+    work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
+    report = with_team(run_dir, config, pipeline, rank, work)
+    if report is None:
+        fingerprints = read_run_file(run_dir).fingerprints
+        state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries)
+        report = report_of(state.refresh(), config)
+    return report
+
+
+def run_as_worker(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    steps: Sequence[Step],
+    rank: Rank,
+    view: ProgressView,
+    team: Team | None,
+) -> RunReport:
+    """`run` as one worker: a rank by itself, or the one that leads a team."""
+    elsewhere = find_python(config.reward_model_python_path) if "work" in steps else None
+    run_file = begin(run_dir, config, pipeline, rank)
+    fingerprints = run_file.fingerprints
+    state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
+    here = config
+    if elsewhere and config.run_stage is None:
+        here = msgspec.structs.replace(config, run_stage=0)
+    worker = Worker(run_dir, here, pipeline, fingerprints, rank=rank, view=view, team=team)
+    works = "work" in steps and config.run_stage != 2
+    do_shards = works and not (elsewhere and config.run_stage == 1)
+    num_done = 0
+    outcome: Outcome | None = None
+    with exit_on_sigterm(run_dir, rank.worker_id):
+        if config.run_stage in (1, 2):
+            require_rollouts(state, config)
+        while outcome is None or (works and outcome == "unsettled"):
+            if not {"shard", "work"}.isdisjoint(steps):
+                with view:
+                    num_done += worker.work(read_input="shard" in steps, do_shards=do_shards)
+                if elsewhere and config.run_stage in (None, 1) and not is_scored(state.refresh()):
+                    run_rewards_under(elsewhere, config.work_dir)
+            outcome = "current"
+            if "merge" in steps and config.run_stage in (None, 2):
+                # Asked of the worker's own view, so that the two agree on what is left to do.
+                outcome = merge_when_due(worker.state, config, pipeline, rank, works=works)
+    merged = outcome == "merged"
+    num_added = worker.num_added
+    return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)
+
+
+def report_of(
+    state: RunState,
+    config: RunConfig,
+    *,
+    num_added: int = 0,
+    num_done: int = 0,
+    merged: bool = False,
+) -> RunReport:
+    """How the run stands now, and what this process did for it."""
+    folder = state.run_dir.dataset_dir
+    has_dataset = config.run_stage in (None, 2) and folder.is_dir()
+    return RunReport(
+        samples_added_here=num_added,
+        shards_done_here=num_done,
+        merged_here=merged,
+        work_dir=config.work_dir,
+        dataset=str(folder) if has_dataset else None,
+        status=collect(state),
+        problems=problems(state),
+        no_pairs=no_pairs(state.run_dir) if has_dataset else None,
+        notes=[
+            f"{source}: {unread_line(info.unread)}"
+            for source, info in state.manifest.inputs.items()
+            if info.unread
+        ],
+    )
+
+
+def is_scored(state: RunState) -> bool:
+    """Whether the reward stage has nothing left to do."""
+    return all(state.is_settled(("rewards",), shard) for shard in state.shards)
+
+
+def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) -> RunFile:
+    """Set up this worker's log file and open the run's settings."""
+    for name in config.format:
+        export_class(name)
+    inputs = stage_inputs(pipeline)
+    refuse_no_input(run_dir, config)
+    set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
+    run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)
+    for note in notes:
+        logger.info("%s", note)
+    return run_file
+
+
+def retry_shard(config: RunConfig, index: int) -> None:
+    """Do one shard in the foreground, whatever became of it before; its error rises as it is.
+
+    Raises:
+        ConfigError: when there is no such shard, or another worker holds it.
+    """
+    rank = Rank.from_environment(tensor_parallel=config.tensor_parallel)
+    pipeline = pipeline_class(config.pipeline_name)(config)
+    run_dir = RunDir(config.work_dir)
+
+    def work(team: Team | None) -> None:
+        fingerprints = begin(run_dir, config, pipeline, rank).fingerprints
+        with exit_on_sigterm(run_dir, rank.worker_id), ProgressView() as view:
+            worker = Worker(
+                run_dir, config, pipeline, fingerprints, rank=rank, view=view, team=team
+            )
+            worker.do_in_foreground(index)
+
+    with_team(run_dir, config, pipeline, rank, work)
+
+
+def with_team(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    rank: Rank,
+    lead: Callable[[Team | None], T],
+) -> T | None:
+    """What `lead` returns, as a worker by itself or beside a team; None on a rank that follows."""
+    if rank.tensor_parallel == 1:
+        return lead(None)
+    with Team.join(rank, config.device) as team:
+        if team.leads:
+            return lead(team)
+        set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=False)
+        team.follow(pipeline, LoadedEngines(run_dir, pipeline, rank))
+    return None

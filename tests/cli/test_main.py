@@ -1,0 +1,515 @@
+"""The command line: names, files, refusals, exit statuses. Every user error is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stream_engine.cli.flags import (
+    LineParser,
+    add_settings,
+    normalise,
+    read_settings,
+    refuse_unknown,
+)
+from stream_engine.cli.main import COMMANDS, main
+from stream_engine.config import RunConfig
+from stream_engine.demo import checkpoint_path
+from stream_engine.errors import ConfigError
+from stream_engine.work.runner import run
+from tests import echo_pipeline
+from tests.conftest import ROOT, stream_engine, write_questions
+from tests.echo_pipeline import echo_config
+
+ANCESTOR_FLAGS = (
+    "--reward_model_name r --reward_model_path /r --instruct_model_name i --instruct_model_path /i "
+    "--dataset_path d.parquet --work_dir w --pipeline_name llava_critic --run_stage 1 "
+    "--sample_k 8 --rank 2 --distance 30 --strict_follow_rank "
+    "--reward_model_python_path critic_env --debug"
+)
+
+
+def settings_of(*words: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    parser = LineParser(prog="test")
+    add_settings(parser)
+    args, unknown = parser.parse_known_args(normalise(words))
+    refuse_unknown(unknown, parser)
+    return read_settings(args, base)
+
+
+def config_of(*words: str) -> RunConfig:
+    return RunConfig.create(settings_of(*words))
+
+
+def test_the_ancestors_flags_keep_their_names() -> None:
+    config = config_of(*ANCESTOR_FLAGS.split())
+    assert (config.sample_k, config.rank, config.distance, config.run_stage) == (8, 2, 30, 1)
+    assert config.strict_follow_rank and config.debug
+    assert config.dataset_path == ("d.parquet",)
+    assert config.reward_model_python_path == "critic_env"
+
+
+def test_the_ancestors_defaults_hold() -> None:
+    config = config_of()
+    assert (config.sample_k, config.rank, config.distance, config.run_stage) == (10, 3, 25, None)
+    assert not config.strict_follow_rank and not config.debug
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        pytest.param(("--sample-k", "6"), "sample_k", 6, id="dashes"),
+        pytest.param(("--sample-k=6",), "sample_k", 6, id="dashes-equals"),
+        pytest.param(("--output_dir", "x"), "work_dir", "x", id="alias"),
+        pytest.param(("--format", "rlaifv,trl"), "format", ("rlaifv", "trl"), id="commas"),
+        pytest.param(
+            ("--format=trl", "--format", "rlaifv"), "format", ("trl", "rlaifv"), id="twice"
+        ),
+        pytest.param(("--debug", "True"), "debug", True, id="true"),
+        pytest.param(("--debug=false",), "debug", False, id="false"),
+        pytest.param(("--debug", "--no-debug"), "debug", False, id="no"),
+        pytest.param(("--top_k", "none"), "top_k", None, id="none"),
+        pytest.param(("--max_samples=5",), "max_samples", 5, id="optional"),
+        pytest.param(("--local_rank=1", "--seed", "4"), "seed", 4, id="deepspeed"),
+        pytest.param(("--local-rank=1", "--seed", "4"), "seed", 4, id="old-torchrun"),
+    ],
+)
+def test_a_flag_is_understood(words: tuple[str, ...], name: str, value: object) -> None:
+    assert getattr(config_of(*words), name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(("--samplek", "3"), "did you mean '--sample_k'", id="misspelt"),
+        pytest.param(("--sample_k", "many"), "--sample_k 'many'", id="not-a-number"),
+        pytest.param(("--dtype", "fp4"), "choose from auto, float32", id="not-a-choice"),
+        pytest.param(("--sample_k", "4"), "rank 3 needs at least 6 answers", id="rule"),
+        pytest.param(("--pipeline_name", "dpo_rewards"), "mean 'dpo_reward'", id="pipeline"),
+        pytest.param(
+            ("--critic_pairs", "all"), "belongs to --pipeline_name llava_critic", id="other"
+        ),
+        pytest.param(("a.parquet",), "separated by commas", id="shell-glob"),
+        pytest.param(("--seed",), "expected one argument", id="no-value"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(*words)
+
+
+def test_every_setting_has_a_flag_that_sets_it() -> None:
+    parser = LineParser(prog="test")
+    add_settings(parser)
+    flags = {action.dest: action.option_strings for action in parser._actions}
+    for name in set(RunConfig.__struct_fields__) - {"pipeline_options"}:
+        assert f"--{name}" in flags[name]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("yaml", "sample-k: 6\nrank: 2\nformat: [trl]\ncritic_pairs: swiss\n"),
+        ("toml", 'sample_k = 6\nrank = 2\nformat = ["trl"]\ncritic_pairs = "swiss"\n'),
+    ],
+)
+def test_a_config_file_takes_the_same_names_and_flags_win(
+    tmp_path: Path, suffix: str, text: str
+) -> None:
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    words = ("--config", str(path), "--pipeline_name", "llava_critic", "--rank", "1")
+    config = config_of(*words)
+    assert (config.sample_k, config.rank, config.format) == (6, 1, ("trl",))
+    assert config.pipeline_options == {"critic_pairs": "swiss"}
+
+
+def test_an_unknown_name_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("sample_kk: 6\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: unknown setting 'sample_kk'.*'sample_k'"):
+        config_of("--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_pipelines_own_options_are_flags() -> None:
+    config = config_of("--pipeline_name", "llava_critic", "--critic-pairs", "swiss")
+    assert config.pipeline_options == {"critic_pairs": "swiss"}
+
+
+def test_options_of_a_former_pipeline_are_left_behind() -> None:
+    base = {"pipeline_name": "llava_critic", "pipeline_options": {"critic_pairs": "swiss"}}
+    settings = settings_of("--pipeline_name", "dpo_reward", base=base)
+    assert settings["pipeline_options"] == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert COMMANDS[command].summary.split()[0] in capsys.readouterr().out
+
+
+def test_help_documents_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A lease without a heartbeat for this long may be taken over. (default 60.0)" in text
+    assert "only with --pipeline_name llava_critic" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["runn"], "did you mean 'run'", id="command"),
+        pytest.param(
+            ["run", "--work_dir", "{tmp}/w"], "needs --instruct_model_path", id="no-model"
+        ),
+        pytest.param(
+            [
+                "run",
+                "--work_dir",
+                "{tmp}/w",
+                "--instruct_model_path",
+                "/no",
+                "--reward_model_path",
+                "/no",
+            ],
+            "/no is not a directory",
+            id="no-checkpoint",
+        ),
+        pytest.param(["append", "{tmp}"], "holds no run", id="append-to-nothing"),
+        pytest.param(["inspect", "3", "{tmp}"], "holds no run", id="inspect-nothing"),
+        pytest.param(["demo", "data", "{tmp}/x.parquet", "--count", "0"], "count 0", id="demo"),
+        pytest.param(["validate", "{tmp}/nothing"], "does not exist", id="validate-nothing"),
+    ],
+)
+def test_a_user_error_is_one_line_and_status_1(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(tmp=tmp_path) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_reward_model_that_is_the_instruct_model_is_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the instruct model as reward model ran to its end, and wrote pairs ranked by
+    rounding noise."""
+    shutil.copytree(checkpoint_path("instruct"), tmp_path / "copy")
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this"])
+    words = [command, "--work_dir", tmp_path / "w", "--dataset_path", dataset]
+    words += ["--instruct_model_path", checkpoint_path("instruct")]
+    assert main([*map(str, words), "--reward_model_path", str(tmp_path / "copy")]) == 1
+    assert "copy is the instruct model itself; a reward is the difference" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("dataset", "work_dir", "message"),
+    [
+        pytest.param("nothing.jsonl", "w", "nothing.jsonl' does not exist", id="no-dataset"),
+        pytest.param("empty", "w", "empty' is an empty folder", id="empty-folder"),
+        pytest.param("", "w", "no input: give --dataset_path", id="no-input"),
+        pytest.param("q.jsonl", "q.jsonl/w", "q.jsonl is not a folder", id="below-a-file"),
+        pytest.param("q.jsonl", "locked/w", "no access to {tmp}/locked", id="read-only"),
+    ],
+)
+def test_plan_refuses_the_paths_that_a_run_refuses(
+    command: str,
+    dataset: str,
+    work_dir: str,
+    message: str,
+    echo: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`plan` looked at neither, so that the launch script, which plans first, started workers that
+    fell one by one; an empty folder was said not to exist."""
+    write_questions(tmp_path / "q.jsonl", ["what is this"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "locked").mkdir()
+    access = os.access  # root may write where the mode says no
+    locked = tmp_path / "locked"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and access(path, mode))
+    words = [command, "--pipeline_name=echo", f"--work_dir={tmp_path}/{work_dir}"]
+    words += [f"--dataset_path={tmp_path}/{dataset}"] if dataset else []
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run --demo --work_dir s3://bucket/run",
+        "run --pipeline_name echo --work_dir s3://bucket/run --dataset_path {questions}",
+        "shard s3://bucket/run --pipeline_name echo --dataset_path {questions}",
+        "plan --demo --work_dir s3://bucket/run",
+        "status s3://bucket/run",
+        "export {run} --format trl --out s3://bucket/pairs",
+    ],
+)
+def test_a_url_to_write_to_is_refused_before_any_work(
+    echo: None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It became the local folder `s3:`, in which all was computed until the merge crashed."""
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this for"])
+    run_dir = tmp_path / "run"
+    if "{run}" in words:
+        run(echo_config(run_dir, dataset), show_progress=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    capsys.readouterr()
+    assert main(words.format(questions=dataset, run=run_dir).split()) == 1
+    error = capsys.readouterr().err
+    assert "is a URL" in error and "Mount the store" in error and error.count("\n") == 1
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_an_unknown_format_is_refused_before_any_work(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this"])
+    words = (
+        f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset} --format trll"
+    )
+    assert main(words.split()) == 1
+    assert "did you mean 'trl'" in capsys.readouterr().err
+    assert not (tmp_path / "w/shards").exists()
+
+
+def test_the_steps_alone_make_a_run(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_questions(tmp_path / "q.jsonl", [f"what is {i} for" for i in range(6)])
+    run_dir = str(tmp_path / "w")
+    flags = f"--pipeline_name echo --sample_k 4 --rank 1 --dataset_path {dataset}".split()
+    assert main(["shard", run_dir, *flags]) == 0
+    assert main(["status", run_dir, "--check"]) == 1  # work is left
+    assert main(["work", run_dir]) == 0
+    assert not (tmp_path / "w/dataset").exists()
+    assert main(["merge", run_dir]) == 0
+    assert main(["status", run_dir, "--check"]) == 0
+    more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)
+    assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
+    assert main(["export", run_dir, "--format", "trl,ms_swift"]) == 0
+    capsys.readouterr()
+    assert main(["status", run_dir, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"]["done"] == 7
+    assert (tmp_path / "w/dataset_ms_swift/train.jsonl").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--rank=1", "--seed=9", "--sample_k=40", "--instruct_model_path=/x", "--config=a.yaml"],
+)
+def test_export_refuses_settings_that_shape_no_export(
+    word: str, echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were accepted: the card named a model and sampling values that made nothing of the
+    dataset, and `--rank` wrote another selection than the run's."""
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this for"])
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["export", f"{tmp_path}/w", "--format", "trl", word]) == 1
+    assert f"unknown flag {word.partition('=')[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "w/dataset_trl").exists()
+
+
+def test_export_lists_only_what_shapes_an_export(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert flags == {
+        *("--help", "--work_dir", "--output_dir", "--format", "--max_part_bytes", "--out")
+    }
+
+
+def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`image_file` was passed over without a word, and the pictures were never seen."""
+    dataset = tmp_path / "q.jsonl"
+    rows = [{"question": f"what is {i} for", "image_file": f"{i}.png"} for i in range(3)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "columns not read: image_file; images come from image, images, image_path"
+    assert main(["validate", str(dataset)]) == 0
+    assert capsys.readouterr().out.count(line) == 1
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    main(words)
+    shown = capsys.readouterr()
+    assert shown.out.count(line) == shown.err.count(line) == 1
+
+
+def test_a_trials_limit_is_of_its_own_input_alone(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`append` read as many samples of the new input as the trial had read of the first, and said
+    nothing of the rest."""
+
+    def total() -> int:
+        capsys.readouterr()
+        assert main(["status", run_dir, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["samples"]["total"]
+
+    first = write_questions(tmp_path / "a.jsonl", [f"what is {i} for" for i in range(6)])
+    more = write_questions(tmp_path / "b.jsonl", [f"who is {i}" for i in range(7)], first_id=50)
+    few = write_questions(tmp_path / "c.jsonl", [f"why is {i}" for i in range(7)], first_id=90)
+    run_dir = f"{tmp_path}/w"
+    words = f"run --pipeline_name echo --work_dir {run_dir} --dataset_path {first}".split()
+    assert main([*words, "--max_samples=2"]) == 0
+    assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
+    assert total() == 2 + 7
+    assert main(["append", run_dir, "--dataset_path", str(few), "--max_samples=3"]) == 0
+    assert total() == 2 + 7 + 3
+    assert main(["retry-failed", run_dir]) == 0
+    assert main([*words, "--max_samples=2"]) == 0
+    assert total() == 2 + 7 + 3, "what a limit left out is not read by the way"
+    assert main(words) == 0
+    assert total() == 6 + 7 + 3
+
+
+def test_failures_end_with_status_2_unless_they_are_ok(echo: None, tmp_path: Path) -> None:
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this", "aside with that"])
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    assert main(words) == 2
+    assert main([*words, "--failures_ok"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("alike", "reason"),
+    [
+        pytest.param(False, "all 9 candidates were dropped, 9 as needs_one_image", id="dropped"),
+        pytest.param(True, "none has two answers that make one", id="no-candidate"),
+    ],
+)
+def test_a_run_without_a_pair_says_so_and_ends_with_status_2(
+    alike: bool,
+    reason: str,
+    echo: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that wrote no pair ended with status 0, and its counts had no line for pairs."""
+    dataset = tmp_path / "q.jsonl"
+    rows = [{"question": f"what is {i} for"} for i in range(9)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if alike:
+        answer = echo_pipeline.answer
+        one = {"text": "just this"}
+        monkeypatch.setattr(
+            echo_pipeline, "answer", lambda s, j: msgspec.structs.replace(answer(s, j), **one)
+        )
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    words += ["--rank=1", "--sample_k=4"]
+    assert main(words) == 2
+    out = capsys.readouterr().out
+    assert "pairs:   " in out and " = 0 written + " in out
+    assert f"NO PAIRS: no pair was written of 9 scored samples: {reason}" in out
+    assert main(["status", f"{tmp_path}/w", "--check"]) == 2
+    assert main([*words, "--failures_ok"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("questions", "correct", "opening"),
+    [
+        pytest.param(["", ""], True, "no sample to work on: every record", id="rejected"),
+        pytest.param(["what is this", "aside with it"], False, None, id="set-aside"),
+        pytest.param(["boom"], False, None, id="failed-shard"),
+        pytest.param(["", "what is this", "aside with it"], True, None, id="both"),
+    ],
+)
+def test_the_remedy_is_one_that_can_help(
+    questions: list[str],
+    correct: bool,
+    opening: str | None,
+    echo: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rejected records were to be tried again as they were, and a run of nothing else was called
+    up to date."""
+    dataset = write_questions(tmp_path / "q.jsonl", questions)
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    words += ["--retry_backoff_s=0"]
+    for opening_now in (opening, opening or "nothing to do"):
+        assert main(words) == 2
+        out = capsys.readouterr().out
+        assert out.startswith(opening_now or "samples: ")
+        assert "up to date" not in out
+        assert f"to try these again: stream-engine retry-failed {tmp_path}/w" in out
+        assert bool(re.search(r"correct the input \(see .*/quarantine/input-\w+\.jsonl", out)) == (
+            correct
+        )
+
+
+def test_deepspeed_puts_its_flag_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--local_rank=1", "--version"]) == 0
+    assert "stream-engine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["status", "."]])
+def test_light_commands_do_not_import_torch(words: list[str]) -> None:
+    code = f"""
+import sys
+from stream_engine.cli.main import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+sys.exit(77 if "torch" in sys.modules else 0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_both_entry_points_are_the_same_command() -> None:
+    module = stream_engine("--version")
+    script = subprocess.run(
+        [str(Path(sys.executable).with_name("stream-engine")), "--version"],
+        capture_output=True,
+        text=True,
+    )
+    assert module.stdout == script.stdout != ""
+
+
+def test_sigterm_ends_a_worker_quickly_and_frees_its_lease(tmp_path: Path) -> None:
+    """In a process of its own: a shard that sleeps, and a SIGTERM while it does."""
+    dataset = write_questions(tmp_path / "q.jsonl", ["what is this"])
+    code = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from stream_engine import pipelines
+from tests import echo_pipeline
+pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
+def sleep(question, num_calls):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    time.sleep(30)
+echo_pipeline.misbehave = sleep
+from stream_engine.cli.main import main
+words = "run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}"
+sys.exit(main(words.split()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert done.returncode == 143, done.stderr
+    assert not list((tmp_path / "w/leases").glob("[!.]*"))
+    assert not list((tmp_path / "w/failures").glob("*"))

@@ -1,0 +1,330 @@
+"""Exports: each trainer's schema to the letter, written as a stream in bounded parts."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats import EXPORTS, Export, PairRow, export_class
+from stream_engine.outputs.parquet import Part, arrow_schema
+from stream_engine.records import PreferencePair
+from tests.synthetic import (
+    NUM_PROMPT_TOKENS,
+    synthetic_rollouts,
+    synthetic_sample,
+)
+
+
+def pair_rows(num_samples: int, *, num_images: int = 1, **options: object) -> list[PairRow]:
+    """Three rows a sample, as a merge hands them over."""
+    rows = []
+    for number in range(num_samples):
+        sample = synthetic_sample(number, num_images=num_images, **options)
+        rollouts = synthetic_rollouts(sample)
+        for chosen, rejected in ((1, 8), (2, 9), (3, 7)):
+            pair = PreferencePair(
+                key=sample.key,
+                chosen=chosen,
+                rejected=rejected,
+                chosen_score=2.5,
+                rejected_score=-1.0,
+            )
+            rows.append(
+                PairRow(
+                    sample,
+                    rollouts.answers[chosen],
+                    rollouts.answers[rejected],
+                    pair,
+                    rollouts.num_prompt_tokens,
+                )
+            )
+    return rows
+
+
+def export(
+    name: str, folder: Path, rows: list[PairRow], *, max_part_bytes: int = 400_000_000
+) -> list[Part]:
+    writer: Export = EXPORTS[name](folder, max_part_bytes=max_part_bytes)
+    for row in rows:
+        assert writer.write(row) is None
+    return writer.close()
+
+
+def load(folder: Path, tmp_path: Path, data_files: str) -> object:
+    datasets = pytest.importorskip("datasets")
+    return datasets.load_dataset(
+        "parquet", data_files=str(folder / data_files), cache_dir=str(tmp_path / "cache")
+    )["train"]
+
+
+def test_rlaifv_columns_are_in_order_and_of_the_right_type(tmp_path: Path) -> None:
+    rows = pair_rows(1)
+    parts = export("rlaifv", tmp_path / "d", rows)
+    assert [part.name for part in parts] == ["train-00000-of-00001.parquet"]
+    table = pq.read_table(tmp_path / "d" / parts[0].name)
+    assert ", ".join(table.column_names) == (
+        "ds_name, image, question, chosen, rejected, origin_dataset, origin_split, idx, "
+        "image_path, logps"
+    )
+    assert str(table.schema.field("image").type) == "struct<bytes: binary, path: string>"
+    others = [field for field in table.schema if field.name != "image"]
+    assert {str(field.type) for field in others} == {"string"}
+    row = table.to_pylist()[0]
+    assert row["image"]["bytes"] == rows[0].sample.images[0].data
+    assert (row["ds_name"], row["idx"]) == ("stream_engine", "idx-0")
+    assert (row["chosen"], row["rejected"]) == (rows[0].chosen.text, rows[0].rejected.text)
+
+
+def test_rlaifv_loads_as_images_in_datasets(tmp_path: Path) -> None:
+    rows = pair_rows(2)
+    export("rlaifv", tmp_path / "d", rows)
+    dataset = load(tmp_path / "d", tmp_path, "*.parquet")
+    assert isinstance(dataset[0]["image"], Image.Image)
+    assert dataset["chosen"][:] == [row.chosen.text for row in rows]
+
+
+def test_trl_loads_as_images_in_datasets(tmp_path: Path) -> None:
+    export("trl", tmp_path / "d", [*pair_rows(1), *pair_rows(1, num_images=0)])
+    dataset = load(tmp_path / "d", tmp_path, "train-*-of-*.parquet")
+    assert isinstance(dataset[0]["images"][0], Image.Image)
+    assert dataset[3]["images"] == []
+    assert [part["type"] for part in dataset[0]["prompt"][0]["content"]] == ["image", "text"]
+
+
+@pytest.mark.parametrize("name", ["rlaifv", "trl"])
+def test_schema_is_the_one_that_datasets_itself_would_write(name: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    ours = arrow_schema(EXPORTS[name].features)
+    theirs = datasets.Features.from_arrow_schema(ours)
+    assert theirs.arrow_schema.remove_metadata() == ours.remove_metadata()
+    image = theirs["image"] if name == "rlaifv" else theirs["images"].feature
+    assert image == datasets.Image()
+
+
+def test_rlaifv_logps_are_what_the_trainer_unpacks(tmp_path: Path) -> None:
+    """Sum, mean and list of both answers; the lists cover the prompt as the trainer's own do."""
+    row = pair_rows(1)[1]  # its rejected answer was cut: no end token
+    assert (row.chosen.finish_reason, row.rejected.finish_reason) == ("stop", "length")
+    parts = export("rlaifv", tmp_path, [row])
+    (stored,) = pq.read_table(tmp_path / parts[0].name, columns=["logps"]).to_pylist()
+    win, win_avg, win_list, rej, rej_avg, rej_list = json.loads(stored["logps"])["logps"]
+    for answer, total, mean, per_token in (
+        (row.chosen, win, win_avg, win_list),
+        (row.rejected, rej, rej_avg, rej_list),
+    ):
+        num_answer = len(answer.token_ids) + (answer.finish_reason == "stop")
+        assert total == pytest.approx(sum(answer.scored_logps))
+        assert mean == pytest.approx(total / num_answer)
+        # the trainer's input is prompt, answer and an end token that it appends by itself;
+        # it wants an entry for each of these tokens but the first
+        num_trainer_tokens = NUM_PROMPT_TOKENS + len(answer.token_ids) + 1
+        assert len(per_token) == num_trainer_tokens - 1
+        assert per_token[: NUM_PROMPT_TOKENS - 1] == [0.0] * (NUM_PROMPT_TOKENS - 1)
+        assert sum(per_token) == pytest.approx(total, abs=1e-4)
+        assert per_token[NUM_PROMPT_TOKENS - 1] == pytest.approx(answer.token_logps[0], abs=1e-6)
+
+
+def test_rlaifv_folder_has_a_file_name_that_lets_the_trainer_use_the_logps(tmp_path: Path) -> None:
+    """The trainer looks for `logp` in a parquet file's name, else scores another dataset."""
+    export("rlaifv", tmp_path, pair_rows(2))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    marker = [name for name in names if "logp" in name]
+    assert len(marker) == 1 and marker[0].endswith(".parquet")
+    assert pq.read_table(tmp_path / marker[0]).num_rows == 0
+    assert pq.read_table(tmp_path).num_rows == 6  # whoever reads the folder finds no more rows
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_rlaifv_refuses_samples_without_exactly_one_image(tmp_path: Path, num_images: int) -> None:
+    writer = EXPORTS["rlaifv"](tmp_path, max_part_bytes=10**6)
+    (row, *_) = pair_rows(1, num_images=num_images)
+    assert writer.write(row) == "needs_one_image"
+    assert sum(part.rows for part in writer.close()) == 0
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_trl_prompt_has_as_many_image_parts_as_images(tmp_path: Path, num_images: int) -> None:
+    question = "<image>\nHow many?"
+    parts = export("trl", tmp_path, pair_rows(1, num_images=num_images, question=question))
+    row = pq.read_table(tmp_path / parts[0].name).to_pylist()[0]
+    (turn,) = row["prompt"]
+    kinds = [part["type"] for part in turn["content"]]
+    assert kinds == ["image"] * num_images + ["text"]
+    assert len(row["images"]) == num_images
+    assert turn["content"][-1]["text"] == "How many?"
+    assert all(set(part) == {"type", "text"} for part in turn["content"])
+    assert turn["role"] == "user" and row["chosen"][0]["role"] == "assistant"
+    assert row["margin"] == row["chosen_score"] - row["rejected_score"] == 3.5
+    assert not {"image", "label", "messages", "completion"} & set(row)
+
+
+BETWEEN = "Is <image> older than <image>?"
+
+
+@pytest.mark.parametrize(
+    ("question", "num_images", "parts"),
+    [
+        pytest.param(BETWEEN, 2, ["Is ", None, " older than ", None, "?"], id="inside"),
+        pytest.param("Is <image> old?", 1, ["Is ", None, " old?"], id="one-inside"),
+        pytest.param("Old: <image><image>", 2, ["Old: ", None, None], id="two-behind"),
+        pytest.param("<image>\nOld?", 1, [None, "Old?"], id="in-front"),
+        pytest.param("Old?\n<image>", 1, [None, "Old?"], id="behind"),
+        pytest.param("<image>\n<image>\nOld?", 2, [None, None, "Old?"], id="two-in-front"),
+        pytest.param("Is <image> old?", 2, [None, None, "Is  old?"], id="other-number"),
+        pytest.param("Is <image> old?", 0, ["Is  old?"], id="no-image"),
+        pytest.param("Old?\n", 1, [None, "Old?\n"], id="no-mark"),
+    ],
+)
+def test_marks_inside_a_question_stay_where_they_are(
+    tmp_path: Path, question: str, num_images: int, parts: list[str | None]
+) -> None:
+    """They were gathered in front: "<image><image>Is  older than ?" asks nothing."""
+    rows = pair_rows(1, num_images=num_images, question=question)
+    marked = "".join("<image>" if part is None else part for part in parts)
+    for name in ("trl", "ms_swift", "llama_factory"):
+        export(name, tmp_path / name, rows)
+    (part,) = (tmp_path / "trl").glob("*.parquet")
+    (turn,) = pq.read_table(part).to_pylist()[0]["prompt"]
+    assert [(content["type"], content["text"]) for content in turn["content"]] == [
+        ("image" if part is None else "text", part) for part in parts
+    ]
+    first, *_ = (tmp_path / "ms_swift/train.jsonl").read_text().splitlines()
+    assert json.loads(first)["messages"][0]["content"] == marked
+    first, *_ = (tmp_path / "llama_factory/train.jsonl").read_text().splitlines()
+    assert json.loads(first)["conversations"][0]["value"] == marked
+
+
+def test_rlaifv_refuses_a_mark_inside_the_question(tmp_path: Path) -> None:
+    """Its trainer puts the image in front; without its mark the question is another one."""
+    writer = EXPORTS["rlaifv"](tmp_path, max_part_bytes=10**6)
+    (row, *_) = pair_rows(1, question="Is <image> old?")
+    assert writer.write(row) == "inline_image_mark"
+    (row, *_) = pair_rows(1, question="<image>\nOld?")
+    assert writer.write(row) is None
+    (part,) = writer.close()
+    assert pq.read_table(tmp_path / part.name)["question"].to_pylist() == ["Old?"]
+
+
+@pytest.mark.parametrize("name", ["rlaifv", "trl"])
+def test_parts_and_row_groups_are_bounded(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream_engine.outputs.parquet.ROW_GROUP_BYTES", 30_000)
+    rows = pair_rows(40, image_bytes=5_000)
+    parts = export(name, tmp_path, rows, max_part_bytes=120_000)
+    assert len(parts) > 2
+    assert [part.name for part in parts] == [
+        f"train-{i:05d}-of-{len(parts):05d}.parquet" for i in range(len(parts))
+    ]
+    stored = []
+    for part in parts:
+        file = pq.ParquetFile(tmp_path / part.name)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        assert part.bytes == (tmp_path / part.name).stat().st_size <= 120_000
+        assert max(group.num_rows for group in groups) <= 5
+        stored += file.read(columns=["idx"]).to_pylist()
+    assert [row["idx"] for row in stored] == [row.sample.idx for row in rows]
+    assert sum(part.rows for part in parts) == len(rows)
+
+
+def test_a_row_longer_than_a_part_is_a_part_by_itself(tmp_path: Path) -> None:
+    rows = pair_rows(2, image_bytes=5_000)
+    parts = export("rlaifv", tmp_path, rows, max_part_bytes=1_000)
+    assert [part.rows for part in parts] == [1] * 6
+
+
+def test_an_image_shared_by_the_pairs_of_a_sample_is_stored_once(tmp_path: Path) -> None:
+    parts = export("rlaifv", tmp_path, pair_rows(600, image_bytes=5_000))
+    assert parts[0].rows == 1800
+    assert parts[0].bytes < 1.3 * 600 * 5_000
+
+
+def test_an_empty_dataset_has_its_columns(tmp_path: Path) -> None:
+    parts = export("rlaifv", tmp_path / "d", [])
+    assert [part.rows for part in parts] == [0]
+    table = pq.read_table(tmp_path / "d" / parts[0].name)
+    assert table.num_rows == 0
+    assert table.schema.names == list(EXPORTS["rlaifv"].features)
+
+
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_same_rows_give_the_same_bytes(tmp_path: Path, name: str) -> None:
+    contents = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        export(name, folder, pair_rows(3))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        contents.append([(str(p.relative_to(folder)), p.read_bytes()) for p in files])
+    assert contents[0] == contents[1]
+
+
+def test_ms_swift_rows_name_images_that_exist(tmp_path: Path) -> None:
+    rows = pair_rows(2, num_images=2)
+    (part,) = export("ms_swift", tmp_path, rows)
+    lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
+    assert part.rows == len(lines) == len(rows)
+    user, assistant = lines[0]["messages"]
+    assert user == {"role": "user", "content": "<image><image>What is in picture 0?"}
+    assert assistant == {"role": "assistant", "content": rows[0].chosen.text}
+    assert lines[0]["rejected_response"] == rows[0].rejected.text
+    for line, row in zip(lines, rows):
+        data = [(tmp_path / name).read_bytes() for name in line["images"]]
+        assert data == [image.data for image in row.sample.images]
+
+
+def test_llama_factory_rows_fit_their_dataset_info(tmp_path: Path) -> None:
+    rows = pair_rows(2)
+    export("llama_factory", tmp_path, rows)
+    (info,) = json.loads((tmp_path / "dataset_info.json").read_text()).values()
+    assert (info["ranking"], info["formatting"]) == (True, "sharegpt")
+    lines = [json.loads(li) for li in (tmp_path / info["file_name"]).read_text().splitlines()]
+    assert set(info["columns"].values()) == set(lines[0])
+    assert lines[0]["conversations"] == [{"from": "human", "value": "<image>What is in picture 0?"}]
+    assert lines[0]["chosen"] == {"from": "gpt", "value": rows[0].chosen.text}
+    image = Image.open(io.BytesIO((tmp_path / lines[0]["images"][0]).read_bytes()))
+    assert image.size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_rows_with_images_load_after_megabytes_without(tmp_path: Path, name: str) -> None:
+    """`datasets` took the empty lists of its first 10 MB for lists of nulls, and failed at the
+    first row with an image."""
+    datasets = pytest.importorskip("datasets")
+    long = {"question": "What is it? " * 400}
+    rows = [
+        *pair_rows(800, num_images=0, **long),
+        *pair_rows(2, num_images=2),
+        *pair_rows(800, num_images=0, **long),
+    ]
+    (part,) = export(name, tmp_path / "d", rows)
+    path = tmp_path / "d" / part.name
+    assert part.bytes == path.stat().st_size > 2 * 10_500_000
+    dataset = datasets.load_dataset(
+        "json", data_files=str(path), cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert part.rows == len(dataset) == len(rows)
+    with_images = [images for images in dataset["images"][:] if images]
+    assert len(with_images) == 6 and all(len(images) == 2 for images in with_images)
+    assert sorted(p.name for p in (tmp_path / "d").iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_a_dataset_without_any_image_has_no_column_of_them(tmp_path: Path, name: str) -> None:
+    rows = pair_rows(2, num_images=0)
+    (part,) = export(name, tmp_path, rows)
+    lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
+    assert part.rows == len(lines) == len(rows)
+    assert not any("images" in line for line in lines)
+    if name == "llama_factory":
+        (info,) = json.loads((tmp_path / "dataset_info.json").read_text()).values()
+        assert set(info["columns"].values()) == set(lines[0])
+
+
+def test_unknown_format_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'trl'.*rlaifv, trl"):
+        export_class("tlr")

@@ -1,0 +1,230 @@
+"""validate: silent about good data, precise about bad data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats import EXPORTS
+from stream_engine.outputs.validate import MAX_PROBLEMS, validate
+from stream_engine.run_dir.paths import RunDir
+from tests.synthetic import png, run_merge, synthetic_sample, write_run
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with every format, one sample of which has two images and one none."""
+    run_dir = RunDir(tmp_path_factory.mktemp("good") / "run")
+    write_run(run_dir, [synthetic_sample(i, num_images=(1, 1, 2, 0)[i]) for i in range(4)])
+    run_merge(run_dir, format=tuple(EXPORTS))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(good_run: RunDir, tmp_path: Path) -> RunDir:
+    """A copy to break."""
+    shutil.copytree(good_run.root, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def folder_of(run_dir: RunDir, name: str) -> Path:
+    return run_dir.dataset_folders(list(EXPORTS))[name]
+
+
+def test_what_a_merge_writes_has_no_problems(good_run: RunDir) -> None:
+    assert validate(good_run.root) == []
+    for name in EXPORTS:
+        assert validate(folder_of(good_run, name)) == []
+    assert validate(good_run.dataset_dir / "train-00000-of-00001.parquet") == []
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the first row of a parquet dataset; the rest stays."""
+    path = folder / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows[0])
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+TRL_FAULTS = {
+    "images is null": lambda row: row.update(images=None),
+    "1 image parts in the prompt, 0 images": lambda row: row.update(images=[]),
+    "image: undecodable_image": lambda row: row["images"][0].update(bytes=b"no image"),
+    "chosen has the role 'bot'": lambda row: row["chosen"][0].update(role="bot"),
+    "question holds a literal <image>": lambda row: row["prompt"][0]["content"][1].update(
+        text="<image> what?"
+    ),
+    "rejected is empty": lambda row: row["rejected"][0]["content"][0].update(text=" "),
+    "chosen and rejected are the same": lambda row: row.update(rejected=row["chosen"]),
+    "not of the expected shape": lambda row: row.update(prompt=None),
+}
+RLAIFV_FAULTS = {
+    "idx is null": lambda row: row.update(idx=None),
+    "no image bytes": lambda row: row.update(image=None),
+    "image: ": lambda row: row["image"].update(bytes=row["image"]["bytes"][:60]),
+    "chosen is empty": lambda row: row.update(chosen=""),
+    "logps holds 2 values, not 6": lambda row: row.update(logps='{"logps": [-1, -1]}'),
+    "logps holds values that are no log-probs": lambda row: row.update(
+        logps='{"logps": [-1, -1, [null], -1, -1, [-1]]}'
+    ),
+    "not of the expected shape": lambda row: row.update(origin_split="{not json"),
+}
+
+
+@pytest.mark.parametrize("problem", TRL_FAULTS)
+def test_a_bad_trl_row_is_named(run_dir: RunDir, problem: str) -> None:
+    rewrite(folder_of(run_dir, "trl"), TRL_FAULTS[problem])
+    (found,) = validate(folder_of(run_dir, "trl"))
+    assert "train-00000-of-00001.parquet, row 0: " in found
+    assert problem in found
+
+
+@pytest.mark.parametrize("problem", RLAIFV_FAULTS)
+def test_a_bad_rlaifv_row_is_named(run_dir: RunDir, problem: str) -> None:
+    rewrite(run_dir.dataset_dir, RLAIFV_FAULTS[problem])
+    (found,) = validate(run_dir.dataset_dir)
+    assert "train-00000-of-00001.parquet, row 0: " in found
+    assert problem in found
+
+
+def change_jsonl(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "train.jsonl"
+    first, *others = path.read_text().splitlines()
+    row = json.loads(first)
+    change(row)
+    path.write_text("\n".join([json.dumps(row), *others]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "change"),
+    [
+        pytest.param(
+            "ms_swift",
+            "2 image marks in the prompt, 1 images",
+            lambda row: row["messages"][0].update(content="<image><image>what?"),
+            id="marks",
+        ),
+        pytest.param(
+            "ms_swift",
+            "No such file",
+            lambda row: row.update(images=["images/none.png"]),
+            id="missing-image",
+        ),
+        pytest.param(
+            "llama_factory",
+            "turns are from human, bot, gpt",
+            lambda row: row["chosen"].update({"from": "bot"}),
+            id="roles",
+        ),
+        pytest.param(
+            "llama_factory",
+            "not of the expected shape",
+            lambda row: row.pop("rejected"),
+            id="missing-key",
+        ),
+    ],
+)
+def test_a_bad_jsonl_row_is_named(
+    run_dir: RunDir, name: str, problem: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    folder = folder_of(run_dir, name)
+    change_jsonl(folder, change)
+    (found,) = validate(folder)
+    assert "train.jsonl, row 0: " in found
+    assert problem in found
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_a_row_with_images_after_one_without_is_a_problem_where_none_leads(
+    run_dir: RunDir, name: str
+) -> None:
+    """`datasets` then types the column by rows without images, if there are enough of these."""
+    folder = folder_of(run_dir, name)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines.sort(key=lambda line: len(json.loads(line)["images"]))
+    assert json.loads(lines[0])["images"] == []
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (found,) = validate(folder)
+    assert "the first row with images is not the first of all" in found
+
+
+def test_parquet_without_image_metadata_is_a_problem(run_dir: RunDir) -> None:
+    """As pandas writes it: images would load as dicts, and TRL refuse them."""
+    path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    (found,) = validate(path.parent)
+    assert "they load as dicts" in found
+
+
+def test_missing_reserved_and_mistyped_columns_are_problems(run_dir: RunDir) -> None:
+    path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    table = table.drop_columns(["images", "margin"])
+    table = table.append_column("label", pa.array([1] * table.num_rows))
+    position = table.column_names.index("idx")
+    table = table.set_column(position, "idx", pa.array(range(table.num_rows)))
+    pq.write_table(table, path)
+    found = "\n".join(validate(path.parent))
+    assert "column 'images' is missing" in found
+    assert "margin" not in found, "a column that a trainer does not need"
+    assert "column 'label' makes TRL" in found
+    assert "column 'idx' is int64, not string" in found
+
+
+def test_lost_rows_and_torn_parts_are_problems(run_dir: RunDir) -> None:
+    path = run_dir.dataset_dir / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    (found,) = validate(run_dir.dataset_dir)
+    assert f"{table.num_rows - 1} rows, stats.json says {table.num_rows}" in found
+    path.write_bytes(path.read_bytes()[:-100])
+    assert any("cannot be read on" in problem for problem in validate(run_dir.dataset_dir))
+
+
+def test_a_run_without_a_dataset_says_so(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    write_run(run_dir, [synthetic_sample(0)])
+    assert validate(tmp_path) == [f"{tmp_path}: the run has no dataset yet"]
+
+
+def test_bad_input_rows_are_named_with_file_row_and_reason(tmp_path: Path) -> None:
+    image = base64.b64encode(png(random.Random(0))).decode()
+    rows = [
+        {"question": "What?", "question_id": "a", "image": image},
+        {"question": "", "question_id": "b", "image": image},
+        {"question": "What?", "question_id": "c", "image": "!!"},
+        {"question": "What else?", "question_id": "a", "image": image},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn\n")
+    problems = validate(path)
+    assert [problem.split(": ")[0] for problem in problems] == [
+        f"{path}, row {row}" for row in (1, 2, 3, 4)
+    ]
+    assert "idx 'a' was given to another sample before" in problems[2]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert validate(path) == []
+
+
+def test_many_problems_are_cut_off_with_a_note(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("{torn\n" * (MAX_PROBLEMS + 5))
+    problems = validate(path)
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert problems[-1].startswith("and more")
+
+
+def test_nothing_at_the_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        validate(tmp_path / "nowhere")

@@ -1,0 +1,141 @@
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.records import SCHEMA_VERSION, AnswerScore, Failure, SampleRewards, ShardInfo
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import (
+    ResultHeader,
+    is_done,
+    read_header,
+    read_quarantine,
+    read_results,
+    write_results,
+)
+
+INFO = ShardInfo(index=3, num_samples=5, num_bytes=1, sha256="abc", keys=[], ids=[])
+RECORDS = [
+    SampleRewards(key=f"{i:032x}", scores=[AnswerScore(index=0, score=i / 3)]) for i in range(4)
+]
+FAILURES = [Failure(reason="too_long", stage="rewards", key="k", detail="ünicode")]
+
+
+def make_header(**changes) -> ResultHeader:
+    header = ResultHeader(
+        stage="rewards",
+        shard=3,
+        shard_sha256="abc",
+        fingerprint="f1",
+        num_samples=5,
+        num_results=4,
+        num_quarantined=1,
+        created_by={"worker": "w"},
+    )
+    return msgspec.structs.replace(header, **changes)
+
+
+@pytest.fixture
+def path(run_dir: RunDir) -> Path:
+    write_results(run_dir, make_header(), iter(RECORDS), FAILURES)
+    return run_dir.result("rewards", 3)
+
+
+def test_header_records_and_failures_come_back(run_dir: RunDir, path: Path):
+    assert read_header(path) == make_header()
+    assert list(read_results(path, SampleRewards)) == RECORDS
+    assert list(read_quarantine(run_dir.stage_quarantine("rewards", 3))) == FAILURES
+
+
+def test_equal_results_make_equal_bytes(run_dir: RunDir, path: Path):
+    before = path.read_bytes()
+    write_results(run_dir, make_header(), iter(RECORDS), FAILURES)
+    assert path.read_bytes() == before
+
+
+def test_without_failures_there_is_no_quarantine_file(run_dir: RunDir, path: Path):
+    header = make_header(num_samples=4, num_quarantined=0)
+    write_results(run_dir, header, RECORDS, [])
+    assert not run_dir.stage_quarantine("rewards", 3).exists()
+    assert list(read_quarantine(run_dir.stage_quarantine("rewards", 3))) == []
+
+
+def test_a_cut_anywhere_is_noticed_by_header_and_records(path: Path):
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 7), len(whole) - 1]:
+        os.truncate(path, size)
+        with pytest.raises(ShardReadError, match=path.name):
+            read_header(path)
+        with pytest.raises(ShardReadError, match=path.name):
+            list(read_results(path, SampleRewards))
+        path.write_bytes(whole)
+
+
+def test_a_flipped_bit_anywhere_is_noticed_before_a_record_is_yielded(path: Path):
+    whole = path.read_bytes()
+    for position in [*range(0, len(whole), 5), len(whole) - 1]:
+        changed = bytearray(whole)
+        changed[position] ^= 1 << (position % 8)
+        path.write_bytes(changed)
+        with pytest.raises(ShardReadError, match=path.name):
+            next(read_results(path, SampleRewards))
+
+
+def test_appended_bytes_are_noticed(path: Path):
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ShardReadError):
+        read_header(path)
+
+
+def test_a_missing_file_is_a_read_error_that_names_it(run_dir: RunDir):
+    with pytest.raises(ShardReadError, match=r"000009\.msgpack"):
+        read_header(run_dir.result("rewards", 9))
+    with pytest.raises(ShardReadError, match=r"000009\.msgpack"):
+        list(read_results(run_dir.result("rewards", 9), SampleRewards))
+
+
+def test_a_newer_schema_is_refused(run_dir: RunDir):
+    write_results(run_dir, make_header(schema_version=SCHEMA_VERSION + 1), RECORDS, FAILURES)
+    with pytest.raises(ShardReadError, match="schema version"):
+        read_header(run_dir.result("rewards", 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "records", "failures"),
+    [
+        pytest.param({"num_samples": 6}, RECORDS, FAILURES, id="samples"),
+        pytest.param({}, RECORDS, [], id="failure-missing"),
+        pytest.param({}, RECORDS[:3], FAILURES, id="record-missing"),
+        pytest.param({}, [*RECORDS, RECORDS[0]], FAILURES, id="record-too-many"),
+    ],
+)
+def test_counts_that_do_not_add_up_are_refused(run_dir: RunDir, changes, records, failures):
+    with pytest.raises(ConservationError, match="shard 3"):
+        write_results(run_dir, make_header(**changes), records, failures)
+    assert not run_dir.result("rewards", 3).exists()
+    assert not run_dir.stage_quarantine("rewards", 3).exists()
+
+
+def test_done_means_complete_and_made_of_this_shard_by_these_settings(run_dir: RunDir, path: Path):
+    assert is_done(run_dir, "rewards", INFO, "f1")
+    assert not is_done(run_dir, "rewards", INFO, "f2")
+    assert not is_done(run_dir, "rollouts", INFO, "f1")
+    assert not is_done(run_dir, "rewards", msgspec.structs.replace(INFO, sha256="other"), "f1")
+    os.truncate(path, path.stat().st_size - 1)
+    assert not is_done(run_dir, "rewards", INFO, "f1")
+
+
+def test_a_result_whose_quarantine_was_rewritten_is_not_done(run_dir: RunDir, path: Path):
+    """A kill between a rewrite's two files leaves new failures beside old results."""
+    run_dir.stage_quarantine("rewards", 3).unlink()
+    assert not is_done(run_dir, "rewards", INFO, "f1")
+
+
+def test_the_quarantine_file_is_there_before_the_result(run_dir: RunDir, monkeypatch):
+    replaced = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (replaced.append(Path(b)), replace(a, b)))
+    write_results(run_dir, make_header(), RECORDS, FAILURES)
+    assert replaced == [run_dir.stage_quarantine("rewards", 3), run_dir.result("rewards", 3)]

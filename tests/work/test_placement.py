@@ -1,0 +1,76 @@
+"""Placement: how models share memory is decided from their headers, and shapes no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stream_engine.config import RunConfig
+from stream_engine.demo import demo_models
+from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.pipelines import pipeline_class
+from stream_engine.work.placement import decide_placement, loaded_bytes
+from stream_engine.ranks import Rank
+from stream_engine.run_dir.run_json import open_run, stage_inputs
+from stream_engine.run_dir.paths import RunDir
+from tests.conftest import DEMO_FLAGS, answers, parts
+from tests.processes import run_rank
+
+
+def config(**settings: object) -> RunConfig:
+    return RunConfig(**demo_models("dpo_reward"), **settings)
+
+
+def placed(memory: int, **settings: object):
+    settings_ = config(**settings)
+    pipeline = pipeline_class("dpo_reward")(settings_)
+    return decide_placement(pipeline, settings_, memory_bytes=memory, device="cpu")
+
+
+def test_bytes_are_those_of_the_loaded_dtype() -> None:
+    folder = Path(demo_models("dpo_reward")["instruct_model_path"])
+    single = loaded_bytes(folder, dtype="float32", device="cpu")
+    assert loaded_bytes(folder, dtype="bfloat16", device="cpu") * 2 == single
+    assert loaded_bytes(folder, dtype="auto", device="cpu") == single
+    on_disk = (folder / "model.safetensors").stat().st_size
+    assert 0.9 * on_disk <= loaded_bytes(folder, dtype="auto", device="cuda:0") <= on_disk
+
+
+def test_models_that_do_not_fit_together_are_staged() -> None:
+    sizes = placed(10**12).model_bytes
+    assert len(sizes) == 2
+    total = sum(sizes.values())
+    assert placed(2 * total).together
+    assert not placed(int(1.2 * total)).together
+    assert placed(int(1.2 * total), placement="together").together
+    assert not placed(10**12, placement="staged").together
+    assert "one model at a time" in placed(10**12, placement="staged").line()
+
+
+def test_staged_engines_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    settings = config(work_dir=str(tmp_path), device="cpu", dataset_path=("none.parquet",))
+    pipeline = pipeline_class("dpo_reward")(settings)
+    open_run(RunDir(tmp_path), settings, stage_inputs(pipeline), worker="test")
+    engines = LoadedEngines(RunDir(tmp_path), pipeline, Rank(threads_set=True))
+    engines.one_at_a_time = True
+    stages = ("rollouts", "rewards")
+    by_role = engines.get(stages, keep=stages)
+    first = by_role["instruct"]
+    assert by_role["instruct"] is first
+    by_role["reward"]
+    assert not hasattr(first, "model")  # closed
+    assert by_role["instruct"] is not first
+    engines.close()
+
+
+@pytest.mark.parametrize("placement", ["staged", "together"])
+def test_placement_shapes_no_result(
+    placement: str, demo_run: Path, demo_questions: Path, tmp_path: Path
+) -> None:
+    words = ["run", *DEMO_FLAGS, "--dataset_path", demo_questions, "--work_dir", tmp_path / "run"]
+    assert run_rank([*words, "--placement", placement], log=tmp_path / "log") == 0
+    text = (tmp_path / "log").read_text()
+    assert ("one model at a time" if placement == "staged" else "side by side") in text
+    assert answers(tmp_path / "run") == answers(demo_run)
+    assert parts(tmp_path / "run/dataset") == parts(demo_run / "dataset")
