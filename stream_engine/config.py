@@ -21,6 +21,7 @@ PartT = TypeVar("PartT", bound=msgspec.Struct)
 
 
 Stage = Literal["rollouts", "rewards"]
+STAGES: tuple[Stage, ...] = ("rollouts", "rewards")
 
 
 class ModelRole(msgspec.Struct, frozen=True):

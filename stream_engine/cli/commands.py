@@ -13,7 +13,6 @@ from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
 from stream_engine.demo import demo_models
 from stream_engine.errors import ConfigError
-from stream_engine.inputs.sources import canonical_source
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.pairs.merge_step import wait_for_lease
 from stream_engine.pairs.merger import MergeReport
@@ -28,6 +27,7 @@ from stream_engine.run_dir.run_json import DEMO_DATASET, merged_sources, read_ru
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
 from stream_engine.store.atomic import temporary_path
+from stream_engine.store.locations import canonical_source
 from stream_engine.work.plan import plan_lines
 from stream_engine.work.runner import RunReport, begin, retry_shard, run
 
@@ -239,7 +239,7 @@ def export(args: argparse.Namespace) -> int:
                 allow_partial=any(state.is_failed(shard) for shard in state.shards),
             )
 
-        with wait_for_lease(state, config, rank):
+        with wait_for_lease(state, config, rank.worker_id):
             report = around_damage(state, config, rank.worker_id, write)
         print(f"{name}: {report.formats[name].written} pairs in {report.formats[name].folder}")
     return 0

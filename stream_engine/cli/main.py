@@ -22,7 +22,7 @@ from stream_engine.config import nearest
 from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.failures import describe
+from stream_engine.text import describe
 
 LINGER_S = 3.0
 LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")

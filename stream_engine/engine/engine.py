@@ -62,9 +62,9 @@ from stream_engine.engine.score import (
 )
 from stream_engine.engine.selftest import check_model
 from stream_engine.errors import RecordError
-from stream_engine.inputs.images import check_depth, upright
 from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
+from stream_engine.pictures import check_depth, upright
 from stream_engine.ranks import Rank
 from stream_engine.records import EncodedImage
 

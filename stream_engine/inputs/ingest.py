@@ -24,7 +24,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import ConservationError, ShardReadError
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows, unread_line
-from stream_engine.inputs.sources import canonical_source, input_fingerprint
+from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.manifest import (
     InputInfo,
@@ -37,6 +37,7 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.shards import write_shard
 from stream_engine.store.atomic import fsync_folder, remove_leftovers, temporary_path
+from stream_engine.store.locations import canonical_source
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,10 @@ import pyarrow.parquet as pq
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs.rows import COLUMNS, IMAGE_COLUMNS, KNOWN_COLUMNS, Row, idx_of, to_sample
-from stream_engine.inputs.sources import (
-    Format,
-    InputFile,
-    folder_of,
-    input_fingerprint,
-    list_inputs,
-)
+from stream_engine.inputs.sources import Format, InputFile, input_fingerprint, list_inputs
 from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.shards import tar_samples
+from stream_engine.store.locations import folder_of
 from stream_engine.store.transient import WAITS_S, is_transient, network_errors, wait
 
 __all__ = [

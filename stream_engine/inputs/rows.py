@@ -19,12 +19,8 @@ from typing import Any
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.inputs.images import (
-    check_image,
-    decode_base64,
-    read_image_file,
-    turned_upright,
-)
+from stream_engine.inputs.images import decode_base64, read_image_file
+from stream_engine.pictures import check_image, turned_upright
 from stream_engine.records import EncodedImage, Sample, sample_key
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 

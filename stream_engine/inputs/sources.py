@@ -6,17 +6,14 @@ A source is what a user names: a file, a folder, a glob, or any of these as an f
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from typing import Any, Literal
 
-import fsspec
 import msgspec
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from stream_engine.errors import ConfigError
-from stream_engine.store.transient import network_errors
+from stream_engine.store.locations import folder_of, full_path, open_source, store_errors
 
 Format = Literal["parquet", "jsonl", "arrow", "tar"]
 
@@ -100,33 +97,6 @@ def input_fingerprint(source: str) -> str:
     return digest.hexdigest()
 
 
-def canonical_source(source: str) -> str:
-    """The name under which the manifest knows a source: an absolute path, or the URL."""
-    if is_url(source):
-        return source.rstrip("/")
-    return os.path.abspath(os.path.expanduser(source))
-
-
-def is_url(path: str) -> bool:
-    """Whether a path names its file system (`s3://...`)."""
-    return "://" in path or "::" in path
-
-
-def open_source(source: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path within it.
-
-    Raises:
-        ConfigError: for an unknown protocol, or one whose package is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(canonical_source(source))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            f"cannot open dataset_path {source!r}: {error} "
-            "(for s3:// install the extra: pip install 'stream-engine[s3]')"
-        ) from error
-
-
 def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
     """The fsspec infos of a file, of all files below a folder, or of a glob's matches."""
     if fs.exists(path):
@@ -143,11 +113,6 @@ def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
         found = files_below(fs, match) if info["type"] == "directory" else [info]
         infos.update((info["name"], info) for info in found)
     return list(infos.values())
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a file system raises."""
-    return OSError, ValueError, *network_errors()
 
 
 def files_below(fs: AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
@@ -217,13 +182,3 @@ def file_version(info: dict[str, Any]) -> str:
         if info.get(name) is not None:
             return str(info[name])
     return ""
-
-
-def full_path(fs: AbstractFileSystem, name: str) -> str:
-    """A path that opens from anywhere: absolute for local files, else with its protocol."""
-    return name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
-
-
-def folder_of(path: str) -> str:
-    """The folder part of a path or URL."""
-    return path.rpartition("/")[0]

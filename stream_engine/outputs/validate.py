@@ -262,7 +262,7 @@ def text_problems(question: str, chosen: str, rejected: str) -> Iterator[str]:
 
 def image_problems(data: bytes) -> Iterator[str]:
     """Whether an image decodes to its last row."""
-    from stream_engine.inputs.images import check_image
+    from stream_engine.pictures import check_image
 
     try:
         check_image(data, InputConfig().max_image_pixels)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from stream_engine import __version__
-from stream_engine.config import RankingConfig, RunConfig, Stage, fingerprint
+from stream_engine.config import STAGES, RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
-from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest

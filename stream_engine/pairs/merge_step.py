@@ -7,12 +7,11 @@ import os
 import time
 from typing import Literal
 
-from stream_engine.config import RunConfig
+from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.pairs.merge_inputs import seen_inputs
 from stream_engine.pairs.merger import MergeReport, is_current, merge, merge_is_current
-from stream_engine.pipelines.base import STAGES, Pipeline
-from stream_engine.ranks import Rank
+from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.leases import Lease
@@ -26,7 +25,7 @@ Outcome = Literal["merged", "current", "unsettled"]
 
 
 def merge_when_due(
-    state: RunState, config: RunConfig, pipeline: Pipeline, rank: Rank, *, works: bool
+    state: RunState, config: RunConfig, pipeline: Pipeline, worker: str, *, works: bool
 ) -> Outcome:
     """Merge unless the dataset is up to date; waits while another worker is at it.
 
@@ -47,7 +46,7 @@ def merge_when_due(
             raise ConfigError("the input holds no samples")
         return "current"
     before = datasets_on_file(state, config)
-    with wait_for_lease(state, config, rank):
+    with wait_for_lease(state, config, worker):
         is_settled = all_settled(state.refresh())
         if was_settled and not is_settled:
             if not works:
@@ -60,7 +59,7 @@ def merge_when_due(
         def is_up_to_date() -> bool:
             return merge_is_current(state.run_dir, config, pipeline, fingerprints)
 
-        if around_damage(state, config, rank.worker_id, is_up_to_date):
+        if around_damage(state, config, worker, is_up_to_date):
             return "current"
         logger.info("building pairs from %d shards", len(state.shards))
         started = time.monotonic()
@@ -70,7 +69,7 @@ def merge_when_due(
             allow_partial = has_failed and is_settled
             return merge(state.run_dir, config, pipeline, fingerprints, allow_partial=allow_partial)
 
-        report = around_damage(state, config, rank.worker_id, write)
+        report = around_damage(state, config, worker, write)
         logger.info(
             "merged in %.1f s: %d pairs of %d candidates",
             time.monotonic() - started,
@@ -116,11 +115,14 @@ def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, os.stat_re
     return found
 
 
-def wait_for_lease(state: RunState, config: RunConfig, rank: Rank) -> Lease:
+def wait_for_lease(state: RunState, config: RunConfig, worker: str) -> Lease:
     """The merge lease; whoever has to wait for it finds the work done."""
     while True:
         lease = Lease.acquire(
-            state.run_dir, "merge", worker_id=rank.worker_id, timeout_s=config.lease_timeout_s
+            state.run_dir.leases_dir,
+            "merge",
+            worker_id=worker,
+            timeout_s=config.lease_timeout_s,
         )
         if lease is not None:
             return lease

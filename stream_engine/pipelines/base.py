@@ -26,8 +26,6 @@ from stream_engine.records import (
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
 
-STAGES: tuple[Stage, ...] = ("rollouts", "rewards")
-
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For pipelines without settings of their own."""

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from stream_engine.config import RunConfig, Stage, WorkerConfig
+from stream_engine.config import STAGES, RunConfig, Stage, WorkerConfig
 from stream_engine.errors import ShardReadError
-from stream_engine.pipelines.base import STAGES
 from stream_engine.run_dir.failures import record_failure
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import RunState, shard_lease
@@ -47,7 +46,7 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
     run_dir = state.run_dir
     index, stage = shard_and_stage(run_dir, error)
     lease = Lease.acquire(
-        run_dir, shard_lease(index), worker_id=worker, timeout_s=config.lease_timeout_s
+        run_dir.leases_dir, shard_lease(index), worker_id=worker, timeout_s=config.lease_timeout_s
     )
     if lease is None:
         raise error

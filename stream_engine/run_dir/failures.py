@@ -20,6 +20,7 @@ from stream_engine.config import Stage, WorkerConfig
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.atomic import read_if_there, write_atomic
+from stream_engine.text import describe
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +155,6 @@ def read_failure(run_dir: RunDir, shard: int) -> ShardFailure | None:
 
 def clear_failure(run_dir: RunDir, shard: int) -> None:
     run_dir.failure(shard).unlink(missing_ok=True)
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, with its type where the message alone would not tell."""
-    text = " ".join(str(error).split())
-    known = type(error).__module__.startswith("stream_engine")
-    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def plain(failure: ShardFailure) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import shlex
 import time
 from collections.abc import Iterator
 
+from stream_engine.config import STAGES
 from stream_engine.errors import ConfigError
-from stream_engine.pipelines.base import STAGES
 from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.results import read_quarantine, read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, slim
 from stream_engine.run_dir.status import describe_failure, quarantined
-from stream_engine.work.progress import duration
+from stream_engine.text import duration
 
 
 def inspect(state: RunState, target: str) -> Iterator[str]:

@@ -18,10 +18,10 @@ import msgspec
 
 from stream_engine.config import InputConfig, fingerprint
 from stream_engine.errors import ShardError, ShardReadError
-from stream_engine.inputs.sources import canonical_source, input_fingerprint
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.atomic import fsync_folder
+from stream_engine.store.locations import canonical_source
 
 
 class RowCounts(msgspec.Struct, kw_only=True):
@@ -188,10 +188,6 @@ class Manifest:
         self._unfinished.pop(info.source, None)
         if not info.unreadable:
             self._whole_readings.setdefault(info.source, []).append(info)
-
-    def is_complete(self, sources: Sequence[str], config: InputConfig | None = None) -> bool:
-        """Whether every source, as it is now, was read to its end (with `config`'s settings)."""
-        return all(self.is_read(source, input_fingerprint(source), config) for source in sources)
 
     def is_read(self, source: str, fingerprint: str, config: InputConfig | None = None) -> bool:
         """Whether this very state of a source was read to its end, lately or before.

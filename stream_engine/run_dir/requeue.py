@@ -17,15 +17,14 @@ import logging
 
 import msgspec
 
+from stream_engine.config import STAGES
 from stream_engine.errors import ConfigError, ShardReadError
-from stream_engine.pipelines.base import STAGES
 from stream_engine.run_dir.damage import set_aside
 from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.manifest import Manifest
-from stream_engine.run_dir.results import read_results, write_results
+from stream_engine.run_dir.results import RECORD_TYPES, read_results, write_results
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store.leases import Lease
-from stream_engine.work.shard_work import RECORD_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
         if not failed and not any(header.num_quarantined for header in headers):
             continue
         name = shard_lease(shard.index)
-        lease = Lease.acquire(state.run_dir, name, worker_id=worker, timeout_s=timeout_s)
+        lease = Lease.acquire(state.run_dir.leases_dir, name, worker_id=worker, timeout_s=timeout_s)
         if lease is None:
             raise ConfigError(f"a worker is at shard {shard.index}; retry when the run has ended")
         with lease:
@@ -92,7 +91,7 @@ def requeue_results(state: RunState, shard: Shard) -> int | None:
 
 def forget_inputs(state: RunState, *, worker: str, timeout_s: float) -> None:
     """Let every input with rejected records be read again."""
-    lease = Lease.acquire(state.run_dir, "ingest", worker_id=worker, timeout_s=timeout_s)
+    lease = Lease.acquire(state.run_dir.leases_dir, "ingest", worker_id=worker, timeout_s=timeout_s)
     if lease is None:
         raise ConfigError("a worker is reading the input; retry when it has been read")
     with lease:

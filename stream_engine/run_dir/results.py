@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from stream_engine.config import Stage
 from stream_engine.errors import ConservationError, ShardReadError
-from stream_engine.records import SCHEMA_VERSION, Failure, ShardInfo
+from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
 from stream_engine.store.atomic import atomic_writer, read_if_there, stat_if_there, write_atomic
@@ -31,6 +32,12 @@ MAGIC = b"SERESULT"
 END_MAGIC = b"SEEND\x00\x00\x01"
 LENGTH = struct.Struct("<I")
 FOOTER = struct.Struct("<Q32s8s")
+
+RECORD_TYPES: dict[Stage, type[SampleRollouts] | type[SampleRewards]] = {
+    "rollouts": SampleRollouts,
+    "rewards": SampleRewards,
+}
+"""What a stage's result files hold."""
 
 
 class ResultHeader(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,22 +22,19 @@ import msgspec
 
 from stream_engine import __version__
 from stream_engine.config import (
+    STAGES,
     OutputConfig,
     RankingConfig,
     RunConfig,
-    SamplingConfig,
     Stage,
-    fingerprint,
 )
 from stream_engine.errors import ConfigError, SettingsChangedError
-from stream_engine.inputs.sources import canonical_source
-from stream_engine.models import checkpoint_fingerprint
-from stream_engine.pipelines.base import STAGES, Pipeline
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import SHARD_LEASE
 from stream_engine.store.atomic import is_temporary, write_atomic
 from stream_engine.store.leases import Lease, list_leases
+from stream_engine.store.locations import canonical_source
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pyarrow", "pillow")
 KNOWN_NAMES = frozenset(
@@ -109,41 +106,12 @@ def read_run_file(run_dir: RunDir) -> RunFile:
         raise ConfigError(f"cannot read {run_dir.run_json}: {error}") from error
 
 
-def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
-    """What shapes each stage's results under these settings.
-
-    Raises:
-        CheckpointError: when a model's folder is no checkpoint.
-        ConfigError: when the models make no sense together.
-    """
-    config = pipeline.config
-    shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
-    if config.vision_tower_path:
-        shared["vision_tower_path"] = checkpoint_fingerprint(config.vision_tower_path)
-    known: dict[str, str] = {}
-    inputs: dict[Stage, dict[str, Any]] = {stage: dict(shared) for stage in STAGES}
-    for role in pipeline.roles():
-        if role.path not in known:
-            known[role.path] = checkpoint_fingerprint(role.path)
-        inputs[role.stage][f"{role.name} checkpoint"] = known[role.path]
-    pipeline.check_models({role.name: known[role.path] for role in pipeline.roles()})
-    inputs["rollouts"] |= msgspec.to_builtins(config.part(SamplingConfig))
-    inputs["rewards"]["pipeline_name"] = pipeline.name
-    for stage in STAGES:
-        inputs[stage] |= pipeline.settings(stage)
-    inputs["rewards"]["rollouts"] = fingerprint(inputs["rollouts"])
-    return {
-        stage: StageInputs(fingerprint=fingerprint(values), inputs=as_read_back(values))
-        for stage, values in inputs.items()
-    }
-
-
 def open_run(
     run_dir: RunDir, config: RunConfig, stages: Mapping[Stage, StageInputs], *, worker: str
 ) -> tuple[RunFile, list[str]]:
     """Make run.json, or hold these settings against it; returns it with notes for the user.
 
-    `stages` is what `stage_inputs` says of the settings.
+    `stages` is what shapes each stage's results under these settings.
 
     Raises:
         SettingsChangedError: when results on hand were made by other settings.
@@ -272,7 +240,7 @@ def at_work(run_dir: RunDir) -> list[str]:
     """The workers that hold a shard."""
     return [
         lease.worker_id
-        for lease in list_leases(run_dir)
+        for lease in list_leases(run_dir.leases_dir)
         if lease.name.startswith(SHARD_LEASE) and not lease.is_stale
     ]
 
@@ -337,7 +305,9 @@ def save(run_dir: RunDir, run_file: RunFile) -> None:
 @contextmanager
 def changing(run_dir: RunDir, worker: str, *, name: str = "run") -> Iterator[Lease]:
     """Hold the lease under which run.json is changed; waits for it."""
-    while (lease := Lease.acquire(run_dir, name, worker_id=worker, timeout_s=30.0)) is None:
+    while (
+        lease := Lease.acquire(run_dir.leases_dir, name, worker_id=worker, timeout_s=30.0)
+    ) is None:
         time.sleep(POLL_S)
     with lease:
         yield lease

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from stream_engine.config import Stage
+from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
-from stream_engine.pipelines.base import STAGES
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.failures import ShardFailure, read_failure
 from stream_engine.run_dir.manifest import Manifest
@@ -81,7 +80,9 @@ class RunState:
         for stage in STAGES:
             self._refresh_results(stage)
         self._refresh_failures()
-        self.leases = [lease for lease in list_leases(self.run_dir) if not lease.is_stale]
+        self.leases = [
+            lease for lease in list_leases(self.run_dir.leases_dir) if not lease.is_stale
+        ]
         self._refreshed = time.monotonic()
         self._refresh_cost_s = self._refreshed - started
         return self

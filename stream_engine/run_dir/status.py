@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from stream_engine.pipelines.base import STAGES
+from stream_engine.config import STAGES
 from stream_engine.records import Failure
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
-from stream_engine.pipelines.base import STAGES
-from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.results import RECORD_TYPES, read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState
-from stream_engine.work.shard_work import RECORD_TYPES
 
 
 def damaged_parts(state: RunState) -> Iterator[str]:

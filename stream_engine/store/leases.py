@@ -24,7 +24,6 @@ from pathlib import Path
 import msgspec
 
 from stream_engine.errors import LeaseLostError
-from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.atomic import is_gone, temporary_path
 
 BEATS_PER_TIMEOUT = 6
@@ -77,11 +76,9 @@ class Lease:
         self._heart.start()
 
     @classmethod
-    def acquire(
-        cls, run_dir: RunDir, name: str, *, worker_id: str, timeout_s: float
-    ) -> Lease | None:
+    def acquire(cls, folder: Path, name: str, *, worker_id: str, timeout_s: float) -> Lease | None:
         """Take the lease if it is free or stale; None when somebody else holds it."""
-        path = run_dir.lease(name)
+        path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = this_process(worker_id, timeout_s)
         with claim_file(path, holder) as claim:
@@ -134,13 +131,13 @@ class Lease:
             os.utime(self._descriptor)
 
 
-def list_leases(run_dir: RunDir) -> list[LeaseInfo]:
-    """All leases of a run, sorted by name."""
-    if not run_dir.leases_dir.is_dir():
+def list_leases(folder: Path) -> list[LeaseInfo]:
+    """All leases in a folder, sorted by name."""
+    if not folder.is_dir():
         return []
-    now = file_system_time(run_dir.leases_dir)
+    now = file_system_time(folder)
     infos = []
-    for path in sorted(run_dir.leases_dir.glob("[!.]*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):
         current = read_lease(path)
         if current is None:
             continue

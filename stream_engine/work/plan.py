@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from stream_engine.config import ModelRole, RunConfig, SamplingConfig
 from stream_engine.errors import CheckpointError, ConfigError
+from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.work.loaded_engines import EngineKey, engine_key
 from stream_engine.models import detect_family, read_checkpoint_config
 from stream_engine.work.other_python import find_python
 from stream_engine.pipelines import pipeline_class
-from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.config import STAGES
+from stream_engine.pipelines.base import Pipeline
 from stream_engine.work.placement import (
     ITEM_BYTES,
     Placement,
@@ -30,7 +32,6 @@ from stream_engine.run_dir.run_json import (
     refuse_foreign,
     refuse_no_input,
     refuse_unwritable,
-    stage_inputs,
 )
 from stream_engine.run_dir.state import RunState
 from stream_engine.outputs.formats import export_class

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from stream_engine.text import duration
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
@@ -94,18 +96,6 @@ def line(progress: Progress) -> str:
     if progress.shards_failed:
         parts.append(f"{progress.shards_failed} shards failed")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units: `1h 05m`, `2m 10s`, `12s`."""
-    whole = max(0, round(seconds))
-    if whole >= 86400:
-        return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
-    if whole >= 3600:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    if whole >= 60:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole}s"
 
 
 class ProgressView:

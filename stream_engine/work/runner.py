@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from stream_engine.config import RunConfig
+from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.work.progress import ProgressView, set_up_logging
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
@@ -24,7 +25,6 @@ from stream_engine.run_dir.run_json import (
     refuse_foreign,
     refuse_no_input,
     refuse_unwritable,
-    stage_inputs,
 )
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
@@ -129,7 +129,7 @@ def run_as_worker(
             outcome = "current"
             if "merge" in steps and config.run_stage in (None, 2):
                 # Asked of the worker's own view, so that the two agree on what is left to do.
-                outcome = merge_when_due(worker.state, config, pipeline, rank, works=works)
+                outcome = merge_when_due(worker.state, config, pipeline, rank.worker_id, works=works)
     merged = outcome == "merged"
     num_added = worker.num_added
     return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)

@@ -30,6 +30,7 @@ from stream_engine.records import (
 )
 from stream_engine.store.leases import Lease
 from stream_engine.run_dir.results import (
+    RECORD_TYPES,
     ResultHeader,
     read_header,
     read_quarantine,
@@ -51,10 +52,6 @@ Tick = Callable[[int, int], None]
 Process = Callable[["ShardWork", Mapping[str, Any]], Iterator[StageRecord | Failure]]
 """How inputs become outcomes: `ShardWork.outcomes`, or one that isolates what raises."""
 
-RECORD_TYPES: dict[Stage, type[SampleRollouts] | type[SampleRewards]] = {
-    "rollouts": SampleRollouts,
-    "rewards": SampleRewards,
-}
 
 
 class ShardWork:

@@ -49,20 +49,22 @@ from stream_engine.run_dir.failures import (
     MAX_DEATHS_ALONE,
     ShardFailure,
     clear_failure,
-    describe,
     note_alone,
     record_failure,
 )
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
-from stream_engine.pipelines.base import STAGES, Pipeline
+from stream_engine.config import STAGES
+from stream_engine.pipelines.base import Pipeline
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
+from stream_engine.text import describe
 from stream_engine.work.shard_work import Process, ShardWork, StageRecord
 from stream_engine.inputs.ingest import IngestReport, ingest
-from stream_engine.inputs.sources import canonical_source, input_fingerprint
+from stream_engine.inputs.sources import input_fingerprint
+from stream_engine.store.locations import canonical_source
 from stream_engine.store.leases import Holder, Lease, list_leases
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import read_shard
@@ -529,7 +531,7 @@ class Worker:
 
     def lease(self, name: str) -> Lease | None:
         return Lease.acquire(
-            self.run_dir,
+            self.run_dir.leases_dir,
             name,
             worker_id=self.rank.worker_id,
             timeout_s=self.settings.lease_timeout_s,
@@ -668,7 +670,7 @@ def exit_on_sigterm(run_dir: RunDir, worker_id: str) -> Iterator[None]:
         if not received and not isinstance(error, SystemExit):
             raise
         # The signal may have come while a lease was being taken, before anybody owned it.
-        for lease in list_leases(run_dir):
+        for lease in list_leases(run_dir.leases_dir):
             if lease.worker_id == worker_id:
                 run_dir.lease(lease.name).unlink(missing_ok=True)
         if isinstance(error, SystemExit):

@@ -14,7 +14,7 @@ from stream_engine.config import ModelConfig
 from stream_engine.engine.verify_checkpoint import verify_checkpoint
 from stream_engine.errors import CheckpointError, ConfigError
 
-GOLDEN = Path(__file__).parent / "data" / "golden" / "llava15"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "llava15"
 
 
 def dump(path: Path, *, shift: float = 0.0, swap_ids: bool = False) -> Path:

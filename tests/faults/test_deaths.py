@@ -112,7 +112,7 @@ def test_a_shard_that_may_end_its_worker_is_held_alone(
 
     def watching(self: EchoPipeline, engines, samples, ahead=()) -> Iterator[SampleRollouts]:
         list(ahead)
-        held.append(len(list_leases(run_dir)))
+        held.append(len(list_leases(run_dir.leases_dir)))
         yield from rollouts(self, engines, samples)
 
     monkeypatch.setattr(EchoPipeline, "rollouts", watching)

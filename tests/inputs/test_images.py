@@ -16,13 +16,8 @@ from PIL.JpegImagePlugin import get_sampling
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs import images as images_module
-from stream_engine.inputs.images import (
-    check_image,
-    check_size,
-    decode_base64,
-    read_image_file,
-    turned_upright,
-)
+from stream_engine.inputs.images import decode_base64, read_image_file
+from stream_engine.pictures import check_image, check_size, turned_upright
 from stream_engine.store.transient import WAITS_S
 from tests.samples import picture
 

@@ -13,6 +13,7 @@ from stream_engine.errors import ConservationError
 from stream_engine.inputs import ingest as ingest_module
 from stream_engine.inputs import readers as readers_module
 from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
@@ -278,7 +279,7 @@ def test_progress_reaches_the_caller_who_may_stop(run_dir: RunDir, tmp_path: Pat
         ingest(run_dir, [str(path)], CONFIG, on_progress=watch)
     assert seen[0] <= 5 and seen[-1] == 100
     assert len(quarantined(run_dir)) == 95
-    assert not Manifest.load(run_dir).is_complete([str(path)])
+    assert not Manifest.load(run_dir).is_read(str(path), input_fingerprint(str(path)))
     assert counts(ingest(run_dir, [str(path)], CONFIG))[:2] == (205, 5)
 
 

@@ -5,9 +5,10 @@ import fsspec
 import pytest
 
 from stream_engine.errors import ConfigError
-from stream_engine.inputs.sources import canonical_source, input_fingerprint, list_inputs
+from stream_engine.inputs.sources import input_fingerprint, list_inputs
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import write_shard
+from stream_engine.store.locations import canonical_source
 from tests.samples import make_row, make_sample, write_jsonl, write_parquet
 
 

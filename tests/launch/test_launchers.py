@@ -108,7 +108,7 @@ def test_the_multi_node_script_starts_a_killed_worker_again(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while node.poll() is None and not (leases := list_leases(RunDir(work_dir))):
+    while node.poll() is None and not (leases := list_leases(RunDir(work_dir).leases_dir)):
         time.sleep(0.01)
     os.kill(leases[0].pid, signal.SIGKILL)
     output = node.communicate(timeout=300)[0]

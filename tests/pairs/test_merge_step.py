@@ -45,7 +45,9 @@ def waiting_for_the_merge(
         return wait(*args)
 
     monkeypatch.setattr(merge_step, "wait_for_lease", noticed)
-    other = Lease.acquire(RunDir(config.work_dir), "merge", worker_id="rank9", timeout_s=60)
+    other = Lease.acquire(
+        RunDir(config.work_dir).leases_dir, "merge", worker_id="rank9", timeout_s=60
+    )
     assert other is not None
     with ThreadPoolExecutor(1) as pool, other:
         report = pool.submit(run, config, show_progress=False, **options)

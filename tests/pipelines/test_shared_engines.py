@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from stream_engine.config import STAGES
 from stream_engine.demo import demo_models
-from stream_engine.pipelines.base import STAGES
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import open_run, stage_inputs
+from stream_engine.run_dir.run_json import open_run
 from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.work.stage_inputs import stage_inputs
 
 
 def load(pipeline, folder):

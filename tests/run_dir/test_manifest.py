@@ -5,11 +5,16 @@ import pytest
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import ShardError, ShardReadError
-from stream_engine.inputs.sources import canonical_source, input_fingerprint
+from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.manifest import InputInfo, Manifest, RowCounts, reading_settings
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.locations import canonical_source
 from tests.samples import make_row, write_jsonl
+
+
+def was_read(manifest: Manifest, path: Path, config: InputConfig | None = None) -> bool:
+    return manifest.is_read(str(path), input_fingerprint(str(path)), config)
 
 
 def make_info(index: int, num_samples: int = 2) -> ShardInfo:
@@ -143,7 +148,7 @@ def test_an_input_is_read_when_an_earlier_limit_went_as_far(
     )
     manifest = Manifest.load(run_dir)
     manifest.append_input(info)
-    assert manifest.is_complete([str(path)], InputConfig(max_samples=asked)) == is_read
+    assert was_read(manifest, path, InputConfig(max_samples=asked)) == is_read
 
 
 def test_an_input_is_complete_until_it_or_its_settings_change(run_dir: RunDir, tmp_path):
@@ -155,13 +160,17 @@ def test_an_input_is_complete_until_it_or_its_settings_change(run_dir: RunDir, t
         settings=reading_settings(config),
     )
     manifest = Manifest.load(run_dir)
-    assert not manifest.is_complete([str(path)])
+    assert not was_read(manifest, path)
     manifest.append_input(info)
-    assert manifest.is_complete([str(path)], config)
-    assert not manifest.is_complete([str(path)], InputConfig(max_image_pixels=1))
-    assert manifest.is_complete([str(path)], InputConfig(samples_per_shard=7))
+    assert was_read(manifest, path, config)
+    assert not manifest.is_read(
+        str(path), input_fingerprint(str(path)), InputConfig(max_image_pixels=1)
+    )
+    assert manifest.is_read(
+        str(path), input_fingerprint(str(path)), InputConfig(samples_per_shard=7)
+    )
     write_jsonl(path, [make_row(0), make_row(1)])
-    assert not manifest.is_complete([str(path)])
+    assert not was_read(manifest, path)
 
 
 def test_unfinished_shards_are_those_since_the_inputs_last_line(run_dir: RunDir):

@@ -123,7 +123,9 @@ def test_a_retry_takes_up_rows_whose_image_has_been_supplied(
 
 
 def test_a_retry_waits_for_no_reader_of_the_input(finished: Path, capsys) -> None:
-    lease = Lease.acquire(RunDir(finished), "ingest", worker_id="another", timeout_s=60.0)
+    lease = Lease.acquire(
+        RunDir(finished).leases_dir, "ingest", worker_id="another", timeout_s=60.0
+    )
     assert lease is not None
     with lease:
         assert main(["retry-failed", str(finished)]) == 1

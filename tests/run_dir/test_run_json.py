@@ -113,7 +113,9 @@ def test_settings_may_change_before_there_are_results(tmp_path: Path, dataset: P
 def test_results_on_hand_are_not_discarded_under_a_worker(tmp_path: Path, dataset: Path) -> None:
     rerun(tmp_path, dataset)
     run_dir = RunDir(tmp_path / "run")
-    lease = Lease.acquire(run_dir, "shard-000001", worker_id="rank7@elsewhere", timeout_s=60)
+    lease = Lease.acquire(
+        run_dir.leases_dir, "shard-000001", worker_id="rank7@elsewhere", timeout_s=60
+    )
     assert lease is not None
     with lease, pytest.raises(SettingsChangedError, match="rank7@elsewhere"):
         rerun(tmp_path, dataset, seed=1, overwrite=True)
@@ -158,7 +160,7 @@ def test_a_worker_in_another_precision_is_refused_before_the_first_result(
     run(echo_config(tmp_path / "run", dataset), steps=("shard",), show_progress=False)
     run_dir = RunDir(tmp_path / "run")
     note_engines(run_dir, said("cuda:3", "bfloat16"), worker="rank0@a")
-    lease = Lease.acquire(run_dir, "shard-000001", worker_id="rank0@a", timeout_s=60)
+    lease = Lease.acquire(run_dir.leases_dir, "shard-000001", worker_id="rank0@a", timeout_s=60)
     assert lease is not None
     with lease, pytest.raises(ConfigError, match="instruct would run here on cpu in float32"):
         note_engines(run_dir, said("cpu", "float32"), worker="rank2@b")

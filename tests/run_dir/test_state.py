@@ -103,15 +103,17 @@ def test_a_waiting_worker_spends_little_time_on_looking(
     dataset = write_questions(tmp_path / "questions.jsonl", TEN)
     config = echo_config(tmp_path / "run", dataset)
     run(config, steps=("shard",), show_progress=False)
-    lease = Lease.acquire(RunDir(tmp_path / "run"), shard_lease(1), worker_id="far", timeout_s=60)
+    lease = Lease.acquire(
+        RunDir(tmp_path / "run").leases_dir, shard_lease(1), worker_id="far", timeout_s=60
+    )
     assert lease is not None
     num_waits = num_looks = 0
 
-    def slow_list(run_dir: RunDir) -> list[LeaseInfo]:
+    def slow_list(folder: Path) -> list[LeaseInfo]:
         nonlocal num_looks
         num_looks += 1
         time.sleep(0.1)  # 20 times that is how old its sight of things may get
-        return list_leases(run_dir)
+        return list_leases(folder)
 
     def wait(self: Worker, doing: str) -> None:
         nonlocal num_waits, num_looks

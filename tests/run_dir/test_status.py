@@ -51,7 +51,9 @@ def test_status_counts_add_up(finished: RunDir, capsys: pytest.CaptureFixture[st
 
 def test_a_held_shard_is_running(finished: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     finished.result("rewards", 2).unlink()
-    lease = Lease.acquire(finished, "shard-000002", worker_id="rank3@here:1", timeout_s=60)
+    lease = Lease.acquire(
+        finished.leases_dir, "shard-000002", worker_id="rank3@here:1", timeout_s=60
+    )
     assert lease is not None
     with lease:
         found = status_of(finished, capsys)
@@ -67,7 +69,7 @@ def test_a_lease_of_a_dead_process_is_not_running(
     code = (
         "import os; from stream_engine.store.leases import Lease;"
         "from stream_engine.run_dir.paths import RunDir;"
-        f"Lease.acquire(RunDir({str(finished.root)!r}), 'shard-000002', worker_id='x', "
+        f"Lease.acquire(RunDir({str(finished.root)!r}).leases_dir, 'shard-000002', worker_id='x', "
         "timeout_s=60); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT)

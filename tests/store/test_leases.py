@@ -20,7 +20,8 @@ import sys, time
 from stream_engine.store.leases import Lease
 from stream_engine.run_dir.paths import RunDir
 root, name, worker_id, timeout_s = sys.argv[1:]
-lease = Lease.acquire(RunDir(root), name, worker_id=worker_id, timeout_s=float(timeout_s))
+folder = RunDir(root).leases_dir
+lease = Lease.acquire(folder, name, worker_id=worker_id, timeout_s=float(timeout_s))
 print("held" if lease else "refused", flush=True)
 for line in sys.stdin:
     try:
@@ -59,7 +60,9 @@ def start_holder(run_dir: RunDir):
 
 
 def acquire(run_dir: RunDir, worker_id: str = "me", timeout_s: float = 60.0) -> Lease | None:
-    return Lease.acquire(run_dir, "shard-000000", worker_id=worker_id, timeout_s=timeout_s)
+    return Lease.acquire(
+        run_dir.leases_dir, "shard-000000", worker_id=worker_id, timeout_s=timeout_s
+    )
 
 
 def answer(process: subprocess.Popen) -> str:
@@ -97,9 +100,12 @@ def test_release_twice_is_harmless_and_verify_then_fails(run_dir: RunDir):
 
 
 def test_leases_of_other_names_do_not_conflict(run_dir: RunDir):
-    with acquire(run_dir), Lease.acquire(run_dir, "merge", worker_id="me", timeout_s=60) as other:
+    with (
+        acquire(run_dir),
+        Lease.acquire(run_dir.leases_dir, "merge", worker_id="me", timeout_s=60) as other,
+    ):
         assert other is not None
-        assert [info.name for info in list_leases(run_dir)] == ["merge", "shard-000000"]
+        assert [info.name for info in list_leases(run_dir.leases_dir)] == ["merge", "shard-000000"]
 
 
 def test_lease_of_a_killed_process_is_taken_over_at_once(run_dir: RunDir, start_holder):
@@ -172,7 +178,7 @@ def test_exactly_one_of_eight_contending_processes_wins(run_dir: RunDir, start_h
     answers = [answer(process) for process in contenders]
     assert sorted(answers) == ["held"] + ["refused"] * 7
     winner = contenders[answers.index("held")]
-    assert list_leases(run_dir)[0].pid == winner.pid
+    assert list_leases(run_dir.leases_dir)[0].pid == winner.pid
 
 
 def test_exactly_one_thread_wins_every_take_over(run_dir: RunDir):
@@ -218,14 +224,14 @@ def test_a_late_release_does_not_end_the_successors_lease(run_dir: RunDir):
     old = acquire(run_dir, "old")
     os.replace(foreign_lease(RunDir(run_dir.root / "x"), age_s=0), old.path)
     old.release()
-    assert list_leases(run_dir)[0].worker_id == "far"
+    assert list_leases(run_dir.leases_dir)[0].worker_id == "far"
 
 
 def test_a_heartbeat_does_not_refresh_the_successors_lease(run_dir: RunDir):
     old = acquire(run_dir, "old", timeout_s=0.3)
     os.replace(foreign_lease(RunDir(run_dir.root / "x"), age_s=500), old.path)
     time.sleep(0.3)
-    assert list_leases(run_dir)[0].age_s > 400
+    assert list_leases(run_dir.leases_dir)[0].age_s > 400
     old.release()
 
 
@@ -267,13 +273,13 @@ def test_a_lease_file_replaced_while_it_is_read_counts_as_gone(
 
     monkeypatch.setattr(leases, "open", stale, raising=False)
     assert read_lease(path) is None
-    assert list_leases(run_dir) == []
+    assert list_leases(run_dir.leases_dir) == []
 
 
 def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
     foreign_lease(run_dir, age_s=100)
-    with Lease.acquire(run_dir, "ingest", worker_id="me", timeout_s=60):
-        near, far = list_leases(run_dir)
+    with Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=60):
+        near, far = list_leases(run_dir.leases_dir)
     assert (near.name, near.worker_id, near.is_alive, near.is_stale) == (
         "ingest",
         "me",
@@ -286,4 +292,4 @@ def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
 
 
 def test_no_leases_folder_means_no_leases(run_dir: RunDir):
-    assert list_leases(run_dir) == []
+    assert list_leases(run_dir.leases_dir) == []

@@ -30,7 +30,7 @@ def test_each_shard_is_offered_the_one_after_it(tmp_path: Path) -> None:
     report = run_on(tmp_path, TEN, **EAGER)
     assert report.exit_status == 0
     assert list(AHEAD) == [TEN[4:8], TEN[8:], []]
-    assert not list_leases(RunDir(tmp_path / "run"))
+    assert not list_leases(RunDir(tmp_path / "run").leases_dir)
 
 
 @pytest.mark.usefixtures("echo")
@@ -49,7 +49,7 @@ def test_the_next_shard_is_leased_while_it_is_begun(
     def watching(self: EchoPipeline, engines, samples, ahead=()) -> Iterator[SampleRollouts]:
         for _ in ahead:
             pass
-        held.append([lease.name for lease in list_leases(run_dir)])
+        held.append([lease.name for lease in list_leases(run_dir.leases_dir)])
         yield from rollouts(self, engines, samples)
 
     rollouts = EchoPipeline.rollouts
@@ -66,7 +66,7 @@ def test_a_shard_that_another_worker_holds_is_not_begun(tmp_path: Path) -> None:
     run_on(tmp_path, TEN, run_stage=0, max_shard_retries=0)
     for shard in range(3):
         run_dir.result("rollouts", shard).unlink()
-    lease = Lease.acquire(run_dir, "shard-000001", worker_id="another", timeout_s=0.5)
+    lease = Lease.acquire(run_dir.leases_dir, "shard-000001", worker_id="another", timeout_s=0.5)
     assert lease is not None
     AHEAD.clear()
     lease._stop.set()  # its process is alive but beats no more: it goes stale during the run

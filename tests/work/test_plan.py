@@ -20,7 +20,8 @@ from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
 from stream_engine.work.plan import plan_lines, read_shape
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.run_json import DEMO_DATASET, open_run, stage_inputs
+from stream_engine.run_dir.run_json import DEMO_DATASET, open_run
+from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.run_dir.paths import RunDir
 from tests.models import (
     writers_hf,

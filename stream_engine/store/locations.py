@@ -1,0 +1,57 @@
+"""Names of files, local or by URL: one canonical name for each, and what opens it.
+
+Knows no format and no content.
+"""
+
+from __future__ import annotations
+
+import os
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from stream_engine.errors import ConfigError
+from stream_engine.store.transient import network_errors
+
+
+def canonical_source(source: str) -> str:
+    """The name under which the manifest knows a source: an absolute path, or the URL."""
+    if is_url(source):
+        return source.rstrip("/")
+    return os.path.abspath(os.path.expanduser(source))
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names its file system (`s3://...`)."""
+    return "://" in path or "::" in path
+
+
+def open_source(source: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path within it.
+
+    Raises:
+        ConfigError: for an unknown protocol, or one whose package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(canonical_source(source))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"cannot open dataset_path {source!r}: {error} "
+            "(for s3:// install the extra: pip install 'stream-engine[s3]')"
+        ) from error
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a file system raises."""
+    return OSError, ValueError, *network_errors()
+
+
+def full_path(fs: AbstractFileSystem, name: str) -> str:
+    """A path that opens from anywhere: absolute for local files, else with its protocol."""
+    return name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
+
+
+def folder_of(path: str) -> str:
+    """The folder part of a path or URL."""
+    return path.rpartition("/")[0]

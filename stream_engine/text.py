@@ -1,0 +1,22 @@
+"""Words for people: times, errors. Knows nothing but the standard library."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: `1h 05m`, `2m 10s`, `12s`."""
+    whole = max(0, round(seconds))
+    if whole >= 86400:
+        return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    if whole >= 60:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole}s"
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, with its type where the message alone would not tell."""
+    text = " ".join(str(error).split())
+    known = type(error).__module__.startswith("stream_engine")
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
