@@ -13,8 +13,8 @@ import msgspec
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig, Stage
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
-from stream_engine.run_dir.run_json import note_engines
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import note_engines
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine

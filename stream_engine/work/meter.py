@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from stream_engine.config import Stage
-from stream_engine.work.progress import Progress, WorkerRow
 from stream_engine.run_dir.state import RunState
+from stream_engine.work.progress import Progress, WorkerRow
 
 MIN_ELAPSED_S = 5.0  # before that, a rate tells nothing about the time to come
 

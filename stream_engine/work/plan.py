@@ -7,23 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream_engine.config import ModelRole, RunConfig, SamplingConfig
+from stream_engine.config import STAGES, ModelRole, RunConfig, SamplingConfig
 from stream_engine.errors import CheckpointError, ConfigError
-from stream_engine.work.stage_inputs import stage_inputs
-from stream_engine.work.loaded_engines import EngineKey, engine_key
+from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import detect_family, read_checkpoint_config
-from stream_engine.work.other_python import find_python
+from stream_engine.outputs.formats import export_class
 from stream_engine.pipelines import pipeline_class
-from stream_engine.config import STAGES
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.work.placement import (
-    ITEM_BYTES,
-    Placement,
-    decide_placement,
-    human_bytes,
-    worker_memory,
-)
 from stream_engine.ranks import Rank, set_device
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import (
     DEMO_DATASET,
     changed_inputs,
@@ -34,9 +26,16 @@ from stream_engine.run_dir.run_json import (
     refuse_unwritable,
 )
 from stream_engine.run_dir.state import RunState
-from stream_engine.outputs.formats import export_class
-from stream_engine.inputs.sources import list_inputs
-from stream_engine.run_dir.paths import RunDir
+from stream_engine.work.loaded_engines import EngineKey, engine_key
+from stream_engine.work.other_python import find_python
+from stream_engine.work.placement import (
+    ITEM_BYTES,
+    Placement,
+    decide_placement,
+    human_bytes,
+    worker_memory,
+)
+from stream_engine.work.stage_inputs import stage_inputs
 
 if TYPE_CHECKING:
     from stream_engine.engine.memory import Demand, LanguageShape

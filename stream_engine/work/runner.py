@@ -9,15 +9,15 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from stream_engine.config import RunConfig
-from stream_engine.work.stage_inputs import stage_inputs
-from stream_engine.work.progress import ProgressView, set_up_logging
-from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.config import STAGES, RunConfig
+from stream_engine.errors import MissingStageError
+from stream_engine.inputs.readers import unread_line
+from stream_engine.outputs.formats import export_class
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
-from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import (
     RunFile,
     open_run,
@@ -28,11 +28,14 @@ from stream_engine.run_dir.run_json import (
 )
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
-from stream_engine.outputs.formats import export_class
-from stream_engine.inputs.readers import unread_line
-from stream_engine.run_dir.paths import RunDir
+from stream_engine.work.follower import follow
+from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.work.other_python import find_python, run_rewards_under
+from stream_engine.work.progress import ProgressView, set_up_logging
+from stream_engine.work.signals import exit_on_sigterm
+from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.work.team import Team
-from stream_engine.work.worker import Worker, exit_on_sigterm, require_rollouts
+from stream_engine.work.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +132,11 @@ def run_as_worker(
             outcome = "current"
             if "merge" in steps and config.run_stage in (None, 2):
                 # Asked of the worker's own view, so that the two agree on what is left to do.
-                outcome = merge_when_due(worker.state, config, pipeline, rank.worker_id, works=works)
+                outcome = merge_when_due(
+                    worker.state, config, pipeline, rank.worker_id, works=works
+                )
     merged = outcome == "merged"
-    num_added = worker.num_added
+    num_added = worker.inputs.num_added
     return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)
 
 
@@ -161,6 +166,18 @@ def report_of(
             if info.unread
         ],
     )
+
+
+def require_rollouts(state: RunState, config: RunConfig) -> None:
+    """Raise MissingStageError when a stage that --run_stage builds upon is not done."""
+    for number, stage in enumerate(STAGES[: config.run_stage or 0]):
+        missing = [s for s in state.shards if not state.is_settled((stage,), s)]
+        if missing or not state.shards:
+            what = f"{len(missing)} of {len(state.shards)} shards" if missing else "all shards"
+            raise MissingStageError(
+                f"--run_stage {config.run_stage} needs the {stage} of {what}; first run "
+                f"`stream-engine run --run_stage {number}` with the same settings"
+            )
 
 
 def is_scored(state: RunState) -> bool:
@@ -216,5 +233,5 @@ def with_team(
         if team.leads:
             return lead(team)
         set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=False)
-        team.follow(pipeline, LoadedEngines(run_dir, pipeline, rank))
+        follow(team, pipeline, LoadedEngines(run_dir, pipeline, rank))
     return None

@@ -28,7 +28,7 @@ from stream_engine.records import (
     SampleRollouts,
     ShardInfo,
 )
-from stream_engine.store.leases import Lease
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import (
     RECORD_TYPES,
     ResultHeader,
@@ -37,8 +37,8 @@ from stream_engine.run_dir.results import (
     read_results,
     write_results,
 )
-from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import read_shard
+from stream_engine.store.leases import Lease
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
@@ -51,7 +51,6 @@ Tick = Callable[[int, int], None]
 """Called with (outcomes, tokens) made since the last call."""
 Process = Callable[["ShardWork", Mapping[str, Any]], Iterator[StageRecord | Failure]]
 """How inputs become outcomes: `ShardWork.outcomes`, or one that isolates what raises."""
-
 
 
 class ShardWork:

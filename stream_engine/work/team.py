@@ -29,7 +29,7 @@ import functools
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -39,17 +39,14 @@ import msgspec
 
 from stream_engine.config import Stage
 from stream_engine.errors import ConfigError, ParallelError
-from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
-from stream_engine.records import Failure, Sample, SampleRewards, SampleRollouts
-from stream_engine.work.worker import UNMENDABLE, caught
+from stream_engine.records import Failure, SampleRewards, SampleRollouts
+from stream_engine.work.catching import UNMENDABLE, caught
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from stream_engine.engine import Engine
-    from stream_engine.work.loaded_engines import LoadedEngines
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +86,6 @@ class End(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Message = Load | Compute | End
 _decode_message = msgspec.msgpack.Decoder(Message).decode
-_decode_samples = msgspec.msgpack.Decoder(list[Sample]).decode
-_decode_rollouts = msgspec.msgpack.Decoder(list[tuple[Sample, SampleRollouts]]).decode
 
 
 class Team:
@@ -99,7 +94,6 @@ class Team:
     def __init__(self, rank: Rank, control: ProcessGroup) -> None:
         self.rank = rank
         self.control = control
-        self._engines: Mapping[str, Engine] = {}
         self._is_busy = False  # the ranks are inside a step: nobody listens
         self._lost: ParallelError | None = None
         self._lock = threading.Lock()
@@ -191,35 +185,6 @@ class Team:
                         self._lost = error
 
     # -- a follower's part -----------------------------------------------------------------------
-
-    def follow(self, pipeline: Pipeline, engines: LoadedEngines) -> None:
-        """Do beside the leader what it announces, until it ends the team.
-
-        Raises:
-            ParallelError: when the team ends by an error, or falls out of step.
-        """
-        while not isinstance(message := self.receive(), End):
-            error = caught(functools.partial(self._obey, message, pipeline, engines))
-            if isinstance(error, UNMENDABLE):
-                raise error
-        if message.error:
-            raise ParallelError(f"the first rank of this worker stopped: {message.error}")
-
-    def _obey(self, message: Load | Compute, pipeline: Pipeline, engines: LoadedEngines) -> None:
-        if isinstance(message, Load):
-            engines.one_at_a_time = message.one_at_a_time
-            load = functools.partial(engines.get, message.needed, keep=message.keep)
-            self._engines = self.loaded(load)
-            return
-        if message.stage == "rollouts":
-            samples = _decode_samples(message.inputs)
-            run = functools.partial(pipeline.rollouts, self._engines, samples)
-            steps: Iterator[Outcome] = self.in_step(run)
-        else:
-            scored = _decode_rollouts(message.inputs)
-            steps = self.in_step(functools.partial(pipeline.rewards, self._engines, scored))
-        for _ in steps:
-            pass
 
     def receive(self) -> Message:
         """The leader's next message."""

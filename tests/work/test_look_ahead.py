@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from stream_engine.records import SampleRollouts
-from stream_engine.work.runner import RunReport, run
-from stream_engine.store.leases import Lease, list_leases
-from stream_engine.run_dir.results import read_results
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_results
+from stream_engine.store.leases import Lease, list_leases
+from stream_engine.work.runner import RunReport, run
 from tests.conftest import write_questions
 from tests.echo_pipeline import AHEAD, CALLS, EchoPipeline, echo_config
 from tests.processes import run_rank

@@ -8,13 +8,13 @@ import pytest
 
 from stream_engine.config import RunConfig
 from stream_engine.demo import demo_models
-from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.pipelines import pipeline_class
-from stream_engine.work.placement import decide_placement, loaded_bytes
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.run_json import open_run
-from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import open_run
+from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.work.placement import decide_placement, loaded_bytes
+from stream_engine.work.stage_inputs import stage_inputs
 from tests.conftest import DEMO_FLAGS, answers, parts
 from tests.processes import run_rank
 

@@ -15,14 +15,14 @@ from stream_engine.config import ModelConfig, RunConfig
 from stream_engine.demo import demo_models
 from stream_engine.engine import engine as engine_module
 from stream_engine.errors import StreamEngineError
-from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
-from stream_engine.work.plan import plan_lines, read_shape
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.run_json import DEMO_DATASET, open_run
-from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import DEMO_DATASET, open_run
+from stream_engine.work.loaded_engines import LoadedEngines
+from stream_engine.work.plan import plan_lines, read_shape
+from stream_engine.work.stage_inputs import stage_inputs
 from tests.models import (
     writers_hf,
     writers_llava,

@@ -17,15 +17,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from stream_engine.work import team as team_module
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, ParallelError
-from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.ranks import Rank
 from stream_engine.records import Failure, Sample, SampleRollouts
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.work import team as team_module
+from stream_engine.work.catching import caught
+from stream_engine.work.follower import follow
+from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.team import Team
-from stream_engine.work.worker import caught
 from tests.echo_pipeline import CALLS, EchoPipeline, echo_config
 from tests.processes import context
 
@@ -114,7 +115,7 @@ def play_rank(place: int, folder: str, batches: Sequence[Sequence[str]], leader:
         with Team(rank, dist.new_group(backend="gloo", timeout=timedelta(seconds=30))) as team:
             if team.leads:
                 return leader(team, pipeline, batches)
-            team.follow(pipeline, LoadedEngines(RunDir(folder), pipeline, rank))
+            follow(team, pipeline, LoadedEngines(RunDir(folder), pipeline, rank))
             return []
 
     ends = caught(take_part)

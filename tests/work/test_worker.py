@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from stream_engine.work import worker as worker_module
 from stream_engine.config import RunConfig
-from stream_engine.work.progress import ProgressView
 from stream_engine.errors import (
     ConfigError,
     DeviceLostError,
     MissingStageError,
     StreamEngineError,
 )
-from stream_engine.run_dir.failures import read_failure
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
-from stream_engine.work.runner import RunReport, begin, run
+from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.work import reading
+from stream_engine.work.progress import ProgressView
+from stream_engine.work.runner import RunReport, begin, run
+from stream_engine.work.signals import exit_on_sigterm
 from stream_engine.work.worker import Worker
 from tests.conftest import file_states, parts, write_questions
 from tests.echo_pipeline import CALLS, echo_config
@@ -295,27 +296,27 @@ def test_an_input_is_read_once_a_launch(
     config = echo_config(tmp_path / "run", folder)
     first, second = make_worker(config, 0), make_worker(config, 1)
     reads: list[list[str]] = []
-    ingest = worker_module.ingest
+    ingest = reading.ingest
 
     def watched(run_dir, sources, settings, **options):
         reads.append(list(sources))
         return ingest(run_dir, sources, settings, **options)
 
-    monkeypatch.setattr(worker_module, "ingest", watched)
-    lease = second.lease
+    monkeypatch.setattr(reading, "ingest", watched)
+    lease = second.inputs.lease
 
-    def lease_when_the_first_has_read(name: str):
+    def lease_when_the_first_has_read():
         if not reads:
             if change == "another-time":
                 os.utime(dataset, (1000, 1000))
             first.work(do_shards=False)
             return None
-        return lease(name)
+        return lease()
 
-    monkeypatch.setattr(second, "lease", lease_when_the_first_has_read)
+    monkeypatch.setattr(second.inputs, "lease", lease_when_the_first_has_read)
     second.work(do_shards=False)
     assert reads == [[str(folder)]]
-    assert not second.unread_sources()
+    assert not second.inputs.unread_sources()
     make_worker(config, 0).work(do_shards=False)
     tries_again = change == "unreadable-file"
     assert len(reads) == 1 + tries_again
@@ -324,12 +325,12 @@ def test_an_input_is_read_once_a_launch(
 def test_a_signal_that_becomes_another_error_still_ends_with_143(tmp_path: Path) -> None:
     """It may come while a lock is taken, which then cannot be released: that ended with 1."""
     run_dir = RunDir(tmp_path / "run")
-    with pytest.raises(SystemExit) as raised, worker_module.exit_on_sigterm(run_dir, "w"):
+    with pytest.raises(SystemExit) as raised, exit_on_sigterm(run_dir, "w"):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         except SystemExit:
             raise RuntimeError("release unlocked lock") from None
     assert raised.value.code == 143
-    with pytest.raises(RuntimeError, match="its own"), worker_module.exit_on_sigterm(run_dir, "w"):
+    with pytest.raises(RuntimeError, match="its own"), exit_on_sigterm(run_dir, "w"):
         raise RuntimeError("its own")

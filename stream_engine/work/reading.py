@@ -1,0 +1,181 @@
+"""Taking up inputs: one worker reads what nobody has read yet, the others wait for its shards.
+
+Knows nothing of models. Too large a share of bad records stops the run early.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
+from stream_engine.errors import ConfigError
+from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.inputs.sources import input_fingerprint
+from stream_engine.run_dir.state import RunState
+from stream_engine.store.leases import Lease
+from stream_engine.store.locations import canonical_source
+from stream_engine.work.catching import caught
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MIN_RECORDS_TO_JUDGE = 200
+
+
+class InputQueue:
+    """The inputs that one launch of a worker has to see read, by itself or by another."""
+
+    def __init__(
+        self, state: RunState, config: RunConfig, *, worker: str, show: Callable[[str], None]
+    ) -> None:
+        """`show` is told how far reading is."""
+        self.state = state
+        self.run_dir = state.run_dir
+        self.config = config
+        self.settings = config.part(InputConfig)
+        self.max_bad_fraction = config.max_bad_fraction
+        self.worker = worker
+        self.show = show
+        self.unread: dict[str, str] = {}
+        self.limits: dict[str, int | None] = {}
+        self.manifest_start = 0
+        self.num_added = 0
+
+    def begin(self, *, read_input: bool) -> None:
+        """Note which inputs there are, and in which state; `state` is fresh."""
+        if read_input and self.config.run_stage in (None, 0):
+            self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
+            self.take_up_forgotten_inputs()
+        self.manifest_start = self.state.manifest.end
+
+    def read(self) -> bool:
+        """Read inputs that nobody has read yet; False while another worker is at it."""
+        if not self.unread_sources():
+            return True
+        lease = self.lease()
+        if lease is None:
+            return False
+        with lease:
+            self.state.refresh()
+            sources = self.unread_sources()
+            named = [source for source in sources if source not in self.limits]
+            for group in (named, *([source] for source in sources if source in self.limits)):
+                if group:
+                    logger.info("reading %s", ", ".join(group))
+                    report = ingest(
+                        self.run_dir,
+                        group,
+                        self.reading_settings(group[0]),
+                        on_progress=self.ingest_progress,
+                    )
+                    logger.info("%s", describe_ingest(report))
+                    self.num_added += report.added
+        self.unread = {}
+        return True
+
+    def unread_sources(self) -> list[str]:
+        """The inputs that are left to read.
+
+        One that anybody has read since this worker began is not, although it may look changed from
+        here, or hold files that could not be read: those are tried once a launch, not by each of
+        its workers in turn.
+        """
+        manifest = self.state.manifest
+        return [
+            source
+            for source, mark in self.unread.items()
+            if manifest.is_left_to_read(source, mark, part := self.reading_settings(source))
+            and not manifest.was_read_since(self.manifest_start, source, part)
+        ]
+
+    def take_up_forgotten_inputs(self) -> None:
+        """Add the inputs that are to be read again, whoever named them: each with its own limit."""
+        named = {canonical_source(source) for source in self.unread}
+        for source, info in self.state.manifest.inputs.items():
+            if not info.fingerprint and source not in named:
+                mark = caught(functools.partial(input_fingerprint, source))
+                if isinstance(mark, Exception):
+                    logger.warning("its rejected records are not read again: %s", mark)
+                else:
+                    self.unread[source] = mark
+                    self.limits[source] = info.max_samples
+
+    def reading_settings(self, source: str) -> InputConfig:
+        part = self.settings
+        if source in self.limits:
+            part = msgspec.structs.replace(part, max_samples=self.limits[source])
+        return part
+
+    def ingest_progress(self, report: IngestReport) -> None:
+        """Show how far reading is, and stop it when the data are plainly wrong."""
+        rejected = sum(report.rejected.values())
+        refuse_bad_input(report.rejected, report.read, self.max_bad_fraction)
+        self.show(f"reading input: {report.read} records, {rejected} rejected")
+
+    def check_bad_fraction(self) -> None:
+        """Stop early when too large a share was rejected by the reader or set aside by the stages.
+
+        Each is judged by what it has looked at: the input may be read long before a stage begins.
+        """
+        limit = self.max_bad_fraction
+        inputs = self.state.manifest.inputs.values()
+        rejected = sum((Counter(info.rejected) for info in inputs), Counter[str]())
+        refuse_bad_input(rejected, sum(info.read for info in inputs), limit)
+        headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
+        aside = {stage: self.state.num_quarantined(stage) for stage in STAGES}
+        refuse_bad_samples(aside, sum(header.num_samples for header in headers), limit)
+
+    def lease(self) -> Lease | None:
+        return Lease.acquire(
+            self.run_dir.leases_dir,
+            "ingest",
+            worker_id=self.worker,
+            timeout_s=self.config.lease_timeout_s,
+        )
+
+
+def refuse_bad_input(rejected: Mapping[str, int], read: int, max_fraction: float) -> None:
+    """Raise ConfigError when the reader rejected too large a share of the records."""
+    if is_mostly_bad(rejected, read, max_fraction):
+        raise ConfigError(
+            f"the reader rejected {sum(rejected.values())} of the first {read} records, more than "
+            f"max_bad_fraction {max_fraction:g} (most of them: {largest(rejected)}); correct the "
+            "input, whose bad rows are named in quarantine/ of the work_dir, or raise "
+            "--max_bad_fraction"
+        )
+
+
+def refuse_bad_samples(aside: Mapping[Stage, int], done: int, max_fraction: float) -> None:
+    """Raise ConfigError when the stages set aside too large a share of their samples."""
+    if is_mostly_bad(aside, done, max_fraction):
+        raise ConfigError(
+            f"{sum(aside.values())} of the first {done} samples were set aside, more than "
+            f"max_bad_fraction {max_fraction:g} (most of them by {largest(aside)}); mend what "
+            "quarantine/ of the work_dir names and run `stream-engine retry-failed`, or raise "
+            "--max_bad_fraction"
+        )
+
+
+def is_mostly_bad(bad: Mapping[Any, int], looked_at: int, max_fraction: float) -> bool:
+    """Whether the share of bad ones is too large; fewer than 200 are not judged."""
+    return looked_at >= MIN_RECORDS_TO_JUDGE and sum(bad.values()) > max_fraction * looked_at
+
+
+def largest(counts: Mapping[T, int]) -> T:
+    return max(counts, key=lambda name: counts[name])
+
+
+def describe_ingest(report: IngestReport) -> str:
+    """What reading brought, in one line."""
+    rejected = ", ".join(f"{n} {reason}" for reason, n in sorted(report.rejected.items()))
+    return (
+        f"read {report.read} records: {report.added} new, {report.known} known, "
+        f"{sum(report.rejected.values())} rejected" + (f" ({rejected})" if rejected else "")
+    )

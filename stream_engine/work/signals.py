@@ -1,0 +1,42 @@
+"""SIGTERM, as schedulers send it before they take a machine away: leases are given back at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.leases import list_leases
+
+
+@contextmanager
+def exit_on_sigterm(run_dir: RunDir, worker_id: str) -> Iterator[None]:
+    """Let SIGTERM end the process at once, with status 143 and no lease left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    received: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        received.append(signum)
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException as error:
+        if not received and not isinstance(error, SystemExit):
+            raise
+        # The signal may have come while a lease was being taken, before anybody owned it.
+        for lease in list_leases(run_dir.leases_dir):
+            if lease.worker_id == worker_id:
+                run_dir.lease(lease.name).unlink(missing_ok=True)
+        if isinstance(error, SystemExit):
+            raise
+        # It broke into something (a lock being taken) that made an error of its own of it.
+        raise SystemExit(128 + received[0]) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
