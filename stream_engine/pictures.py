@@ -167,3 +167,18 @@ def looks_cut(data: bytes, error: Exception, is_identified: bool) -> bool:
         isinstance(error, (EOFError, struct.error))
         or any(sign in message for sign in ("truncated", "broken data stream", "unexpected end"))
     )
+
+
+def decode_image(data: bytes, path: str) -> Image.Image:
+    """Decode an image fully, turned as its EXIF orientation says (ingest stores none).
+
+    Raises:
+        RecordError: where Pillow cannot, or its pixels do not become RGB.
+    """
+    try:
+        decoded = Image.open(io.BytesIO(data))
+        decoded.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecordError("undecodable_image", f"{path}: {error}") from error
+    check_depth(decoded)
+    return upright(decoded)

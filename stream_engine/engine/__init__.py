@@ -1,15 +1,20 @@
-"""Fused generation and log-probs over shared prefixes. The engine knows nothing of pipelines."""
+"""Fused generation and scoring over shared prefixes, for any loaded model.
+
+Knows no pipeline and no file. Open engine.py first (what it offers), then scheduler.py.
+"""
 
 from stream_engine.engine.engine import Engine, load_engine, share_device
-from stream_engine.engine.generate import (
+from stream_engine.engine.requests import (
     GeneratedRow,
     GenerateRequest,
     Generation,
+    NextTokenLogps,
     RequestFailure,
     RowRequest,
+    ScoredContinuations,
+    ScoreRequest,
 )
 from stream_engine.engine.sampling import ResolvedSampling, resolve_sampling, row_seed
-from stream_engine.engine.score import NextTokenLogps, ScoredContinuations, ScoreRequest
 
 __all__ = [
     "Engine",

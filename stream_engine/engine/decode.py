@@ -11,6 +11,7 @@ The module knows nothing of requests: it is handed rows as plain numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import DecodeStep, active
 
 if TYPE_CHECKING:
-    from stream_engine.engine.engine import Engine
+    from stream_engine.engine.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 STEPS_PER_READ = 8
 ROW_BUCKET = 32
@@ -42,10 +45,10 @@ class DecodeInput:
     layout: HostLayout  # suffix lengths count the fed token
 
 
-def decode_eagerly(engine: Engine, batch: DecodeInput) -> Tensor:
+def decode_eagerly(runner: ModelRunner, batch: DecodeInput) -> Tensor:
     """One step; hidden states [R, D] from which the next tokens are drawn."""
-    device, model = engine.model.device, engine.model
-    step = DecodeStep.from_host(engine.cache, batch.layout, device)
+    device, model = runner.model.device, runner.model
+    step = DecodeStep.from_host(runner.cache, batch.layout, device)
     tokens = torch.tensor(batch.tokens, device=device)
     positions = torch.tensor(batch.positions, device=device)
     with active(step):
@@ -56,21 +59,53 @@ class CaptureError(RuntimeError):
     """A decode step of this model cannot be captured; it can still run eagerly."""
 
 
-def can_capture(engine: Engine) -> bool:
-    """Whether decode steps of this engine may be CUDA graphs."""
-    model = engine.model
+def can_capture(runner: ModelRunner) -> bool:
+    """Whether decode steps of this model may be CUDA graphs."""
+    model = runner.model
     return model.device.type == "cuda" and model.tensor_parallel == 1 and model.offload is None
+
+
+class Decoder:
+    """How one model's decode steps run: captured where that can be, else eagerly."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.graphs: GraphDecoder | None = None
+        if can_capture(runner) and runner.model.shares_prefix:
+            self.capture_with(GraphDecoder(runner))
+
+    def capture_with(self, graphs: GraphDecoder) -> None:
+        self.graphs = graphs
+        graphs.runner.drop_captures = graphs.forget
+
+    @property
+    def steps_per_read(self) -> int:
+        """How many steps run before the host reads what they drew."""
+        return 1 if self.graphs is None else STEPS_PER_READ
+
+    def run_ahead(
+        self, batch: DecodeInput, num_steps: int
+    ) -> list[tuple[list[int], list[float]]] | None:
+        """Tokens and log-probs of each of `num_steps` captured steps; None: run it eagerly."""
+        if self.graphs is None:
+            return None
+        try:
+            tokens, logps = self.graphs.run(batch, num_steps)
+        except CaptureError as error:
+            logger.warning("decode steps run eagerly, which is slower: %s", error)
+            self.graphs = None
+            return None
+        return list(zip(tokens, logps))
 
 
 class GraphDecoder:
     """Captured decode steps of one engine, one graph per bucket of rows and groups."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        engine.cache.num_spare_slots = 1
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        runner.cache.num_spare_slots = 1
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
-        self.site = _CaptureSite(engine.model.device)
+        self.site = _CaptureSite(runner.model.device)
 
     def forget(self) -> None:
         """Free the graphs: the slabs that they read and write are given up."""
@@ -78,10 +113,10 @@ class GraphDecoder:
 
     def run(self, batch: DecodeInput, num_steps: int) -> tuple[list[list[int]], list[list[float]]]:
         """`num_steps` steps: tokens and log-probs, [steps][R]. A NaN log-prob marks a bad row."""
-        if self.generation != self.engine.cache.generation:
+        if self.generation != self.runner.cache.generation:
             self.forget()
             self.site.renew_pool()
-            self.generation = self.engine.cache.generation
+            self.generation = self.runner.cache.generation
         num_rows, layout = len(batch.tokens), batch.layout
         widest = max(len(rows) for rows in layout.groups)
         widest = _round_up(widest, 4)
@@ -94,7 +129,7 @@ class GraphDecoder:
         captured = self.graphs.get(size)
         if captured is None:
             try:
-                captured = self.graphs[size] = _CapturedStep(self.engine, *size, site=self.site)
+                captured = self.graphs[size] = _CapturedStep(self.runner, *size, site=self.site)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -170,10 +205,10 @@ class _CapturedStep:
     """One graph and its static buffers. Spare rows have empty prefixes; none reads their draws."""
 
     def __init__(
-        self, engine: Engine, rows: int, groups: int, widest: int, *, site: _CaptureSite
+        self, runner: ModelRunner, rows: int, groups: int, widest: int, *, site: _CaptureSite
     ) -> None:
-        self.engine = engine
-        device = engine.model.device
+        self.runner = runner
+        device = runner.model.device
         widest = max(widest, 1)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -192,7 +227,7 @@ class _CapturedStep:
         self.history_logps = zeros(STEPS_PER_READ, rows, dtype=torch.float32)
         self.cursor = zeros(1, dtype=torch.int64)
         # What a capture computes meanwhile goes to the spare slot.
-        self.slots.fill_(engine.cache.num_slots - 1)
+        self.slots.fill_(runner.cache.num_slots - 1)
         self.graph = site.capture(self.warm_up, self.step)
 
     def warm_up(self) -> None:
@@ -204,18 +239,18 @@ class _CapturedStep:
 
     def step(self) -> None:
         """Feed the tokens, draw the next, note them, and move every row one place on."""
-        engine, model = self.engine, self.engine.model
+        runner, model = self.runner, self.runner.model
         decode = DecodeStep(
-            engine.cache, self.spans, self.group_rows, self.slots, self.lengths, None
+            runner.cache, self.spans, self.group_rows, self.slots, self.lengths, None
         )
         with active(decode):
             hidden = model.forward(model.embed(self.tokens), self.positions)
         seen = None
-        if engine.seen is not None:
+        if runner.seen is not None:
             slots = self.slots.long()
-            engine.seen.note(slots, self.tokens)
-            seen = engine.seen.of(slots)
-        tokens, logps = draw(engine, engine.logits(hidden), self.seeds, self.counts, seen)
+            runner.seen.note(slots, self.tokens)
+            seen = runner.seen.of(slots)
+        tokens, logps = draw(runner, runner.logits(hidden), self.seeds, self.counts, seen)
         place = self.cursor[None].expand(1, self.num_rows)
         self.history_tokens.scatter_(0, place, tokens[None])
         self.history_logps.scatter_(0, place, logps[None])
@@ -226,7 +261,7 @@ class _CapturedStep:
     def load(self, batch: DecodeInput) -> None:
         """Copy a batch into the static buffers; spare rows feed token 0 into the spare slot."""
         layout, spare = batch.layout, self.num_rows - len(batch.tokens)
-        spare_slot = self.engine.cache.num_slots - 1
+        spare_slot = self.runner.cache.num_slots - 1
         rows = list(range(self.num_rows))
         spare_rows = rows[self.num_rows - spare :]
         members = [*layout.groups]

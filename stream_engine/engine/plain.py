@@ -3,7 +3,7 @@
 One question at a time: its prompt runs once through the model's own code into a transformers cache,
 the cache is copied to as many rows as there are answers, and they go on together. Answers, seeds
 and log-probs are those of the shared path; only the speed differs. The functions stand in for those
-of `generate` and `score`, with the same requests and results.
+of the scheduler and of `score`, with the same requests and results.
 
 Legend: R rows, A longest row, D hidden, V vocabulary.
 """
@@ -21,107 +21,104 @@ from transformers import DynamicCache
 
 from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine.draw import draw, seen_in
-from stream_engine.engine.generate import (
+from stream_engine.engine.requests import (
     GeneratedRow,
     GenerateRequest,
     Generation,
+    NextTokenLogps,
     RequestFailure,
     RowRequest,
-)
-from stream_engine.engine.score import (
-    NextTokenLogps,
     ScoredContinuations,
     ScoreRequest,
-    target_logps,
 )
+from stream_engine.engine.score import target_logps
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.native import CAUSAL_LAYERS
 from stream_engine.records import FORWARD_ERROR
 
 if TYPE_CHECKING:
-    from stream_engine.engine.engine import Engine
+    from stream_engine.engine.runner import ModelRunner
 
 RequestT = TypeVar("RequestT", GenerateRequest, ScoreRequest)
 ResultT = TypeVar("ResultT")
 
 
 def plain_generate(
-    engine: Engine, requests: Iterable[GenerateRequest]
+    runner: ModelRunner, requests: Iterable[GenerateRequest]
 ) -> Iterator[Generation | RequestFailure]:
     """Draw every request's rows; results in order."""
 
     def run(request: GenerateRequest) -> Generation | RequestFailure:
-        prefix = _Prefix(engine, request.prompt)
+        prefix = _Prefix(runner, request.prompt)
         rows = [GeneratedRow() for _ in request.rows]
-        for members in _same_length(request.rows, engine.budget.rows):
+        for members in _same_length(request.rows, runner.budget.rows):
             chosen = [(request.rows[i], rows[i]) for i in members]
-            if not _generate(engine, prefix, chosen):
+            if not _generate(runner, prefix, chosen):
                 detail = "the model computed NaN or infinity; try --dtype float32"
                 return RequestFailure(request.key, "nonfinite_logits", detail)
         return Generation(request.key, rows)
 
     for request in requests:
-        longest = max((len(row.suffix_ids) for row in request.rows), default=0)
-        yield _guarded(engine, request, longest, run)
+        yield _guarded(runner, request, request.longest_suffix, run)
 
 
 def plain_score(
-    engine: Engine, requests: Iterable[ScoreRequest]
+    runner: ModelRunner, requests: Iterable[ScoreRequest]
 ) -> Iterator[ScoredContinuations | RequestFailure]:
     """`log_softmax(logits)[t - 1, token_t]` for each token of each continuation."""
 
     def run(request: ScoreRequest) -> ScoredContinuations:
-        prefix = _Prefix(engine, request.prompt)
+        prefix = _Prefix(runner, request.prompt)
         token_logps: list[list[float]] = []
-        for rows in _chunks(request.continuations, engine.budget.rows):
+        for rows in _chunks(request.continuations, runner.budget.rows):
             states = prefix.row_states([row[:-1] for row in rows])
             token_logps += [
-                target_logps(engine, torch.cat([prefix.last[None], state]), row)
+                target_logps(runner, torch.cat([prefix.last[None], state]), row)
                 for row, state in zip(rows, states)
             ]
         return ScoredContinuations(request.key, token_logps)
 
     for request in requests:
-        yield _guarded(engine, request, _longest(request), run)
+        yield _guarded(runner, request, request.longest, run)
 
 
 def plain_next_token_logps(
-    engine: Engine, requests: Iterable[ScoreRequest], watched: Sequence[int]
+    runner: ModelRunner, requests: Iterable[ScoreRequest], watched: Sequence[int]
 ) -> Iterator[NextTokenLogps | RequestFailure]:
     """Log-probs of the `watched` token ids right after each continuation of each request."""
-    ids = torch.tensor(list(watched), device=engine.model.device)
+    ids = torch.tensor(list(watched), device=runner.model.device)
 
     def run(request: ScoreRequest) -> NextTokenLogps:
-        prefix = _Prefix(engine, request.prompt)
+        prefix = _Prefix(runner, request.prompt)
         logps: list[list[float]] = []
-        for rows in _chunks(request.continuations, engine.budget.rows):
+        for rows in _chunks(request.continuations, runner.budget.rows):
             states = prefix.row_states(rows)
             ends = torch.stack([torch.cat([prefix.last[None], state])[-1] for state in states])
-            logits = engine.logits(ends)[:, : engine.model.vocab_size]
+            logits = runner.logits(ends)[:, : runner.model.vocab_size]
             logps += torch.log_softmax(logits, dim=-1)[:, ids].tolist()
         return NextTokenLogps(request.key, logps)
 
     for request in requests:
-        yield _guarded(engine, request, _longest(request), run)
+        yield _guarded(runner, request, request.longest, run)
 
 
-def plain_states(engine: Engine, prompt: Prompt, token_ids: Sequence[int]) -> Tensor:
+def plain_states(runner: ModelRunner, prompt: Prompt, token_ids: Sequence[int]) -> Tensor:
     """Hidden states [1 + tokens, D] at a prompt's end and at the tokens after it."""
-    prefix = _Prefix(engine, prompt)
+    prefix = _Prefix(runner, prompt)
     return torch.cat([prefix.last[None], *prefix.row_states([token_ids])])
 
 
 class _Prefix:
     """A prompt that has run once: its cache, and the hidden state [D] at its end."""
 
-    def __init__(self, engine: Engine, prompt: Prompt) -> None:
-        self.engine, self.prompt = engine, prompt
-        model = engine.model
+    def __init__(self, runner: ModelRunner, prompt: Prompt) -> None:
+        self.runner, self.prompt = runner, prompt
+        model = runner.model
         [features] = model.encode_images([prompt])
         self.cache = DynamicCache(config=_config(model))
         self.last = model.prefill_cached(prompt, features, self.cache)
-        engine.counters["prompts"] += 1
-        engine.counters["prompt_tokens"] += len(prompt)
+        runner.counters["prompts"] += 1
+        runner.counters["prompt_tokens"] += len(prompt)
         layers = set(getattr(_config(model), "layer_types", None) or ())
         self.is_attention = layers <= CAUSAL_LAYERS
 
@@ -136,7 +133,7 @@ class _Prefix:
 
         Recurrent layers take one token at a time: transformers resumes their state only so.
         """
-        model = self.engine.model
+        model = self.runner.model
         start = self.prompt.next_position + done
         positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
         steps = [ids.shape[1]] if self.is_attention else [1] * ids.shape[1]
@@ -154,12 +151,12 @@ class _Prefix:
         # Padding stands at the end, where no token of the row sees it.
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         hidden = self.extend(self.copies(len(rows)), ids.to(self.last.device), 0)
-        self.engine.counters["suffix_tokens"] += sum(map(len, rows))
+        self.runner.counters["suffix_tokens"] += sum(map(len, rows))
         return [states[: len(row)] for states, row in zip(hidden, rows)]
 
 
 def _generate(
-    engine: Engine, prefix: _Prefix, rows: Sequence[tuple[RowRequest, GeneratedRow]]
+    runner: ModelRunner, prefix: _Prefix, rows: Sequence[tuple[RowRequest, GeneratedRow]]
 ) -> bool:
     """Draw rows whose own prompt tokens are equally many; False when the model yields NaN."""
     cache = prefix.copies(len(rows))
@@ -170,18 +167,18 @@ def _generate(
         hidden = prefix.extend(cache, own, 0)[:, -1]
     else:
         hidden = prefix.last.expand(len(rows), -1)
-    room = engine.max_positions - len(prefix.prompt) - num_own
+    room = runner.max_positions - len(prefix.prompt) - num_own
     open_rows, num_drawn = list(rows), 0
     while True:
-        logits = engine.logits(hidden)
+        logits = runner.logits(hidden)
         if not torch.isfinite(logits.amax(dim=-1)).all():
             return False
-        tokens, logps = _draw(engine, logits, open_rows)
+        tokens, logps = _draw(runner, logits, open_rows)
         num_drawn += 1
         kept = [
             place
             for place, (row, token, logp) in enumerate(zip(open_rows, tokens, logps))
-            if _accept(engine, *row, token, logp, room)
+            if _accept(runner, *row, token, logp, room)
         ]
         if not kept:
             return True
@@ -190,41 +187,41 @@ def _generate(
             open_rows = [open_rows[place] for place in kept]
         ids = torch.tensor([[row.token_ids[-1]] for _, row in open_rows], device=device)
         hidden = prefix.extend(cache, ids, num_own + num_drawn - 1)[:, 0]
-        engine.counters["decode_tokens"] += len(open_rows)
-        engine.counters["decode_steps"] += 1
+        runner.counters["decode_tokens"] += len(open_rows)
+        runner.counters["decode_steps"] += 1
 
 
 def _draw(
-    engine: Engine, logits: Tensor, rows: Sequence[tuple[RowRequest, GeneratedRow]]
+    runner: ModelRunner, logits: Tensor, rows: Sequence[tuple[RowRequest, GeneratedRow]]
 ) -> tuple[list[int], list[float]]:
     """One token a row, and its log-prob under the untempered distribution."""
     seeds = torch.tensor([request.seed for request, _ in rows], device=logits.device)
     counts = torch.tensor([len(row.token_ids) for _, row in rows], device=logits.device)
     seen = None
-    if engine.sampling.repetition_penalty != 1.0:
+    if runner.sampling.repetition_penalty != 1.0:
         seen = seen_in([row.token_ids for _, row in rows], logits)
-    tokens, logps = draw(engine, logits, seeds, counts, seen)
+    tokens, logps = draw(runner, logits, seeds, counts, seen)
     return tokens.tolist(), logps.tolist()
 
 
 def _accept(
-    engine: Engine, request: RowRequest, row: GeneratedRow, token: int, logp: float, room: int
+    runner: ModelRunner, request: RowRequest, row: GeneratedRow, token: int, logp: float, room: int
 ) -> bool:
     """Note a drawn token; whether the row goes on."""
-    if token in engine.stop_token_ids:
+    if token in runner.stop_token_ids:
         row.end_token_id, row.end_logp, row.finish_reason = token, logp, "stop"
         return False
     row.token_ids.append(token)
     row.token_logps.append(logp)
-    limits = (engine.sampling.max_new_tokens, room, request.max_new_tokens or math.inf)
+    limits = (runner.sampling.max_new_tokens, room, request.max_new_tokens or math.inf)
     return len(row.token_ids) < min(limits)
 
 
 def _guarded(
-    engine: Engine, request: RequestT, longest: int, run: Callable[[RequestT], ResultT]
+    runner: ModelRunner, request: RequestT, longest: int, run: Callable[[RequestT], ResultT]
 ) -> ResultT | RequestFailure:
     """The request's result, or why it fails alone; out of memory goes on with fewer rows."""
-    refusal = engine.refusal(request.prompt, longest)
+    refusal = runner.refusal(request.prompt, longest)
     if refusal is not None:
         return RequestFailure(request.key, *refusal)
     while True:
@@ -235,12 +232,12 @@ def _guarded(
                 raise
             if not is_out_of_memory(error):
                 return RequestFailure(request.key, FORWARD_ERROR, str(error))
-            if engine.budget.rows == 1 and engine.budget.can_halve:
+            if runner.budget.rows == 1 and runner.budget.can_halve:
                 return RequestFailure(request.key, "out_of_memory", str(error))
-            engine.free_memory()
-            engine.budget.halve()
+            runner.free_memory()
+            runner.budget.halve()
         else:
-            engine.budget.succeed()
+            runner.budget.succeed()
             return result
 
 
@@ -268,7 +265,3 @@ def _choose(cache: Any, rows: Tensor) -> None:
 
 def _config(model: VisionLanguageModel) -> Any:
     return model.backbone.config
-
-
-def _longest(request: ScoreRequest) -> int:
-    return max(map(len, request.continuations), default=0)

@@ -18,7 +18,7 @@ from stream_engine.models.base import IMAGE_SLOT, Prompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from stream_engine.engine.engine import Engine
+    from stream_engine.engine.runner import ModelRunner
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def shared_prefix(
     return prefix, suffixes
 
 
-def share_prompt(engine: Engine, questions: Sequence[str], images: Sequence[Image]) -> SharedPrompt:
+def share_prompt(
+    runner: ModelRunner, questions: Sequence[str], images: Sequence[Image]
+) -> SharedPrompt:
     """The questions as one prefix and their own tokens, each checked against the model's limits.
 
     Raises:
@@ -65,25 +67,25 @@ def share_prompt(engine: Engine, questions: Sequence[str], images: Sequence[Imag
     prompts: list[Prompt | RecordError] = []
     for question in questions:
         try:
-            prompts.append(engine.model.prompt(question, images))
+            prompts.append(runner.model.prompt(question, images))
         except RecordError as error:
             prompts.append(error)
     whole = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
     if not whole:
         raise next(error for error in prompts if isinstance(error, RecordError))
-    prefix, rests = shared_prefix(whole, engine.model.suppressed_token_ids)
+    prefix, rests = shared_prefix(whole, runner.model.suppressed_token_ids)
     following = iter(rests)
     return SharedPrompt(
         prefix,
         [
-            prompt if isinstance(prompt, RecordError) else _checked(engine, prefix, next(following))
+            prompt if isinstance(prompt, RecordError) else _checked(runner, prefix, next(following))
             for prompt in prompts
         ],
     )
 
 
 def _checked(
-    engine: Engine, prefix: Prompt, suffix: tuple[int, ...]
+    runner: ModelRunner, prefix: Prompt, suffix: tuple[int, ...]
 ) -> tuple[int, ...] | RecordError:
-    refusal = engine.refusal(prefix, len(suffix))
+    refusal = runner.refusal(prefix, len(suffix))
     return suffix if refusal is None else RecordError(*refusal)

@@ -37,7 +37,7 @@ from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.native import naming_architecture
 
 if TYPE_CHECKING:
-    from stream_engine.engine.engine import Engine
+    from stream_engine.engine.runner import ModelRunner
 
 # Largest difference of hidden states, relative to their largest entry, that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -46,19 +46,19 @@ PROBE_NAME = "stream_engine_probe"
 
 
 @torch.no_grad()
-def check_model(engine: Engine) -> dict[str, float | str]:
+def check_model(runner: ModelRunner) -> dict[str, float | str]:
     """Run the checks; clears `model.shares_prefix` when the second fails, and runs the third then.
 
     Raises:
         CheckpointError: when the model sees the future, computes NaN or infinity, loses its prompt
             on the plain path, or cannot be run at all.
     """
-    with naming_architecture(engine.model.checkpoint, engine.model.backbone):
-        return _check_model(engine)
+    with naming_architecture(runner.model.checkpoint, runner.model.backbone):
+        return _check_model(runner)
 
 
-def _check_model(engine: Engine) -> dict[str, float | str]:
-    model = engine.model
+def _check_model(runner: ModelRunner) -> dict[str, float | str]:
+    model = runner.model
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (PREFIX + SUFFIX,), generator=generator)
     positions = torch.arange(PREFIX + SUFFIX, device=model.device)
@@ -81,10 +81,10 @@ def _check_model(engine: Engine) -> dict[str, float | str]:
     report: dict[str, float | str] = {"future_leak": leak}
     if model.shares_prefix:
         try:
-            prefix = picture = _difference(_through_cache(engine, embeds, positions), whole)
+            prefix = picture = _difference(_through_cache(runner, embeds, positions), whole)
             report["shared_prefix"] = prefix
             if (prompt := _pictured(model)) is not None:
-                report["shared_picture"] = picture = _difference_with_picture(engine, prompt)
+                report["shared_picture"] = picture = _difference_with_picture(runner, prompt)
                 if _sees_ahead(model, prompt):
                     raise UnsupportedAttentionError("tokens of a picture see later ones")
         except UnsupportedAttentionError as error:
@@ -94,13 +94,13 @@ def _check_model(engine: Engine) -> dict[str, float | str]:
             model.shares_prefix = max(prefix, picture) <= tolerance
     if not model.shares_prefix:
         model.set_attention(model.own_attention)
-        report["plain"] = _check_plain(engine)
+        report["plain"] = _check_plain(runner)
     return report
 
 
-def _through_cache(engine: Engine, embeds: Tensor, positions: Tensor) -> Tensor:
+def _through_cache(runner: ModelRunner, embeds: Tensor, positions: Tensor) -> Tensor:
     """The same hidden states by way of prefill, extension and one decode step."""
-    model, cache = engine.model, engine.cache
+    model, cache = runner.model, runner.cache
     span = (cache.allocate_span(PREFIX), PREFIX)
     slot = cache.allocate_slot()
     cache.reserve_slot_tokens(SUFFIX)
@@ -127,9 +127,9 @@ def _pictured(model: VisionLanguageModel) -> Prompt | None:
         return None
 
 
-def _difference_with_picture(engine: Engine, prompt: Prompt) -> float:
+def _difference_with_picture(runner: ModelRunner, prompt: Prompt) -> float:
     """Cache against the model's own code, for a question about a picture and tokens after it."""
-    model, cache = engine.model, engine.cache
+    model, cache = runner.model, runner.cache
     ids = list(range(1, SUFFIX))
     span = (cache.allocate_span(len(prompt)), len(prompt))
     with active(PrefillStep(cache, [span])):
@@ -140,12 +140,12 @@ def _difference_with_picture(engine: Engine, prompt: Prompt) -> float:
         hidden = model.forward(model.embed(torch.tensor(ids, device=model.device)), positions)
     cache.release_span(*span)
     model.set_attention(model.own_attention)
-    whole = plain_states(engine, prompt, ids)
+    whole = plain_states(runner, prompt, ids)
     model.set_attention(ATTENTION_NAME)
     return _difference(torch.cat([last, hidden]), whole)
 
 
-def _check_plain(engine: Engine) -> float:
+def _check_plain(runner: ModelRunner) -> float:
     """Tokens after a prompt, over the model's own cache, against the whole sequence at once.
 
     A router of experts may choose otherwise after a rounding, so that in half precision only a
@@ -154,12 +154,12 @@ def _check_plain(engine: Engine) -> float:
     Raises:
         CheckpointError: when they differ, because the cache does not carry the prompt on.
     """
-    model = engine.model
+    model = runner.model
     prompt, ids = model.prompt("What is this?", []), list(range(1, SUFFIX + 1))
     embeds = model.embed(torch.tensor([*prompt.ids, *ids], device=model.device))
     positions = torch.arange(len(embeds), device=model.device)
     whole = model.forward(embeds, positions)[-SUFFIX:]
-    difference = _difference(plain_states(engine, prompt, ids)[1:], whole)
+    difference = _difference(plain_states(runner, prompt, ids)[1:], whole)
     allowed = TOLERANCE.get(model.dtype, 1e-4)
     if model.dtype != torch.float32:
         alone = model.forward(embeds[-SUFFIX:], positions[-SUFFIX:])

@@ -165,7 +165,7 @@ def batch_lines(
 def _free_bytes(device: str, rank: Rank) -> int:
     import torch
 
-    from stream_engine.engine.engine import free_bytes
+    from stream_engine.engine.planner import free_bytes
 
     return free_bytes(torch.device(device), ranks=rank.local_world_size)
 

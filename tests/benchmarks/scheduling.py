@@ -46,7 +46,7 @@ def occupancy(
 ) -> dict[str, Any]:
     """Of `calls` calls of generate, with so many questions each."""
     s = set_up(name, max_rows=rows, answer_tokens=6 * mean)
-    rows = s.engine.budget.rows
+    rows = s.engine.runner.budget.rows
     generator = torch.Generator().manual_seed(0)
     total = calls * questions
     lengths = torch.exp(torch.randn(total, k, generator=generator) * sigma + math.log(mean))

@@ -20,9 +20,9 @@ from stream_engine.engine import (
     RowRequest,
     ScoreRequest,
     row_seed,
+    share_device,
 )
 from stream_engine.engine.cpu import pack_linears
-from stream_engine.engine.engine import share_device
 from stream_engine.engine.prefix_cache import ATTENTION_NAME
 from stream_engine.models.base import Prompt
 from tests.benchmarks import baselines
@@ -147,7 +147,10 @@ def against_baselines(
     )
 
     def tell(results: Results) -> Results:
-        caches = {"instruct": s.engine.cache.num_bytes, "reward": s.reward.cache.num_bytes}
+        caches = {
+            "instruct": s.engine.runner.cache.num_bytes,
+            "reward": s.reward.runner.cache.num_bytes,
+        }
         counted = {
             "continuous_language_model_tokens": s.continuous.language_model_tokens,
             # kept between calls, hence not in `peak_extra_mib`
@@ -321,6 +324,6 @@ def counting(engine: Engine) -> Iterator[dict[str, int]]:
         hook.remove()
     counters = engine.counters
     seen["head_rows"] = counters["head_rows"]
-    if engine.graphs is not None:  # a replayed graph calls no hooks
+    if engine.decoder.graphs is not None:  # a replayed graph calls no hooks
         passed = ("prompt_tokens", "suffix_tokens", "decode_tokens")
         seen["language_model_tokens"] = sum(counters[each] for each in passed)

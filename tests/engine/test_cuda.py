@@ -37,10 +37,10 @@ def rows_of(results) -> dict[str, list[list[int]]]:
 
 def test_captured_steps_draw_what_eager_steps_draw(cuda_engine):
     captured, eager = cuda_engine(), cuda_engine()
-    assert captured.graphs is not None
-    eager.graphs = None
+    assert captured.decoder.graphs is not None
+    eager.decoder.graphs = None
     assert rows_of(captured.generate(ask(captured, 6))) == rows_of(eager.generate(ask(eager, 6)))
-    assert captured.graphs.graphs
+    assert captured.decoder.graphs.graphs
 
 
 def test_captured_logps_equal_a_full_forward(cuda_engine):
@@ -79,7 +79,7 @@ def test_cpu_and_gpu_score_alike(cuda_engine, make_engine):
 
 
 def eager(engine: Engine) -> Engine:
-    engine.graphs = None
+    engine.decoder.graphs = None
     return engine
 
 
@@ -88,14 +88,14 @@ def test_a_single_row_is_drawn(cuda_engine):
     captured, plain = cuda_engine(max_rows=1), eager(cuda_engine(max_rows=1))
     expected = rows_of(plain.generate(ask(plain, 3, rows=1)))
     assert rows_of(captured.generate(ask(captured, 3, rows=1))) == expected
-    assert captured.graphs is not None, "decode steps could not be captured"
+    assert captured.decoder.graphs is not None, "decode steps could not be captured"
 
 
 def test_a_repetition_penalty_is_captured_too(cuda_engine):
     captured, plain = (cuda_engine(max_rows=6, repetition_penalty=1.3) for _ in range(2))
     eager(plain)
     assert rows_of(captured.generate(ask(captured, 6))) == rows_of(plain.generate(ask(plain, 6)))
-    assert captured.graphs is not None and captured.graphs.graphs
+    assert captured.decoder.graphs is not None and captured.decoder.graphs.graphs
 
 
 def test_steps_are_captured_again_when_the_cache_grows(cuda_engine):
@@ -114,7 +114,7 @@ def test_steps_are_captured_again_when_the_cache_grows(cuda_engine):
         assert rows_of(captured.generate(requests(captured))) == rows_of(
             plain.generate(requests(plain))
         )
-    assert captured.graphs is not None
+    assert captured.decoder.graphs is not None
 
 
 def test_graphs_of_two_engines_take_turns(cuda_engine):
@@ -127,4 +127,4 @@ def test_graphs_of_two_engines_take_turns(cuda_engine):
         one.free_memory()  # its graphs are captured anew, into a new pool
     one.close()
     assert rows_of(other.generate(ask(other, 5))) == expected
-    assert other.graphs is not None
+    assert other.decoder.graphs is not None

@@ -107,7 +107,7 @@ def test_language_model_sees_each_answer_token_once(make_engine):
 
 def test_decode_batch_stays_full_while_questions_wait(make_engine):
     engine = make_engine(max_rows=8, max_new_tokens=16)
-    engine.stop_token_ids = frozenset(range(0, 480, 12))  # ragged lengths
+    engine.runner.stop_token_ids = frozenset(range(0, 480, 12))  # ragged lengths
     results = list(engine.generate(ask(engine, 30, rows=4)))
     assert len({len(row.token_ids) for r in results for row in r.rows}) > 5
     occupancy = engine.counters["decode_tokens"] / engine.counters["decode_capacity"]
@@ -116,7 +116,7 @@ def test_decode_batch_stays_full_while_questions_wait(make_engine):
 
 def test_max_new_tokens_ends_a_row_without_end_token(make_engine):
     engine = make_engine(max_new_tokens=3)
-    engine.stop_token_ids = frozenset()
+    engine.runner.stop_token_ids = frozenset()
     for result in engine.generate(ask(engine, 2)):
         for row in result.rows:
             assert len(row.token_ids) == len(row.token_logps) == 3
@@ -127,7 +127,7 @@ def test_stop_token_is_kept_apart_with_its_logp(make_engine):
     engine = make_engine(temperature=0.0)
     request = ask(engine, 1, rows=1)[0]
     free = next(iter(engine.generate([request]))).rows[0]
-    engine.stop_token_ids = frozenset({free.token_ids[2]})
+    engine.runner.stop_token_ids = frozenset({free.token_ids[2]})
     stopped = next(iter(engine.generate([request]))).rows[0]
     place = free.token_ids.index(free.token_ids[2])
     assert stopped.token_ids == free.token_ids[:place]
@@ -140,7 +140,7 @@ def test_suppressed_tokens_are_never_drawn(make_engine):
     engine = make_engine(temperature=0.0, max_new_tokens=1)
     request = ask(engine, 1, rows=1)[0]
     likeliest = next(iter(engine.generate([request]))).rows[0].token_ids[0]
-    engine.suppressed = torch.tensor([likeliest])
+    engine.runner.suppressed = torch.tensor([likeliest])
     assert next(iter(engine.generate([request]))).rows[0].token_ids[0] != likeliest
 
 
@@ -165,8 +165,8 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(make_engine):
 
     pressed.model.backbone.register_forward_pre_hook(refuse, with_kwargs=True)
     assert drawn(pressed.generate(ask(pressed, 6))) == expected
-    assert pressed.budget.scale < 1.0
-    assert pressed.budget.rows <= 8 < too_many * 4
+    assert pressed.runner.budget.scale < 1.0
+    assert pressed.runner.budget.rows <= 8 < too_many * 4
 
 
 def test_a_question_that_never_fits_fails_by_name(make_engine):
@@ -192,8 +192,8 @@ def test_memory_that_runs_out_where_requests_are_made_is_not_the_devices(make_en
 
     with pytest.raises(MemoryError, match="16000"):
         list(engine.generate(source()))
-    assert engine.budget.scale == 1.0
-    assert not engine.is_busy, "its spans in the cache were not released"
+    assert engine.runner.budget.scale == 1.0
+    assert not engine.runner.is_busy, "its spans in the cache were not released"
     assert len(drawn(engine.generate(ask(engine, 4)))) == 4
 
 
@@ -202,7 +202,7 @@ def test_memory_that_runs_out_in_a_prefill_loses_no_question(make_engine, alone_
     """Host memory lost the whole batch, and one of a failed batch's questions those after it."""
     engine = make_engine()
     expected = drawn(engine.generate(ask(engine, 5)))
-    prefill, calls = engine.prefill, []
+    prefill, calls = engine.runner.prefill, []
 
     def fail(prompts, starts):
         calls.append(len(prompts))
@@ -212,7 +212,7 @@ def test_memory_that_runs_out_in_a_prefill_loses_no_question(make_engine, alone_
             raise MemoryError
         return prefill(prompts, starts)
 
-    engine.prefill = fail
+    engine.runner.prefill = fail
     assert drawn(engine.generate(ask(engine, 5))) == expected
     assert len(calls) > 3 or not alone_only
 
@@ -290,7 +290,7 @@ def test_a_lost_device_fails_the_call_and_not_its_requests(make_engine):
 
 def test_a_prompt_longer_than_the_model_is_refused(make_engine):
     engine = make_engine()
-    engine.max_positions = 40
+    engine.runner.max_positions = 40
     requests = ask(engine, 4)
     results = {r.key: r for r in engine.generate(requests)}
     refused = [r for r in results.values() if isinstance(r, RequestFailure)]
@@ -303,16 +303,16 @@ def test_steps_that_feed_themselves_draw_the_same_tokens(make_engine, penalty):
     """What a CUDA graph replays, run without the graph: static buffers, spare rows, late reads."""
     plain, static = (make_engine(max_rows=10, repetition_penalty=penalty) for _ in range(2))
     for engine in (plain, static):
-        engine.stop_token_ids = frozenset(range(0, 480, 9))
-    static.cache.preallocate(prefix_tokens=2000, slots=11, slot_tokens=24)
-    static.graphs = GraphDecoder(static)
+        engine.runner.stop_token_ids = frozenset(range(0, 480, 9))
+    static.runner.cache.preallocate(prefix_tokens=2000, slots=11, slot_tokens=24)
+    static.decoder.capture_with(GraphDecoder(static.runner))
     expected = {r.key: r for r in plain.generate(ask(plain, 9, rows=3))}
     got = {r.key: r for r in static.generate(ask(static, 9, rows=3))}
     assert drawn(got.values()) == drawn(expected.values())
     for key, result in got.items():
         for row, other in zip(result.rows, expected[key].rows):
             assert scored(row)[1] == pytest.approx(scored(other)[1], abs=2e-5)
-    assert static.graphs.graphs
+    assert static.decoder.graphs.graphs
 
 
 class FixedAddresses:
@@ -327,14 +327,14 @@ class FixedAddresses:
         pass
 
     def slabs(self) -> list[tuple[int, tuple[int, ...]]]:
-        layers = self.engine.cache.layers.values()
+        layers = self.engine.runner.cache.layers.values()
         tensors = [t for s in layers for t in (s.prefix_key, s.suffix_key)]
-        if self.engine.seen is not None:
-            tensors.append(self.engine.seen.marks)
+        if self.engine.runner.seen is not None:
+            tensors.append(self.engine.runner.seen.marks)
         return [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors]
 
     def capture(self, warm_up, step):
-        cache = self.engine.cache
+        cache = self.engine.runner.cache
         for layer, slab in list(cache.layers.items()):  # as a warm-up's first forward lets them
             cache.store(layer, slab.prefix_key[None, :, :1])
         self.num_captures += 1
@@ -356,8 +356,8 @@ def test_no_step_is_replayed_over_slabs_that_have_grown(make_engine, penalty):
     """Longer rows and more slots than were planned: a replay would have written past the slab."""
     values = {"max_rows": 6, "max_new_tokens": 40, "repetition_penalty": penalty}
     plain, static = (make_engine(**values) for _ in range(2))
-    static.graphs = GraphDecoder(static)
-    static.graphs.site = site = FixedAddresses(static)
+    static.decoder.capture_with(GraphDecoder(static.runner))
+    static.decoder.graphs.site = site = FixedAddresses(static)
 
     def requests(engine):
         short, long = ask(engine, 4, rows=2), ask(engine, 8, rows=2)[4:]
@@ -375,7 +375,7 @@ def test_a_slot_forgets_the_answer_before(make_engine):
     expected = {}
     for request in ask(alone, 6, rows=2):
         expected |= drawn(alone.generate([request]))
-        alone.cache.clear()
-        alone.seen.marks.zero_()
+        alone.runner.cache.clear()
+        alone.runner.seen.marks.zero_()
     assert drawn(reused.generate(ask(reused, 6, rows=2))) == expected
-    assert len(reused.seen.marks) < 12
+    assert len(reused.runner.seen.marks) < 12

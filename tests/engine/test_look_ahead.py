@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stream_engine.engine import Engine, Generation, RequestFailure, ScoreRequest
-from stream_engine.engine.generate import EARLY_CALLS
+from stream_engine.engine.scheduler import EARLY_CALLS
 from tests.engine.conftest import ask
 
 COUNTED = ("prompt_tokens", "decode_tokens", "head_rows")
@@ -21,7 +21,7 @@ def rows_of(results: list[Generation | RequestFailure]) -> dict[str, list[list[i
 
 def is_empty(engine: Engine) -> bool:
     """Nothing is in flight, and every span and slot is free."""
-    cache, scheduler = engine.cache, engine.scheduler
+    cache, scheduler = engine.runner.cache, engine.scheduler
     free = cache.spans.num_free == cache.spans.capacity
     slots = len(cache._free_slots) == cache.num_slots
     return free and slots and not (scheduler.groups or scheduler.batch or scheduler.ready)
@@ -33,7 +33,7 @@ def two_calls(make_engine):
 
     def make(**values):
         engine = make_engine(max_rows=8, max_new_tokens=24, **values)
-        engine.stop_token_ids |= set(range(100, 160))
+        engine.runner.stop_token_ids |= set(range(100, 160))
         requests = ask(engine, 6)
         return engine, requests[:3], requests[3:]
 
@@ -145,16 +145,16 @@ def test_a_failure_of_early_work_is_told_when_its_turn_comes(two_calls):
 def test_out_of_memory_gives_early_work_up_first(two_calls, monkeypatch):
     engine, first, second = two_calls()
     expected = [rows_of(list(two_calls()[0].generate(part))) for part in (first, second)]
-    forward, early_ids = engine.prefill, {id(request.prompt) for request in second}
+    forward, early_ids = engine.runner.prefill, {id(request.prompt) for request in second}
 
     def prefill(prompts, starts):
-        if any(id(prompt) in early_ids for prompt in prompts) and engine.scheduler.num_calls == 1:
+        if any(id(prompt) in early_ids for prompt in prompts) and engine.scheduler.early.call == 1:
             raise torch.OutOfMemoryError("no room for more")
         return forward(prompts, starts)
 
-    monkeypatch.setattr(engine, "prefill", prefill)
+    monkeypatch.setattr(engine.runner, "prefill", prefill)
     assert rows_of(list(engine.generate(first, ahead=second))) == expected[0]
-    assert engine.budget.scale == 1.0, "the call's own questions had room"
+    assert engine.runner.budget.scale == 1.0, "the call's own questions had room"
     assert rows_of(list(engine.generate(second))) == expected[1]
     assert is_empty(engine)
 
@@ -164,9 +164,9 @@ def test_early_work_does_not_keep_scoring_out(two_calls):
     engine, first, second = two_calls()
     list(engine.generate(first, ahead=second))
     assert engine.scheduler.groups
-    for _, length in list(engine.cache.spans._free):
-        engine.cache.spans.allocate(length)
-    engine.cache.max_prefix_tokens = engine.cache.spans.capacity
+    for _, length in list(engine.runner.cache.spans._free):
+        engine.runner.cache.spans.allocate(length)
+    engine.runner.cache.max_prefix_tokens = engine.runner.cache.spans.capacity
     prompt = min((request.prompt for request in first), key=len)
     results = list(engine.score([ScoreRequest("s", prompt, ((5, 9, 31),))]))
     assert [len(result.token_logps[0]) for result in results] == [3]

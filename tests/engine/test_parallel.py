@@ -49,7 +49,7 @@ def compute(checkpoint: Path, **settings: Any) -> Computed:
         "logps": {key: [row.token_logps for row in rows] for key, rows in drawn.items()},
         "scores": {r.key: r.token_logps for r in engine.score(continued)},
         "next": {r.key: r.logps for r in engine.next_token_logps(continued, WATCHED)},
-        "heads": [store.prefix_key.shape[0] for store in engine.cache.layers.values()],
+        "heads": [store.prefix_key.shape[0] for store in engine.runner.cache.layers.values()],
         "layers": sorted(kinds_of_layers(engine)),
         "says": {k: engine.describe()[k] for k in ("bytes", "tensor_parallel", "offload")},
     }

@@ -12,11 +12,10 @@ from stream_engine.config import SamplingConfig
 from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine import resolve_sampling, row_seed
 from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
-from stream_engine.engine.engine import decode_image
 from stream_engine.engine.prefix_cache import CacheFullError, KVCache, SpanAllocator
 from stream_engine.engine.selftest import check_model
 from stream_engine.errors import CheckpointError, RecordError
-from stream_engine.records import EncodedImage
+from stream_engine.pictures import decode_image
 
 
 def test_released_spans_are_merged_and_used_again():
@@ -217,7 +216,7 @@ def test_map_ahead_keeps_order_and_raises_where_the_item_stands():
 
 def test_undecodable_image_is_a_record_error():
     with pytest.raises(RecordError) as caught:
-        decode_image(EncodedImage(b"\x89PNG not really", "a.png"))
+        decode_image(b"\x89PNG not really", "a.png")
     assert caught.value.reason == "undecodable_image"
     assert "a.png" in str(caught.value)
 
@@ -226,7 +225,7 @@ def test_pixels_that_would_turn_white_are_a_record_error():
     buffer = BytesIO()
     Image.new("I;16", (4, 4), 40_000).save(buffer, "PNG")
     with pytest.raises(RecordError) as caught:
-        decode_image(EncodedImage(buffer.getvalue()))
+        decode_image(buffer.getvalue(), "a.png")
     assert caught.value.reason == "unsupported_pixel_depth"
 
 
@@ -235,7 +234,7 @@ def test_models_see_a_tagged_picture_upright():
     exif[ExifTags.Base.Orientation] = 6
     buffer = BytesIO()
     Image.new("RGB", (8, 4)).save(buffer, "JPEG", exif=exif)
-    assert decode_image(EncodedImage(buffer.getvalue())).size == (4, 8)
+    assert decode_image(buffer.getvalue(), "a.png").size == (4, 8)
 
 
 def test_a_language_model_that_sees_the_future_is_refused(make_engine):

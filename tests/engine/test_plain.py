@@ -12,7 +12,7 @@ from stream_engine.engine import (
     ScoredContinuations,
     ScoreRequest,
 )
-from stream_engine.engine.generate import GenerateRequest
+from stream_engine.engine.requests import GenerateRequest
 from tests.engine.conftest import ask
 
 
@@ -50,7 +50,7 @@ def test_sampled_answers_are_the_same(engines, max_rows):
     """Rows end at different times, by the end token or their own limits."""
     shared, plain = engines(max_rows=max_rows, repetition_penalty=1.2, top_p=0.9)
     for engine in (shared, plain):
-        engine.stop_token_ids |= set(range(100, 160))  # so that some rows end early
+        engine.runner.stop_token_ids |= set(range(100, 160))  # so that some rows end early
     requests = ask(shared, 3, rows=5)
     expected = rows_of(shared, requests)
     lengths = {len(row.token_ids) for rows in expected.values() for row in rows}
@@ -107,7 +107,7 @@ def test_out_of_memory_goes_on_with_fewer_rows(engines, monkeypatch):
 
     monkeypatch.setattr(plain.model, "extend_cached", at_most_two)
     assert_same_rows(expected, rows_of(plain, requests))
-    assert plain.budget.rows <= 2
+    assert plain.runner.budget.rows <= 2
 
 
 def test_a_question_that_fails_fails_alone(engines, monkeypatch):
@@ -140,6 +140,6 @@ def test_a_lost_device_fails_the_call_and_not_its_questions(engines, monkeypatch
 
 def test_nan_is_a_failure_by_name(engines):
     _, plain = engines()
-    plain.head_weight = torch.full_like(plain.model.lm_head.weight, float("nan"))
+    plain.runner.head_weight = torch.full_like(plain.model.lm_head.weight, float("nan"))
     [result] = plain.generate(ask(plain, 1))
     assert result.reason == "nonfinite_logits"

@@ -75,7 +75,7 @@ def test_what_cannot_be_shared_is_refused(ids):
 def test_the_cut_keeps_every_token_in_place(make_engine):
     engine = make_engine()
     images = [picture(3)]
-    shared = share_prompt(engine, QUESTIONS, images)
+    shared = share_prompt(engine.runner, QUESTIONS, images)
     for question, suffix in zip(QUESTIONS, shared.suffixes):
         assert [*shared.prompt.ids, *suffix] == engine.model.prompt(question, images).ids
     assert shared.prompt.ids.count(IMAGE_SLOT) == engine.model.tokens_per_image
@@ -86,7 +86,7 @@ def test_shared_questions_are_answered_as_whole_prompts_are(make_engine):
     engine = make_engine()
     watched = [5, 17, 400]
     images = [picture(3)]
-    shared = share_prompt(engine, QUESTIONS, images)
+    shared = share_prompt(engine.runner, QUESTIONS, images)
     [result] = engine.next_token_logps(
         [ScoreRequest("k", shared.prompt, tuple(shared.suffixes))], watched
     )
@@ -104,7 +104,7 @@ def test_shared_questions_are_answered_as_whole_prompts_are(make_engine):
 
 def test_replies_over_a_shared_prefix_are_those_of_whole_prompts(make_engine):
     engine = make_engine()
-    shared = share_prompt(engine, QUESTIONS, [picture(3)])
+    shared = share_prompt(engine.runner, QUESTIONS, [picture(3)])
     rows = tuple(RowRequest(seed, suffix) for seed, suffix in enumerate(shared.suffixes))
     [together] = engine.generate([GenerateRequest("k", shared.prompt, rows)])
     for seed, (question, row) in enumerate(zip(QUESTIONS, together.rows)):
@@ -116,7 +116,7 @@ def test_replies_over_a_shared_prefix_are_those_of_whole_prompts(make_engine):
 
 def test_a_question_too_long_is_refused_alone(make_engine):
     engine = make_engine()
-    shared = share_prompt(engine, [QUESTIONS[0], "x" * 2000, QUESTIONS[1]], [])
+    shared = share_prompt(engine.runner, [QUESTIONS[0], "x" * 2000, QUESTIONS[1]], [])
     kinds = [getattr(suffix, "reason", "asked") for suffix in shared.suffixes]
     assert kinds == ["asked", "prompt_too_long", "asked"]
 

@@ -90,7 +90,7 @@ def test_out_of_memory_scores_in_smaller_batches(make_engine):
     engine, reference = make_engine(), make_engine()
     requests = [ScoreRequest(r.key, r.prompt, answers(4)) for r in ask(engine, 6)]
     expected = [r.token_logps for r in reference.score(requests)]
-    engine.budget.max_tokens = 1000
+    engine.runner.budget.max_tokens = 1000
 
     def refuse(module, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] > 260:
@@ -98,7 +98,7 @@ def test_out_of_memory_scores_in_smaller_batches(make_engine):
 
     engine.model.backbone.register_forward_pre_hook(refuse, with_kwargs=True)
     got = [r.token_logps for r in engine.score(requests)]
-    assert engine.budget.scale < 1.0
+    assert engine.runner.budget.scale < 1.0
     for one, other in zip(got, expected):
         for a, b in zip(one, other):
             assert a == pytest.approx(b, abs=2e-5)
@@ -143,4 +143,4 @@ def test_requests_that_end_in_an_error_leave_nothing_in_the_cache(make_engine):
 
     with pytest.raises(ValueError, match="ran out"):
         list(engine.score(requests()))
-    assert not engine.is_busy
+    assert not engine.runner.is_busy

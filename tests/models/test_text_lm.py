@@ -245,7 +245,7 @@ def test_an_answer_ends_where_rotary_factors_would_change(tmp_path, monkeypatch)
     """Its last tokens would be drawn with other factors than its prompt's keys were made with."""
     monkeypatch.setitem(ARCHITECTURES, "phi3", (LONGROPE, True))
     engine = engine_of(load_model(write_text(tmp_path / "m", "phi3"), CPU))
-    engine.stop_token_ids = frozenset()
+    engine.runner.stop_token_ids = frozenset()
     prompt = engine.model.prompt("W" * 92, [])
     assert len(prompt) == 115
     [result] = engine.generate([GenerateRequest("q", prompt, (RowRequest(1),))])

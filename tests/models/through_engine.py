@@ -9,8 +9,7 @@ import torch
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
 from stream_engine.engine import load_engine
-from stream_engine.engine.generate import GenerateRequest, RowRequest
-from stream_engine.engine.score import ScoreRequest
+from stream_engine.engine.requests import GenerateRequest, RowRequest, ScoreRequest
 from stream_engine.models.base import Prompt
 
 

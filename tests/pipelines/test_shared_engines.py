@@ -40,5 +40,5 @@ def test_engines_that_only_score_keep_no_room_for_answers(make_pipeline, tmp_pat
     scoring = {(n, r.name) for n, p in pipelines.items() for r in p.roles() if not r.draws}
     assert scoring == {("dpo_reward", "reward"), ("divide_and_conquer", "auto_check")}
     engines = load(make_pipeline("dpo_reward", **demo_models("dpo_reward")), tmp_path)
-    assert engines["reward"].demand().rows == 0
-    assert engines["instruct"].demand().rows > 0
+    assert engines["reward"].planner.demand().rows == 0
+    assert engines["instruct"].planner.demand().rows > 0

@@ -13,7 +13,7 @@ import pytest
 
 from stream_engine.config import ModelConfig, RunConfig
 from stream_engine.demo import demo_models
-from stream_engine.engine import engine as engine_module
+from stream_engine.engine import planner as planner_module
 from stream_engine.errors import StreamEngineError
 from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
@@ -46,7 +46,7 @@ def config(work_dir: Path, pipeline: str = "dpo_reward", **settings: object) -> 
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(engine_module, "host_available", lambda share: num_bytes)
+    monkeypatch.setattr(planner_module, "host_available", lambda share: num_bytes)
 
 
 def batch_lines(settings: RunConfig) -> list[str]:
