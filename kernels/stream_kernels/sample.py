@@ -102,8 +102,11 @@ def _sample_slab(
     probs, scaled = scratch[:, : logits.shape[0]]
     peak = logits.amax(dim=-1)
     torch.softmax(logits, dim=-1, out=probs)
-    # The largest probability is 1 / sum(exp(logits - peak)).
-    lse = peak - torch.log(probs.amax(dim=-1))
+    # The largest probability is 1 / s, where s is softmax's own float32 sum of exp(logits - peak).
+    # How far that sum is off (it depends on the processor) shows in the sum of all probabilities.
+    sums_RJ = _block_sums(probs)
+    total = sums_RJ.double().sum(dim=-1)
+    lse = peak.double() + torch.log(total / probs.amax(dim=-1))
     scores = logits if penalized is None else penalized.float()
     if suppress is not None:
         scores = scores.index_fill(1, suppress, -torch.inf)
@@ -115,19 +118,23 @@ def _sample_slab(
         if 0 < top_k < scores.shape[1]:
             scores, columns = _largest(scores, top_k)
             probs = torch.softmax(scores / temperature, dim=-1)
+            sums_RJ = _block_sums(probs)
         elif temperature != 1 or scores is not logits:
             torch.div(scores, temperature, out=scaled)
             torch.softmax(scaled, dim=-1, out=probs)
+            sums_RJ = _block_sums(probs)
         bad = torch.isnan(lse + probs.amax(dim=-1))
         if bad.any():
             probs[bad] = 1.0  # so that the steps below meet numbers; the row is reported
+            sums_RJ = _block_sums(probs)
         if top_p < 1:
             for row in probs:
                 row.masked_fill_(row < _nucleus_cutoff(row, top_p), 0.0)
-        tokens = _inverse_cdf(probs, uniforms)
+            sums_RJ = _block_sums(probs)
+        tokens = _inverse_cdf(probs, sums_RJ, uniforms)
         if columns is not None:
             tokens = columns.gather(1, tokens[:, None])[:, 0]
-    logps = logits.gather(1, tokens[:, None])[:, 0] - lse
+    logps = (logits.gather(1, tokens[:, None])[:, 0] - lse).float()
     return tokens, logps.masked_fill_(bad, torch.nan)
 
 
@@ -157,14 +164,13 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found, torch.cat([ids.flatten(1), tail_ids], dim=1)
 
 
-def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+def _inverse_cdf(probs: Tensor, sums_RJ: Tensor, uniforms: Tensor) -> Tensor:
     """The first column whose cumulative share exceeds the row's uniform: int64 [R].
 
-    Blocks are summed in float32, everything cumulative is float64, and a place in a block's mass is
-    a place in the sum of its columns: no probability is too small to be drawn.
+    `sums_RJ` are the float32 sums of blocks, see `_block_sums`. What is cumulative is float64, and
+    a place in a block's mass is a place in the sum of its columns: no probability is too small to
+    be drawn.
     """
-    blocks_RJW, tail = _split_blocks(probs, _BLOCK)
-    sums_RJ = torch.cat([blocks_RJW.sum(dim=-1), tail.sum(dim=-1, keepdim=True)], dim=1)
     cdf_RJ = sums_RJ.double().cumsum(dim=1)
     level = _below(uniforms.double() * cdf_RJ[:, -1], cdf_RJ[:, -1])
     block = torch.searchsorted(cdf_RJ, level[:, None], right=True).clamp_(max=cdf_RJ.shape[1] - 1)
@@ -178,6 +184,12 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     rest = _below(share * inner[:, -1], inner[:, -1]).clamp_(min=0)
     local = torch.searchsorted(inner, rest[:, None], right=True).clamp_(max=_BLOCK - 1)
     return columns.gather(1, local)[:, 0]
+
+
+def _block_sums(probs: Tensor) -> Tensor:
+    """Float32 sums [R, J + 1] of a row's blocks and of the columns left over."""
+    blocks_RJW, tail = _split_blocks(probs, _BLOCK)
+    return torch.cat([blocks_RJW.sum(dim=-1), tail.sum(dim=-1, keepdim=True)], dim=1)
 
 
 def _below(level: Tensor, total: Tensor) -> Tensor:

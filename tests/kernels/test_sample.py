@@ -37,7 +37,20 @@ def test_tokens_and_logps_are_the_references(
         assert tokens.tolist() == expected.tolist()
         exact = torch.log_softmax(logits.double(), dim=1)[range(24), tokens]
         assert logps.dtype == torch.float32
-        assert (logps - exact).abs().max() < 5e-6
+        assert (logps - exact).abs().max() <= worst_logp(logits, tokens)
+
+
+def worst_logp(logits: Tensor, tokens: Tensor) -> float:
+    """What a log-prob may be off: never more than torch's own float32 log_softmax, and beside that
+    half a unit in the last place of the numbers it is the difference of.
+
+    The rule holds on any processor: how many partial sums torch keeps decides what its own is off.
+    """
+    exact = torch.log_softmax(logits.double(), dim=1)[range(len(tokens)), tokens]
+    naive = torch.log_softmax(logits.float(), dim=1)[range(len(tokens)), tokens]
+    largest = max(logits.abs().max().item(), exact.abs().max().item())
+    rounding = largest * torch.finfo(torch.float32).eps
+    return min((naive - exact).abs().max().item(), 1e-6) + rounding
 
 
 def hf_probabilities(logits: Tensor, settings: Any) -> Tensor:
@@ -139,7 +152,21 @@ def test_penalized_logits_choose_and_the_models_own_are_scored(settings: Any) ->
     tokens, logps = sample(logits, draws(20), penalized=penalized, **settings)
     assert torch.equal(tokens, sample(penalized, draws(20), **settings)[0])
     exact = torch.log_softmax(logits.double(), dim=1)[range(20), tokens]
-    assert (logps - exact).abs().max() < 5e-6
+    assert (logps - exact).abs().max() <= worst_logp(logits, tokens)
+
+
+@pytest.mark.parametrize(("vocab_size", "limit"), [(32_000, 2e-6), (152_064, 4e-6)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logps_stay_exact_over_large_vocabularies(
+    vocab_size: int, limit: float, temperature: float
+) -> None:
+    """They carried the error of torch's float32 softmax: 8e-6 and 3e-5 with 8 lanes."""
+    torch.manual_seed(7)
+    for spread in (0.1, 3.0):
+        logits = torch.randn(16, vocab_size) * spread
+        tokens, logps = sample(logits, draws(16), temperature=temperature)
+        exact = torch.log_softmax(logits.double(), dim=1)[range(16), tokens]
+        assert (logps - exact).abs().max() <= limit
 
 
 def test_columns_beyond_the_vocabulary_do_not_exist() -> None:
