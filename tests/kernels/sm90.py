@@ -4,17 +4,22 @@ Triton ships ptxas, cuobjdump and nvdisasm, so registers, spills and instruction
 """
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+TARGET = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -69,7 +74,7 @@ def compile_for_sm90(
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
         ASTSource(kernel, signature, places, attributes),
-        target=GPUTarget("cuda", 90, 32),
+        target=TARGET,
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -84,6 +89,41 @@ def compile_for_sm90(
         ptx=compiled.asm["ptx"],
         sass=sass,
     )
+
+
+class _AbsentDevice:
+    """What Triton asks of the driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> str:
+        return "sm_90"  # a key of its own in the table of compiled kernels
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiled_launches() -> Iterator[list[tuple[str, int]]]:
+    """Inside, a launch on CPU tensors compiles the kernel as it would be, and runs nothing.
+
+    Gives (kernel, bytes of shared memory) of each launch so far.
+    """
+    launched: list[tuple[str, int]] = []
+    run = JITFunction.run
+
+    @functools.wraps(run)
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        launched.append((self.__name__, kernel.metadata.shared))
+
+    triton.runtime.driver.set_active(_AbsentDevice())
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield launched
+    finally:
+        triton.runtime.driver._active = None
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stream_kernels.gpu.launch import on_own_device, tile_options
 from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN, attend_tile
 
 
+@on_own_device
 def attention_with_lse_cuda(
     query: Tensor,
     key: Tensor,
@@ -33,8 +35,8 @@ def attention_with_lse_cuda(
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     num_rows = repeats * num_queries  # the heads of a key head lie end to end
-    options = attention_options(num_rows, size)
-    attention_kernel[(triton.cdiv(num_rows, options["BLOCK_M"]), batch * kv_heads)](
+    options = tile_options(num_rows, size, query.element_size())
+    attention_kernel[(triton.cdiv(num_rows, options["BLOCK_M"]) * batch * kv_heads,)](
         query,
         key,
         value,
@@ -51,22 +53,10 @@ def attention_with_lse_cuda(
         KV_HEADS=kv_heads,
         CAUSAL=causal,
         HAS_LENGTHS=key_lengths is not None,
+        D=size,
         **options,
     )
     return out, lse
-
-
-def attention_options(num_rows: int, size: int) -> dict[str, int]:
-    """Constants and launch options of `attention_kernel` that depend on the shape."""
-    block_m = min(128 if size <= 128 else 64, max(16, triton.next_power_of_2(num_rows)))
-    return {
-        "D": size,
-        "BLOCK_D": max(16, triton.next_power_of_2(size)),
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3 if size <= 128 else 2,
-    }
 
 
 @triton.jit
@@ -92,9 +82,10 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    pair = tl.program_id(1).to(tl.int64)
+    row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    pair = (tl.program_id(0) // row_tiles).to(tl.int64)
     batch = pair // KV_HEADS
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d < D

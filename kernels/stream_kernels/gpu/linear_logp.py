@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN, num_processors
+from stream_kernels.gpu.launch import num_processors, on_own_device
+from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN
 
 _CHUNK_BYTES = 48 << 20
 _MIN_COLUMNS = 2048
@@ -73,6 +74,7 @@ def linear_logp_chunked(
     return target_logits - lse
 
 
+@on_own_device
 def linear_logp_fused(
     hidden: Tensor,
     weight: Tensor,

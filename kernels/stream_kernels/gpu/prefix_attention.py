@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN, attend_tile, num_processors
+from stream_kernels.gpu.launch import num_processors, on_own_device, tile_options
+from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN, attend_tile
 
 _FUSED_ROWS = 32  # above this a group's suffix tiles would be mostly masked
 _MAX_SPLITS = 8
 
 
+@on_own_device
 def prefix_attention_cuda(
     query: Tensor,
     prefix_key: Tensor,
@@ -69,10 +71,11 @@ def _fused(
     suffix_lengths: Tensor,
     scale: float,
 ) -> Tensor:
+    _, heads, size = query.shape
     kv_heads = suffix_key.shape[1]
     num_groups, group_size = group_rows.shape
     out = torch.empty_like(query)
-    fused_kernel[(kv_heads, num_groups)](
+    fused_kernel[(num_groups * kv_heads,)](
         query,
         prefix_key,
         prefix_value,
@@ -88,25 +91,21 @@ def _fused(
         suffix_key.stride(1),
         scale * LOG2_E,
         group_size,
-        **fused_options(query.shape[1], query.shape[2], kv_heads, group_size),
+        **fused_options(heads, size, kv_heads, group_size, query.element_size()),
     )
     return out
 
 
-def fused_options(heads: int, size: int, kv_heads: int, group_size: int) -> dict[str, int]:
+def fused_options(
+    heads: int, size: int, kv_heads: int, group_size: int, itemsize: int
+) -> dict[str, int]:
     """Constants and launch options of `fused_kernel`; 2-3 programs fit a multiprocessor."""
-    block_m = max(16, triton.next_power_of_2(group_size * (heads // kv_heads)))
-    return {
-        "HEADS": heads,
-        "REP": heads // kv_heads,
-        "D": size,
-        "BLOCK_D": max(16, triton.next_power_of_2(size)),
-        "MAX_K": max(2, triton.next_power_of_2(group_size)),
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if size <= 128 else 32,
-        "num_warps": 4 if block_m == 16 else 8,
-        "num_stages": 3,
-    }
+    rep = heads // kv_heads
+    tile = tile_options(group_size * rep, size, itemsize)
+    tile["BLOCK_M"] = max(16, triton.next_power_of_2(group_size * rep))  # one tile takes them all
+    tile["num_warps"] = 4 if tile["BLOCK_M"] == 16 else 8
+    max_k = max(2, triton.next_power_of_2(group_size))
+    return {**tile, "HEADS": heads, "REP": rep, "D": size, "MAX_K": max_k}
 
 
 def _split(
@@ -124,13 +123,13 @@ def _split(
     num_rows, heads, size = query.shape
     kv_heads = suffix_key.shape[1]
     num_groups, group_size = group_rows.shape
-    options = prefix_options(heads, size, kv_heads, group_size)
+    options = prefix_options(heads, size, kv_heads, group_size, query.element_size())
     programs = kv_heads * options["ROW_TILES"] * num_groups
     wanted = triton.next_power_of_2(triton.cdiv(2 * num_processors(query.device), programs))
     splits = min(_MAX_SPLITS, wanted)
     partial = query.new_empty((splits, num_rows, heads, size), dtype=torch.float32)
     partial_lse = query.new_empty((splits, num_rows, heads), dtype=torch.float32)
-    prefix_kernel[(kv_heads * options["ROW_TILES"], num_groups, splits)](
+    prefix_kernel[(num_groups * kv_heads * options["ROW_TILES"], splits)](
         query,
         prefix_key,
         prefix_value,
@@ -145,7 +144,7 @@ def _split(
         **options,
     )
     out = torch.empty_like(query)
-    suffix_kernel[(kv_heads, num_rows)](
+    suffix_kernel[(num_rows * kv_heads,)](
         query,
         suffix_key,
         suffix_value,
@@ -158,41 +157,30 @@ def _split(
         suffix_key.stride(1),
         scale * LOG2_E,
         num_rows,
-        **suffix_options(heads, size, kv_heads, splits),
+        **suffix_options(heads, size, kv_heads, splits, query.element_size()),
     )
     return out
 
 
-def prefix_options(heads: int, size: int, kv_heads: int, group_size: int) -> dict[str, int]:
+def prefix_options(
+    heads: int, size: int, kv_heads: int, group_size: int, itemsize: int
+) -> dict[str, int]:
     """Constants and launch options of `prefix_kernel`; many query rows take several tiles."""
-    rows = group_size * (heads // kv_heads)
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
-    return {
-        "ROW_TILES": triton.cdiv(rows, block_m),
-        "HEADS": heads,
-        "REP": heads // kv_heads,
-        "D": size,
-        "BLOCK_D": max(16, triton.next_power_of_2(size)),
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if size <= 128 else 32,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 3 if size <= 128 else 2,
-    }
+    rep = heads // kv_heads
+    tile = tile_options(group_size * rep, size, itemsize)
+    row_tiles = triton.cdiv(group_size * rep, tile["BLOCK_M"])
+    return {**tile, "ROW_TILES": row_tiles, "HEADS": heads, "REP": rep, "D": size}
 
 
-def suffix_options(heads: int, size: int, kv_heads: int, splits: int) -> dict[str, int]:
+def suffix_options(
+    heads: int, size: int, kv_heads: int, splits: int, itemsize: int
+) -> dict[str, int]:
     """Constants and launch options of `suffix_kernel`; most suffixes are one or two tiles."""
-    return {
-        "SPLITS": splits,
-        "HEADS": heads,
-        "REP": heads // kv_heads,
-        "D": size,
-        "BLOCK_D": max(16, triton.next_power_of_2(size)),
-        "BLOCK_M": max(16, triton.next_power_of_2(heads // kv_heads)),
-        "BLOCK_N": 64 if size <= 128 else 32,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    rep = heads // kv_heads
+    tile = tile_options(rep, size, itemsize)
+    tile["BLOCK_M"] = max(16, triton.next_power_of_2(rep))  # one tile takes them all
+    tile["num_stages"] = 2
+    return {**tile, "SPLITS": splits, "HEADS": heads, "REP": rep, "D": size}
 
 
 @triton.jit
@@ -220,8 +208,8 @@ def fused_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    kv_head = tl.program_id(0)
-    group = tl.program_id(1)
+    kv_head = tl.program_id(0) % (HEADS // REP)
+    group = tl.program_id(0) // (HEADS // REP)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -300,10 +288,10 @@ def prefix_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    kv_head = tl.program_id(0) // ROW_TILES
     row_tile = tl.program_id(0) % ROW_TILES
-    group = tl.program_id(1)
-    split = tl.program_id(2)
+    kv_head = tl.program_id(0) // ROW_TILES % (HEADS // REP)
+    group = tl.program_id(0) // (ROW_TILES * (HEADS // REP))
+    split = tl.program_id(1)
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -322,7 +310,7 @@ def prefix_kernel(
 
     start = tl.load(prefix_spans + group * 2)
     length = tl.load(prefix_spans + group * 2 + 1)
-    tiles = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2))
+    tiles = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1))
     head_offs = kv_head.to(tl.int64) * prefix_head_stride + start.to(tl.int64) * D
     split_start = split * tiles * BLOCK_N
     split_end = tl.minimum(length, split_start + tiles * BLOCK_N)
@@ -366,8 +354,8 @@ def suffix_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    kv_head = tl.program_id(0)
-    row = tl.program_id(1)
+    kv_head = tl.program_id(0) % (HEADS // REP)
+    row = tl.program_id(0) // (HEADS // REP)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stream_kernels.gpu.launch import on_own_device
+
 _BLOCK = 1024
 _BLOCKS_A_PROGRAM = 4
 # Digits of 4 bits that tell two numbers of the dtype apart once both are float32.
 _DIGITS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}
 
 
+@on_own_device
 def sample_cuda(
     logits: Tensor,
     uniforms: Tensor,
@@ -52,7 +55,7 @@ def sample_cuda(
     # The scores are the logits: their statistics are then the same and taken once.
     same = penalized is None
     plain = same and suppress is None and temperature in (0, 1)
-    block_stats_kernel[(triton.cdiv(num_blocks, _BLOCKS_A_PROGRAM), num_rows)](
+    block_stats_kernel[(num_rows * triton.cdiv(num_blocks, _BLOCKS_A_PROGRAM),)](
         logits,
         scores,
         allowed,
@@ -166,11 +169,12 @@ def block_stats_kernel(
     BLOCK: tl.constexpr,
     BLOCKS_A_PROGRAM: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    programs = tl.cdiv(num_blocks, BLOCKS_A_PROGRAM)
+    row = (tl.program_id(0) // programs).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     plane = num_rows.to(tl.int64) * num_blocks
     for step in tl.static_range(BLOCKS_A_PROGRAM):
-        block = tl.program_id(0) * BLOCKS_A_PROGRAM + step
+        block = tl.program_id(0) % programs * BLOCKS_A_PROGRAM + step
         inside = block < num_blocks
         column = block * BLOCK + offs
         there = column < vocab_size

@@ -1,8 +1,7 @@
-"""The online softmax step that the attention kernels share, and the launch sizes they agree on."""
+"""The online softmax step that the attention kernels share."""
 
 # mypy: allow-untyped-defs
 
-import torch
 import triton
 import triton.language as tl
 
@@ -28,10 +27,3 @@ def attend_tile(query, key, value, allowed, peak, total, acc, scale_log2):
     acc = acc * shrink[:, None]
     acc = tl.dot(probs.to(value.dtype), value, acc, input_precision="ieee")
     return new_peak, total, acc
-
-
-def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 132, an H100's, for the interpreter."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -36,3 +36,11 @@ def test_outputs_and_normalisers_match_the_reference(
     assert (out.cpu() - exact_out).abs().max() < OUTPUT_ERROR[dtype]
     assert torch.equal(lse.cpu().isinf(), exact_lse.isinf())
     assert (lse.cpu() - exact_lse).nan_to_num(0, 0, 0).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="70,000 programs take the interpreter minutes")
+def test_more_rows_than_the_second_axis_of_a_grid_holds() -> None:
+    query, key, value = torch.randn(3, 35_000, 2, 3, 16, device=DEVICE).unbind(0)
+    out, _ = attention_with_lse_cuda(query, key, value, scale=0.3, causal=True, key_lengths=None)
+    exact, _ = reference.attention_with_lse(query, key, value, scale=0.3, causal=True)
+    assert (out - exact).abs().max() < OUTPUT_ERROR[torch.float32]

@@ -64,7 +64,7 @@ def test_groups_with_more_rows_than_a_tile_take_several(dtype: torch.dtype) -> N
         kv_heads=1,
         dtype=dtype,
     )
-    assert gpu.prefix_options(7, 16, 1, 19)["ROW_TILES"] == 2
+    assert gpu.prefix_options(7, 16, 1, 19, dtype.itemsize)["ROW_TILES"] > 1
     error = (run(gpu._split, case) - prefix_truth(case, 0.25)).abs().max()
     assert error <= 2 * OUTPUT_ERROR[dtype]
 
