@@ -37,6 +37,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def hidden_out_of_memory(error: BaseException) -> BaseException | None:
+    """The error that memory ran out of, where it is this one or lies behind it, else None.
+
+    What ends badly because of it (a capture, say) may raise an error of its own in its place.
+    """
+    seen: list[BaseException] = []
+    behind: BaseException | None = error
+    while behind is not None and behind not in seen:
+        if is_out_of_memory(behind):
+            return behind
+        seen.append(behind)
+        behind = behind.__cause__ or behind.__context__
+    return None
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether an error means that this process can compute no more on its device.
 

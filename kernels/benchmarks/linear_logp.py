@@ -4,6 +4,7 @@ Target: float32 on CPU within 1.08 of the fastest plain product with at most 16 
 bfloat16 at 0.80 of cuBLAS or better, with at most 1 % of the logits' bytes extra.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,6 @@ from stream_kernels import linear_logp
 from stream_kernels.gemm import linear
 from torch import Tensor
 from torch.nn import functional
-from trl.trainer.utils import selective_log_softmax
 
 CPU_SHAPES = [
     (64, 1024, 32_000),
@@ -55,12 +55,8 @@ def measure_shape(
         "linear_logp": lambda call: linear_logp(hidden, weight, targets),
     }
     if device == "cuda" or num_tokens * size * vocab_size <= LARGE:
-        forms |= {
-            "log_softmax_gather": lambda call: naive_logp(hidden, weight, targets),
-            "trl_selective": lambda call: selective_log_softmax(
-                functional.linear(hidden, weight)[None], targets[None]
-            ),
-        }
+        forms["log_softmax_gather"] = lambda call: naive_logp(hidden, weight, targets)
+        forms |= trl_forms(hidden, weight, targets)
     if hasattr(functional, "linear_cross_entropy") and num_tokens * size <= 1024 * 1024:
         forms["torch_linear_cross_entropy"] = lambda call: functional.linear_cross_entropy(
             hidden, weight, targets, reduction="none"
@@ -97,6 +93,20 @@ def naive_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What users run: all logits, their log_softmax, one column of it."""
     logits = functional.linear(hidden, weight).float()
     return torch.log_softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
+
+
+def trl_forms(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Form]:
+    """TRL's own function, where TRL is installed."""
+    try:
+        from trl.trainer.utils import selective_log_softmax
+    except ImportError as error:
+        print(f"trl_selective is not measured: {error}", file=sys.stderr)
+        return {}
+    return {
+        "trl_selective": lambda call: selective_log_softmax(
+            functional.linear(hidden, weight)[None], targets[None]
+        )
+    }
 
 
 def fused_forms(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Form]:

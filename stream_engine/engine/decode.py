@@ -21,7 +21,7 @@ import torch
 from stream_kernels import HostLayout
 from torch import Tensor
 
-from stream_engine.device_errors import is_out_of_memory
+from stream_engine.device_errors import hidden_out_of_memory
 from stream_engine.engine.draw import draw
 from stream_engine.engine.prefix_cache import DecodeStep, active
 
@@ -131,8 +131,9 @@ class GraphDecoder:
             try:
                 captured = self.graphs[size] = _CapturedStep(self.runner, *size, site=self.site)
             except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
+                shortage = hidden_out_of_memory(error)
+                if shortage is not None:
+                    raise shortage from None
                 raise CaptureError(str(error)) from error
         captured.load(batch)
         captured.replay(num_steps)
@@ -163,22 +164,29 @@ class _CaptureSite:
     ) -> torch.cuda.CUDAGraph | None:
         """Run `warm_up`, then record `step`; None where there are no graphs.
 
-        The current stream is what it was, come what may.
+        The current device and stream are what they were, come what may.
         """
         if self.stream is None:
             return None
+        with torch.cuda.device(self.device):
+            return self.record(self.stream, warm_up, step)
+
+    def record(
+        self, stream: torch.cuda.Stream, warm_up: Callable[[], None], step: Callable[[], None]
+    ) -> torch.cuda.CUDAGraph:
+        """As `capture`, on the device that is current."""
         current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(current)
+        stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(stream):
                 warm_up()
         finally:
-            current.wait_stream(self.stream)
+            current.wait_stream(stream)
         try:
             # Threads that prepare the next prompts must not be able to break a capture.
             with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
             ):
                 step()
         except BaseException:
@@ -243,8 +251,10 @@ class _CapturedStep:
         decode = DecodeStep(
             runner.cache, self.spans, self.group_rows, self.slots, self.lengths, None
         )
+        # A row that has ended runs on until the host reads: its places must exist in tables.
+        positions = self.positions.clamp(max=runner.max_positions - 1)
         with active(decode):
-            hidden = model.forward(model.embed(self.tokens), self.positions)
+            hidden = model.forward(model.embed(self.tokens), positions)
         seen = None
         if runner.seen is not None:
             slots = self.slots.long()

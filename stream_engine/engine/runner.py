@@ -76,6 +76,9 @@ class ModelRunner:
             # cuDNN's attention makes a plan for every new length and stride of a prompt, which
             # takes longer than the prompt does; flash attention takes any.
             torch.backends.cuda.enable_cudnn_sdp(False)
+            # Float32 convolutions (a tower's patches) would be rounded to 10 bits, as torch allows
+            # by default for them, though not for matrix products.
+            torch.backends.cudnn.allow_tf32 = False
         if model.device.type == "cpu":
             keep_freed_memory()
             # recurrent layers read their weights themselves, which a packed one does not allow

@@ -369,6 +369,28 @@ def test_no_step_is_replayed_over_slabs_that_have_grown(make_engine, penalty):
     assert site.num_captures > 1
 
 
+class ShortOfMemory(FixedAddresses):
+    """Memory runs out while a step is recorded; what is seen is that the capture came to no end."""
+
+    def capture(self, warm_up, step):
+        if self.engine.runner.budget.rows > 4:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
+        return super().capture(warm_up, step)
+
+
+def test_memory_that_runs_out_in_a_capture_halves_the_batch(make_engine):
+    """It was taken for a step that cannot be captured, and all further ones ran eagerly."""
+    plain, static = make_engine(max_rows=8), make_engine(max_rows=8)
+    static.decoder.capture_with(GraphDecoder(static.runner))
+    static.decoder.graphs.site = site = ShortOfMemory(static)
+    assert drawn(static.generate(ask(static, 5))) == drawn(plain.generate(ask(plain, 5)))
+    assert static.runner.budget.rows == 4
+    assert static.decoder.graphs is not None and site.num_captures > 0
+
+
 def test_a_slot_forgets_the_answer_before(make_engine):
     """A repetition penalty falls on a row's own tokens, not on those of who had its slot."""
     alone, reused = (make_engine(max_rows=2, repetition_penalty=1.5) for _ in range(2))

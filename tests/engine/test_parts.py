@@ -9,7 +9,11 @@ import torch
 from PIL import ExifTags, Image
 
 from stream_engine.config import SamplingConfig
-from stream_engine.device_errors import is_device_lost, is_out_of_memory
+from stream_engine.device_errors import (
+    hidden_out_of_memory,
+    is_device_lost,
+    is_out_of_memory,
+)
 from stream_engine.engine import resolve_sampling, row_seed
 from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
 from stream_engine.engine.prefix_cache import CacheFullError, KVCache, SpanAllocator
@@ -123,6 +127,16 @@ def test_an_error_of_one_call_does_not_mean_a_lost_device(error: Exception):
 def test_out_of_memory_goes_by_many_names_and_loses_no_device(error: Exception):
     assert is_out_of_memory(error)
     assert not is_device_lost(error)
+
+
+def test_out_of_memory_is_found_behind_what_it_caused():
+    shortage = torch.OutOfMemoryError("CUDA out of memory")
+    after = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    after.__context__ = shortage
+    last = ValueError("no graph")
+    last.__cause__, shortage.__context__ = after, last  # a circle, as re-raising makes them
+    assert hidden_out_of_memory(last) is hidden_out_of_memory(shortage) is shortage
+    assert hidden_out_of_memory(ValueError("no graph")) is None
 
 
 def test_budget_halves_and_recovers():

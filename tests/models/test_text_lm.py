@@ -24,6 +24,7 @@ from stream_engine.engine import (
     ScoreRequest,
     resolve_sampling,
 )
+from stream_engine.engine.decode import GraphDecoder
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models import detect_family, load_model
 from stream_engine.models.base import VisionLanguageModel
@@ -62,6 +63,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], bool]] = {
     "mistral": ({"sliding_window": 4096}, True),
     "qwen2": ({"tie_word_embeddings": True}, True),
     "phi3": ({}, True),
+    "gpt2": ({"max_position_embeddings": 256}, True),
     "cohere": ({"logit_scale": 0.25, "tie_word_embeddings": True}, True),
     "granite": (
         {
@@ -251,6 +253,23 @@ def test_an_answer_ends_where_rotary_factors_would_change(tmp_path, monkeypatch)
     [result] = engine.generate([GenerateRequest("q", prompt, (RowRequest(1),))])
     assert len(prompt) + len(result.rows[0].token_ids) == 120
     assert result.rows[0].finish_reason == "length"
+
+
+def test_a_row_that_has_ended_feeds_no_position_beyond_the_table(tmp_path):
+    """Captured steps run on until the host reads: on a GPU such a lookup loses the device."""
+    engines = [engine_of(load_model(write_text(tmp_path / "m", "gpt2"), CPU)) for _ in range(2)]
+    plain, static = engines
+    static.decoder.capture_with(GraphDecoder(static.runner))
+    requests = []
+    for number, words in enumerate(("W" * 231, "W" * 12)):  # to 2 places before the last
+        prompt = plain.model.prompt(words, [])
+        requests.append(GenerateRequest(str(number), prompt, (RowRequest(1),)))
+    for engine in engines:
+        engine.runner.stop_token_ids = frozenset()
+    assert len(requests[0].prompt) == plain.runner.max_positions - 2 == 254
+    expected, got = ({r.key: r.rows[0] for r in e.generate(requests)} for e in engines)
+    assert [len(got[key].token_ids) for key in "01"] == [2, NUM_TOKENS]
+    assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
 
 
 @pytest.fixture(scope="module")
