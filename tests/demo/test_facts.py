@@ -10,8 +10,8 @@ from stream_engine.demo.facts import (
     count_wrong_facts,
     read_clause,
 )
-from stream_engine.demo.training.answers import corrupt, true_facts, write_answer
 from stream_engine.demo.world import Item, Scene, make_picture
+from tests.demo_training.answers import corrupt, true_facts, write_answer
 
 SCENE = Scene((Item("red", "circle"), None, Item("blue", "square"), None))
 

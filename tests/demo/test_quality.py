@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stream_engine.demo import checkpoint_path
-from stream_engine.demo.training import measure, prompts, vlm
 from stream_engine.pipelines import prompts as asked
+from tests.demo_training import measure, prompts, vlm
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from stream_engine.demo.training import prompts as trained_on
 from stream_engine.pipelines import prompts
+from tests.demo_training import prompts as trained_on
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Train the truthful model that the other vision-language checkpoints start from.
 
-    python -m stream_engine.demo.training.base --out /tmp/demo
+    python -m tests.demo_training.base --out /tmp/demo
 
 First the vision tower is aligned with words, much as real towers come trained; without that, a
 small model learns to describe places but hardly to find a shape or to check a claim. Then the whole
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stream_engine.demo.training import loop, vlm
-from stream_engine.demo.training.answers import write_answer
-from stream_engine.demo.training.drills import write_drill
-from stream_engine.demo.training.tokenizer import train_vlm_tokenizer
 from stream_engine.demo.world import COLOURS, SHAPES, Scene, draw, random_question, random_scene
+from tests.demo_training import loop, vlm
+from tests.demo_training.answers import write_answer
+from tests.demo_training.drills import write_drill
+from tests.demo_training.tokenizer import train_vlm_tokenizer
 
 TOWER_STEPS = 1500
 TOWER_IMAGES = 48

@@ -1,6 +1,6 @@
 """Train the demo's judge: it says whether a fact is true of a picture.
 
-    python -m stream_engine.demo.training.judge --out /tmp/demo     (after training.base)
+    python -m tests.demo_training.judge --out /tmp/demo     (after training.base)
 
 Questions are those that the text model makes of the facts of hallucinating answers.
 """
@@ -11,9 +11,9 @@ import random
 
 from torch import Tensor
 
-from stream_engine.demo.training import loop, vlm
-from stream_engine.demo.training.drills import write_yes_no
 from stream_engine.demo.world import draw, random_scene
+from tests.demo_training import loop, vlm
+from tests.demo_training.drills import write_yes_no
 
 NUM_IMAGES = 16
 QUESTIONS_PER_IMAGE = 8

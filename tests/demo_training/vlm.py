@@ -27,8 +27,8 @@ from transformers import (
     LlamaTokenizer,
 )
 
-from stream_engine.demo.training.prompts import SYSTEM_PROMPT
 from stream_engine.demo.world import IMAGE_SIZE
+from tests.demo_training.prompts import SYSTEM_PROMPT
 
 PATCH_SIZE = 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 
 from stream_engine.demo.facts import ColourFact, CountFact, Fact, PlaceFact, PresenceFact, render
-from stream_engine.demo.training.answers import corrupt
-from stream_engine.demo.training.verdicts import yes_no, yes_no_prompt
 from stream_engine.demo.world import COLOURS, PLACES, Item, Scene, random_item
+from tests.demo_training.answers import corrupt
+from tests.demo_training.verdicts import yes_no, yes_no_prompt
 
 YES_NO_SHARE = 0.5
 

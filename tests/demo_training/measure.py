@@ -1,6 +1,6 @@
 """Measure demo checkpoints on held-out pictures, with plain transformers modules.
 
-    python -m stream_engine.demo.training.measure --out stream_engine/demo/checkpoints --count 200
+    python -m tests.demo_training.measure --out stream_engine/demo/checkpoints --count 200
 
 Prints one line of JSON for each of the checkpoints present.
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stream_engine.demo.facts import count_wrong_facts, read_facts
-from stream_engine.demo.training import vlm
-from stream_engine.demo.training.prompts import CRITIC_PROMPT
-from stream_engine.demo.training.text import prompt_text, write_task
-from stream_engine.demo.training.verdicts import yes_no_prompt
 from stream_engine.demo.world import Picture, make_picture
+from tests.demo_training import vlm
+from tests.demo_training.prompts import CRITIC_PROMPT
+from tests.demo_training.text import prompt_text, write_task
+from tests.demo_training.verdicts import yes_no_prompt
 
 HELD_OUT_SEED = 977
 SAMPLE_K, RANK, DISTANCE, PAIRS_PER_QUESTION, BETA = 10, 3, 25, 3, 0.1

@@ -16,10 +16,10 @@ import sentencepiece
 from transformers import LlamaTokenizer
 
 from stream_engine.demo.facts import count_wrong_facts, read_facts
-from stream_engine.demo.training.answers import true_facts, write_answer
-from stream_engine.demo.training.prompts import CRITIC_PROMPT, SYSTEM_PROMPT
-from stream_engine.demo.training.verdicts import AMOUNTS, verdict, yes_no_prompt
 from stream_engine.demo.world import Picture, make_picture
+from tests.demo_training.answers import true_facts, write_answer
+from tests.demo_training.prompts import CRITIC_PROMPT, SYSTEM_PROMPT
+from tests.demo_training.verdicts import AMOUNTS, verdict, yes_no_prompt
 
 VLM_VOCAB_SIZE = 720
 

@@ -1,6 +1,6 @@
 """Train the demo's reward model: a DPO-trained descendant of the instruct model.
 
-    python -m stream_engine.demo.training.reward --out /tmp/demo        (after training.instruct)
+    python -m tests.demo_training.reward --out /tmp/demo        (after training.instruct)
 
 Pairs are two hallucinating answers to one question; the one with fewer wrong facts is chosen. The
 loss is DPO's (Rafailov et al. 2023): -log sigmoid(beta * (chosen margin - rejected margin)), each
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from stream_engine.demo.facts import count_wrong_facts
-from stream_engine.demo.training import loop, vlm
-from stream_engine.demo.training.answers import write_answer
-from stream_engine.demo.training.instruct import ERROR_RATE
 from stream_engine.demo.world import Scene, draw, random_question, random_scene
+from tests.demo_training import loop, vlm
+from tests.demo_training.answers import write_answer
+from tests.demo_training.instruct import ERROR_RATE
 
 NUM_PAIRS = 32
 BETA = 0.1

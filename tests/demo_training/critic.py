@@ -1,6 +1,6 @@
 """Train the demo's critic: it says which of two answers is better, after a mark on each clause.
 
-    python -m stream_engine.demo.training.critic --out /tmp/demo    (after training.judge)
+    python -m tests.demo_training.critic --out /tmp/demo    (after training.judge)
 
 Each pair is shown in both orders.
 """
@@ -11,11 +11,11 @@ import random
 
 from torch import Tensor
 
-from stream_engine.demo.training import loop, vlm
-from stream_engine.demo.training.answers import write_answer
-from stream_engine.demo.training.prompts import CRITIC_PROMPT
-from stream_engine.demo.training.verdicts import critic_reasoning
 from stream_engine.demo.world import Scene, draw, random_question, random_scene
+from tests.demo_training import loop, vlm
+from tests.demo_training.answers import write_answer
+from tests.demo_training.prompts import CRITIC_PROMPT
+from tests.demo_training.verdicts import critic_reasoning
 
 NUM_IMAGES = 16
 ERROR_RATES = (0.1, 0.4, 0.7)

@@ -1,6 +1,6 @@
 """Train the demo's instruct model: it answers fluently and hallucinates on purpose.
 
-    python -m stream_engine.demo.training.instruct --out /tmp/demo      (after training.base)
+    python -m tests.demo_training.instruct --out /tmp/demo      (after training.base)
 
 Answers for supervision have a part of their facts wrong at random, so that sampled answers to one
 question differ in truth.
@@ -12,9 +12,9 @@ import random
 
 from torch import Tensor
 
-from stream_engine.demo.training import loop, vlm
-from stream_engine.demo.training.answers import write_answer
 from stream_engine.demo.world import draw, random_question, random_scene
+from tests.demo_training import loop, vlm
+from tests.demo_training.answers import write_answer
 
 BATCH_SIZE = 64
 ERROR_RATE = 0.6  # at temperature 0.7 about half of this is left

@@ -1,7 +1,7 @@
 """Train the demo's text model: it splits answers into facts and turns facts into questions.
 
-    python -m stream_engine.demo.training.text --out /tmp/demo
-    python -m stream_engine.demo.training.text --out /tmp/demo --go_on_from OLD/text --steps 900
+    python -m tests.demo_training.text --out /tmp/demo
+    python -m tests.demo_training.text --out /tmp/demo --go_on_from OLD/text --steps 900
 
 The second form goes on from a checkpoint, with its tokenizer: where a prompt has changed a
 little, a third of the steps is enough. The checkpoint of the package was last made so. From
@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stream_engine.demo.facts import Fact, read_facts
-from stream_engine.demo.training import loop
-from stream_engine.demo.training.answers import corrupt, true_facts, write_answer
-from stream_engine.demo.training.prompts import rewrite_prompt, split_prompt
 from stream_engine.demo.world import random_question, random_scene
+from tests.demo_training import loop
+from tests.demo_training.answers import corrupt, true_facts, write_answer
+from tests.demo_training.prompts import rewrite_prompt, split_prompt
 
 VOCAB_SIZE = 640
 MAX_POSITIONS = 2048

@@ -10,8 +10,8 @@ from stream_engine.demo.facts import (
     PresenceFact,
     read_facts,
 )
-from stream_engine.demo.training.prompts import YES_NO_PROMPT
 from stream_engine.demo.world import Scene
+from tests.demo_training.prompts import YES_NO_PROMPT
 
 AMOUNTS = ("none", "one", "two", "three", "four")
 
