@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stream_engine.config import ModelRole, RunConfig, Stage
-from stream_engine.pairs.merger import MergeReport, merge
+from stream_engine.pairs.merge_report import MergeReport
+from stream_engine.pairs.merger import merge
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.ranking import rank_by_reward
 from stream_engine.records import (

@@ -14,8 +14,8 @@ from stream_engine.config import InputConfig, ModelConfig, RunConfig
 from stream_engine.demo import demo_models
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import EXPORTS
+from stream_engine.pairs.merge_report import MergeReport
 from stream_engine.pairs.merge_step import wait_for_lease
-from stream_engine.pairs.merger import MergeReport
 from stream_engine.pairs.merger import export as export_format
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank

@@ -22,8 +22,8 @@ from stream_kernels import HostLayout
 from torch import Tensor
 
 from stream_engine.device_errors import hidden_out_of_memory
+from stream_engine.engine.attention_steps import DecodeStep, active
 from stream_engine.engine.draw import draw
-from stream_engine.engine.prefix_cache import DecodeStep, active
 
 if TYPE_CHECKING:
     from stream_engine.engine.runner import ModelRunner

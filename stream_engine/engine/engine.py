@@ -23,12 +23,12 @@ from PIL.Image import Image
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
 from stream_engine.device_errors import is_out_of_memory
+from stream_engine.engine.attention_steps import ATTENTION_NAME
 from stream_engine.engine.batching import map_ahead
 from stream_engine.engine.decode import Decoder
 from stream_engine.engine.parallel import load_spread
 from stream_engine.engine.plain import plain_generate, plain_next_token_logps, plain_score
 from stream_engine.engine.planner import MemoryPlanner, share_memory
-from stream_engine.engine.prefix_cache import ATTENTION_NAME
 from stream_engine.engine.prefixes import SharedPrompt, share_prompt
 from stream_engine.engine.requests import (
     GenerateRequest,

@@ -33,6 +33,10 @@ class Group:
     num_open: int
     is_wanted: bool  # by the call that runs; else by a later one
 
+    @property
+    def generation(self) -> Generation:
+        return Generation(self.request.key, [row.result for row in self.rows])
+
 
 @dataclass
 class Row:
@@ -48,6 +52,26 @@ class Row:
     def num_suffix(self) -> int:
         """Tokens its slot must hold for the next decode step, the step's own included."""
         return len(self.request.suffix_ids) + len(self.result.token_ids)
+
+
+def begun_group(
+    request: GenerateRequest,
+    start: int,
+    first_hidden: Tensor,
+    max_positions: int,
+    max_new_tokens: int,
+    *,
+    is_wanted: bool,
+) -> Group:
+    """A question whose prompt has run, and its rows, each with the tokens that it may draw."""
+    group = Group(request, start, first_hidden, [], len(request.rows), is_wanted)
+    room = max_positions - len(request.prompt)
+    for row in request.rows:
+        limit = min(max_new_tokens, room - len(row.suffix_ids))
+        if row.max_new_tokens is not None:
+            limit = min(limit, row.max_new_tokens)
+        group.rows.append(Row(group, row, GeneratedRow(), limit))
+    return group
 
 
 class RequestQueue:

@@ -37,18 +37,13 @@ from torch import nn
 
 from stream_engine.config import ModelConfig
 from stream_engine.device_errors import is_out_of_memory
-from stream_engine.engine.prefix_cache import UnsupportedAttentionError
+from stream_engine.engine.attention_steps import UnsupportedAttentionError
 from stream_engine.errors import ConfigError, ParallelError
 from stream_engine.models import load_model
 from stream_engine.models.base import VisionLanguageModel
-from stream_engine.models.checkpoints import (
-    WeightFiles,
-    mapped_weights,
-    read_json,
-    resolve_device,
-    resolve_dtype,
-)
+from stream_engine.models.checkpoints import mapped_weights, resolve_device, resolve_dtype
 from stream_engine.models.native import one_line
+from stream_engine.models.weight_files import WeightFiles, read_json
 
 SPLIT = {"colwise": "LinearLayer", "rowwise": "LinearAllreduce"}
 """Style in an architecture's plan -> DeepSpeed's layer for it."""

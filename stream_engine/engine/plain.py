@@ -30,6 +30,7 @@ from stream_engine.engine.requests import (
     RowRequest,
     ScoredContinuations,
     ScoreRequest,
+    nonfinite_logits,
 )
 from stream_engine.engine.score import target_logps
 from stream_engine.models.base import Prompt, VisionLanguageModel
@@ -54,8 +55,7 @@ def plain_generate(
         for members in _same_length(request.rows, runner.budget.rows):
             chosen = [(request.rows[i], rows[i]) for i in members]
             if not _generate(runner, prefix, chosen):
-                detail = "the model computed NaN or infinity; try --dtype float32"
-                return RequestFailure(request.key, "nonfinite_logits", detail)
+                return nonfinite_logits(request.key)
         return Generation(request.key, rows)
 
     for request in requests:

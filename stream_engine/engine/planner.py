@@ -14,11 +14,11 @@ import torch
 
 from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.engine.decode import STEPS_PER_READ, Decoder
+from stream_engine.engine.host_memory import host_available
 from stream_engine.engine.memory import (
     PENALTY_COPIES,
     Demand,
     MemoryPlan,
-    host_available,
     language_shape,
     plan_memory,
     share_out,

@@ -92,6 +92,12 @@ class NextTokenLogps:
     logps: list[list[float]]
 
 
+def nonfinite_logits(key: str) -> RequestFailure:
+    """The failure of a question for which the model computed NaN or infinity."""
+    detail = "the model computed NaN or infinity; try --dtype float32"
+    return RequestFailure(key, "nonfinite_logits", detail)
+
+
 def identity(request: GenerateRequest) -> Hashable:
     """What two requests have in common that draw the same answers."""
     return request.key, request.rows, request.prompt.digest

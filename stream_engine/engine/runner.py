@@ -16,10 +16,11 @@ import torch
 from stream_kernels.gemm import linear, pack
 from torch import Tensor
 
+from stream_engine.engine.attention_steps import ExtendStep, PrefillStep, active
 from stream_engine.engine.batching import TokenBudget
 from stream_engine.engine.cpu import keep_freed_memory, pack_linears
 from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS
-from stream_engine.engine.prefix_cache import ExtendStep, KVCache, PrefillStep, active
+from stream_engine.engine.prefix_cache import KVCache
 from stream_engine.engine.sampling import ResolvedSampling
 from stream_engine.engine.seen import SeenTokens
 from stream_engine.models.base import Prompt, VisionLanguageModel
@@ -167,6 +168,10 @@ class ModelRunner:
                 f"model's sliding window of {window}",
             )
         return None
+
+    def count(self, **numbers: int) -> None:
+        """Add to the counters."""
+        self.counters.update(numbers)
 
     @property
     def weight_bytes(self) -> int:

@@ -36,6 +36,7 @@ from stream_engine.engine.in_flight import (
     Group,
     RequestQueue,
     Row,
+    begun_group,
     decode_input,
     first_states,
     group_of,
@@ -45,10 +46,10 @@ from stream_engine.engine.in_flight import (
 from stream_engine.engine.planner import MemoryPlanner
 from stream_engine.engine.prefix_cache import CacheFullError
 from stream_engine.engine.requests import (
-    GeneratedRow,
     GenerateRequest,
     Generation,
     RequestFailure,
+    nonfinite_logits,
 )
 from stream_engine.engine.runner import ModelRunner, release_prompts
 from stream_engine.records import FORWARD_ERROR
@@ -245,13 +246,8 @@ class Scheduler:
             return
         for (request, start), state in zip(admitted, hidden):
             is_wanted = queue is self.queue
-            group = Group(request, start, state, [], len(request.rows), is_wanted)
-            room = self.runner.max_positions - len(request.prompt)
-            for row in request.rows:
-                limit = min(self.runner.sampling.max_new_tokens, room - len(row.suffix_ids))
-                if row.max_new_tokens is not None:
-                    limit = min(limit, row.max_new_tokens)
-                group.rows.append(Row(group, row, GeneratedRow(), limit))
+            limits = self.runner.max_positions, self.runner.sampling.max_new_tokens
+            group = begun_group(request, start, state, *limits, is_wanted=is_wanted)
             self.groups[id(group)] = group
             if not is_wanted:
                 self.early.keep(request, group)
@@ -302,9 +298,10 @@ class Scheduler:
         longest = max(row.num_suffix for row in rows)
         self.cache.reserve_slot_tokens(longest + num_steps - 1)
         batch = decode_input(rows)
-        self.runner.counters["decode_tokens"] += num_steps * len(rows)
-        self.runner.counters["decode_steps"] += num_steps
-        self.runner.counters["decode_capacity"] += num_steps * self.runner.budget.rows
+        capacity = num_steps * self.runner.budget.rows
+        self.runner.count(
+            decode_tokens=num_steps * len(rows), decode_steps=num_steps, decode_capacity=capacity
+        )
         drawn = self.decoder.run_ahead(batch, num_steps)
         for step_tokens, step_logps in drawn or ():
             self.accept(rows, step_tokens, step_logps)
@@ -320,15 +317,12 @@ class Scheduler:
             return
         seeds = torch.tensor([row.request.seed for row in rows], device=logits.device)
         counts = torch.tensor([len(row.result.token_ids) for row in rows], device=logits.device)
-        tokens, logps = draw(runner, logits, seeds, counts, self.seen(rows))
+        seen = None
+        if runner.seen is not None:  # what a repetition penalty falls on
+            last = [row.result.token_ids[-1:] for row in rows]
+            seen = runner.seen.after([slot_of(row) for row in rows], last)
+        tokens, logps = draw(runner, logits, seeds, counts, seen)
         self.accept(rows, tokens.tolist(), logps.tolist())
-
-    def seen(self, rows: Sequence[Row]) -> Tensor | None:
-        """What a repetition penalty falls on, each row's last token noted: bool [R, V]."""
-        if self.runner.seen is None:
-            return None
-        last = [row.result.token_ids[-1:] for row in rows]
-        return self.runner.seen.after([slot_of(row) for row in rows], last)
 
     def accept(self, rows: Sequence[Row], tokens: list[int], logps: list[float]) -> None:
         """Note one drawn token a row; close the rows that end with it. Closed rows take none."""
@@ -363,9 +357,8 @@ class Scheduler:
 
     def drop_group(self, group: Group) -> None:
         """Fail a question for which the model computed NaN or infinity."""
-        detail = "the model computed NaN or infinity; try --dtype float32"
-        failure = RequestFailure(group.request.key, "nonfinite_logits", detail)
         self.release_group(group, scrub=True)
+        failure = nonfinite_logits(group.request.key)
         self.deliver(group.request, failure, is_wanted=group.is_wanted)
 
     # -- endings -------------------------------------------------------------------------------
@@ -380,8 +373,7 @@ class Scheduler:
 
     def finish_group(self, group: Group) -> None:
         self.release_group(group)
-        result = Generation(group.request.key, [row.result for row in group.rows])
-        self.deliver(group.request, result, is_wanted=group.is_wanted)
+        self.deliver(group.request, group.generation, is_wanted=group.is_wanted)
 
     def retreat(self, error: BaseException) -> None:
         """Out of memory: put everything in flight back, free the cache, halve the budget."""
@@ -394,12 +386,10 @@ class Scheduler:
             failed = in_flight or ([self.queue.pop()] if self.queue.waiting else [])
             if not failed:
                 raise error
-            for request in failed:
-                self.results.append(RequestFailure(request.key, "out_of_memory", str(error)))
+            lost = (RequestFailure(one.key, "out_of_memory", str(error)) for one in failed)
+            self.results.extend(lost)
             in_flight = []
-        self.groups.clear()
-        self.batch = []
-        self.ready.clear()
+        self.groups, self.batch, self.ready = {}, [], deque()
         self.queue.put_back(in_flight)
         self.runner.free_memory()
         self.runner.budget.halve()

@@ -23,8 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stream_engine.engine.plain import plain_states
-from stream_engine.engine.prefix_cache import (
+from stream_engine.engine.attention_steps import (
     ATTENTION_NAME,
     DecodeStep,
     ExtendStep,
@@ -32,6 +31,7 @@ from stream_engine.engine.prefix_cache import (
     UnsupportedAttentionError,
     active,
 )
+from stream_engine.engine.plain import plain_states
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.native import naming_architecture

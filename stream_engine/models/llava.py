@@ -38,18 +38,16 @@ from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError
 from stream_engine.models.base import IMAGE_SLOT, Prompt, VisionLanguageModel
 from stream_engine.models.checkpoints import (
-    LEGACY_BUFFERS,
-    WeightFiles,
     empty_weights,
     load_into,
     load_shared,
-    read_json,
     read_own_config,
     resolve_device,
     resolve_dtype,
 )
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
 from stream_engine.models.language import language_config
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
 from stream_engine.records import IMAGE_MARK, without_marks
 
 SYSTEM = (

@@ -24,12 +24,9 @@ from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.anyres import Anyres, Layout, layout, merge, read_pinpoints, views
 from stream_engine.models.base import IMAGE_SLOT, Prompt, VisionLanguageModel
 from stream_engine.models.checkpoints import (
-    LEGACY_BUFFERS,
-    WeightFiles,
     empty_weights,
     load_into,
     load_shared,
-    read_json,
     read_own_config,
     resolve_device,
     resolve_dtype,
@@ -41,6 +38,7 @@ from stream_engine.models.language import (
     load_tokenizer,
     stop_token_ids,
 )
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
 from stream_engine.records import IMAGE_MARK, without_marks
 
 SYSTEM = "You are a helpful assistant."

@@ -42,12 +42,9 @@ from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.checkpoints import (
-    LEGACY_BUFFERS,
-    WeightFiles,
     empty_weights,
     load_into,
     load_shared,
-    read_json,
     read_own_config,
     resolve_device,
     resolve_dtype,
@@ -61,6 +58,7 @@ from stream_engine.models.language import (
 from stream_engine.models.placeholders import fill_slots, place_images
 from stream_engine.models.resampler import Resampler, sine_positions
 from stream_engine.models.slices import Size, Slice, Slicing, slice_image
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
 
 LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
     "2.5": LlamaForCausalLM,

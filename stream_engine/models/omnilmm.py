@@ -22,12 +22,9 @@ from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.checkpoints import (
-    LEGACY_BUFFERS,
-    WeightFiles,
     empty_weights,
     load_into,
     load_shared,
-    read_json,
     read_own_config,
     resolve_device,
     resolve_dtype,
@@ -43,6 +40,7 @@ from stream_engine.models.language import (
 )
 from stream_engine.models.placeholders import fill_slots, place_images
 from stream_engine.models.resampler import Resampler, resized_positions
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from typing import Literal
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.pairs.merge_inputs import seen_inputs
-from stream_engine.pairs.merger import MergeReport, is_current, merge, merge_is_current
+from stream_engine.pairs.merge_report import MergeReport, is_current
+from stream_engine.pairs.merger import merge, merge_is_current
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.state import RunState

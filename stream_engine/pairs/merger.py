@@ -26,11 +26,17 @@ from stream_engine.config import RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.outputs.card import content_hash, dataset_card
 from stream_engine.outputs.formats import PairRow, export_class
-from stream_engine.outputs.parquet import Part
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.merge_debug import DebugFiles
 from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
+from stream_engine.pairs.merge_report import (
+    MergeReport,
+    balance_line,
+    is_current,
+    named_shards,
+    read_report,
+)
 from stream_engine.pairs.statistics import PairStatistics, RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import Sample, SampleRewards, SampleRollouts, ShardInfo
@@ -39,51 +45,6 @@ from stream_engine.run_dir.results import read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.store.atomic import write_atomic
 from stream_engine.store.folders import FolderSwap
-
-MAX_NAMED = 10  # shards named in a message
-
-
-class FormatReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One format's dataset: candidates = written + dropped."""
-
-    folder: str
-    written: int
-    dropped: dict[str, int]
-    parts: list[Part]
-
-
-class MergeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a merge wrote, or found up to date. Pair counts are of the first format."""
-
-    candidates: int
-    written: int
-    dropped: dict[str, int]
-    samples: dict[str, Any]
-    """total = scored + the quarantined of each stage + missing; `rejected` came before that."""
-    dataset: str
-    parts: list[Part]
-    formats: dict[str, FormatReport]
-    missing_shards: list[int]
-    is_new: bool
-    """False when everything was up to date and nothing was written."""
-
-    def summary(self) -> str:
-        """The conservation of samples and pairs, in a line each."""
-        aside = self.samples["quarantined"]
-        parts = [f"{self.samples['scored']} scored"]
-        parts += [f"{n} set aside ({stage})" for stage, n in aside.items() if n]
-        if self.samples["missing"]:
-            parts.append(f"{self.samples['missing']} in shards without results")
-        lines = [
-            f"samples: {self.samples['total']} = {' + '.join(parts)}",
-            f"pairs: {balance_line(self.candidates, self.written, self.dropped)}",
-        ]
-        for name, report in list(self.formats.items())[1:]:
-            line = balance_line(self.candidates, report.written, report.dropped)
-            lines.append(f"pairs ({name}): {line}")
-        if self.missing_shards:
-            lines.append(f"left out: {named_shards(self.missing_shards)}")
-        return "\n".join(lines)
 
 
 def merge(
@@ -378,66 +339,3 @@ def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     return run_file.get("engines", {}).get("instruct", {}).get("sampling")
-
-
-def is_current(folder: Path, inputs: MergeInputs, made_from: str) -> bool:
-    """Whether a folder's dataset is whole, made from this, and no older than any result."""
-    stats = read_stats(folder)
-    if stats is None or stats.get("fingerprint") != made_from:
-        return False
-    for part in msgspec.convert(stats["parts"], list[Part]):
-        path = folder / part.name
-        if not path.is_file() or path.stat().st_size != part.bytes:
-            return False
-    return inputs.newest_mtime_ns <= (folder / "stats.json").stat().st_mtime_ns
-
-
-def read_stats(folder: Path) -> dict[str, Any] | None:
-    """The stats.json of a dataset; None when there is none."""
-    try:
-        return msgspec.json.decode((folder / "stats.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
-        return None
-
-
-def read_report(folders: Mapping[str, Path], *, is_new: bool) -> MergeReport:
-    """The report of datasets on file."""
-    stats = {name: read_stats(folder) for name, folder in folders.items()}
-    formats = {
-        name: FormatReport(
-            folder=str(folders[name]),
-            written=one["pairs"]["written"],
-            dropped=one["pairs"]["dropped"],
-            parts=msgspec.convert(one["parts"], list[Part]),
-        )
-        for name, one in stats.items()
-        if one is not None
-    }
-    first = next(iter(folders))
-    one = stats[first]
-    assert one is not None, f"{folders[first]} was just written"
-    return MergeReport(
-        candidates=one["pairs"]["candidates"],
-        written=formats[first].written,
-        dropped=formats[first].dropped,
-        samples=one["samples"],
-        dataset=str(folders[first]),
-        parts=formats[first].parts,
-        formats=formats,
-        missing_shards=one["missing_shards"],
-        is_new=is_new,
-    )
-
-
-def balance_line(candidates: int, written: int, dropped: Mapping[str, int]) -> str:
-    """`12 candidates = 9 written + 3 dropped (same_text 2, max_pairs_per_sample 1)`."""
-    reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()) if n)
-    shown = f" ({reasons})" if reasons else ""
-    return f"{candidates} candidates = {written} written + {sum(dropped.values())} dropped{shown}"
-
-
-def named_shards(indices: list[int]) -> str:
-    """`shards 3, 5, 8 and 12 more`."""
-    named = ", ".join(str(index) for index in indices[:MAX_NAMED])
-    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
-    return f"shard{'s' if len(indices) > 1 else ''} {named}{more}"

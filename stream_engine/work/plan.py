@@ -174,12 +174,7 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     """What the role's engine will ask of memory, as far as files tell."""
     from stream_engine.engine.decode import STEPS_PER_READ
     from stream_engine.engine.engine import rows_per_question
-    from stream_engine.engine.memory import (
-        DEFAULT_ROWS,
-        DEFAULT_TOKENS,
-        PENALTY_COPIES,
-        Demand,
-    )
+    from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS, PENALTY_COPIES, Demand
 
     kind = "cpu" if device == "cpu" else "cuda"
     answers = _resolved(role, config)
@@ -208,7 +203,7 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
 def _resolved(role: ModelRole, config: RunConfig) -> ResolvedSampling:
     """A role's sampling as its engine will resolve it."""
     from stream_engine.engine.sampling import resolve_sampling
-    from stream_engine.models.checkpoints import read_json
+    from stream_engine.models.weight_files import read_json
 
     defaults = read_json(Path(role.path) / "generation_config.json")
     return resolve_sampling(role.sampling or config.part(SamplingConfig), defaults)

@@ -22,8 +22,8 @@ from stream_engine.engine import (
     row_seed,
     share_device,
 )
+from stream_engine.engine.attention_steps import ATTENTION_NAME
 from stream_engine.engine.cpu import pack_linears
-from stream_engine.engine.prefix_cache import ATTENTION_NAME
 from stream_engine.models.base import Prompt
 from tests.benchmarks import baselines
 from tests.benchmarks.harness import Results, Variant, compare, timed

@@ -8,6 +8,7 @@
     python -m tests.demo_training.text     --out DIR    # 25 min
     python -m tests.demo_training.measure  --out DIR    # on held-out pictures
 
-Copy `instruct`, `reward`, `judge`, `critic` and `text` from DIR to stream_engine/demo/checkpoints. The data is a
-function of the seed; weights differ in their last bits between machines and versions of torch.
+Copy `instruct`, `reward`, `judge`, `critic` and `text` from DIR to stream_engine/demo/checkpoints.
+The data is a function of the seed; weights differ in their last bits between machines and versions
+of torch.
 """

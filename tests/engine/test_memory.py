@@ -15,18 +15,19 @@ from torch.utils._pytree import tree_leaves
 
 from stream_engine.engine import Engine, ScoreRequest, share_device
 from stream_engine.engine import planner as planner_module
+from stream_engine.engine.attention_steps import ExtendStep, PrefillStep, active
+from stream_engine.engine.host_memory import host_available
 from stream_engine.engine.memory import (
     Demand,
     LanguageShape,
     grown_slot_tokens,
     grown_slots,
-    host_available,
     language_shape,
     plan_memory,
     share_out,
     wanted_bytes,
 )
-from stream_engine.engine.prefix_cache import ExtendStep, KVCache, PrefillStep, active
+from stream_engine.engine.prefix_cache import KVCache
 from stream_engine.engine.rehearsal import rehearse
 from stream_engine.errors import ConfigError
 from tests.engine.conftest import ask

@@ -19,9 +19,9 @@ from transformers.models.qwen3_vl import Qwen3VLTextConfig
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig
 from stream_engine.engine import Engine, ScoreRequest, load_engine
+from stream_engine.engine.attention_steps import UnsupportedAttentionError
 from stream_engine.engine.batching import TokenBudget
 from stream_engine.engine.parallel import one_for_all, styles_of_layers
-from stream_engine.engine.prefix_cache import UnsupportedAttentionError
 from stream_engine.errors import ConfigError, ParallelError
 from tests.engine.conftest import SHAPES, ask
 from tests.models import writers_llava as writers

@@ -16,14 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError
-from stream_engine.models.checkpoints import (
-    LEGACY_BUFFERS,
-    WeightFiles,
-    empty_weights,
-    load_into,
-    resolve_device,
-    resolve_dtype,
-)
+from stream_engine.models.checkpoints import empty_weights, load_into, resolve_device, resolve_dtype
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -189,7 +183,8 @@ def test_auto_means_float32_on_the_cpu_and_the_stored_type_elsewhere(tmp_path, m
 PEAK = """
 import sys, torch
 from torch import nn
-from stream_engine.models.checkpoints import WeightFiles, empty_weights, load_into
+from stream_engine.models.checkpoints import empty_weights, load_into
+from stream_engine.models.weight_files import WeightFiles
 
 def memory(field):
     lines = open("/proc/self/status").read().splitlines()
