@@ -11,6 +11,7 @@ from PIL import Image
 
 from stream_engine.config import ModelConfig
 from stream_engine.engine import Engine, GenerateRequest, ResolvedSampling, RowRequest, row_seed
+from stream_engine.engine import planner as planner_module
 from stream_engine.models import load_model
 from tests.models import writers_llava as writers
 
@@ -87,3 +88,8 @@ def full_forward_logps(engine: Engine, prompt, answer: list[int]) -> list[float]
     first = len(prompt) - 1
     logps = torch.log_softmax(logits[first : first + len(answer), : model.vocab_size], dim=-1)
     return logps.gather(1, ids[:, None])[:, 0].tolist()
+
+
+def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Let the machine say that so much is free."""
+    monkeypatch.setattr(planner_module, "host_available", lambda share: num_bytes // share)
