@@ -11,12 +11,18 @@ FORMS = [attention_with_lse, reference.attention_with_lse]
 
 
 def truth(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, lengths: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """float64, over repeated keys; rows that see nothing are 0 and -inf."""
+    """In float64, over repeated keys; rows that see nothing are 0 and -inf. In another type this is
+    the naive computation, whose error on this processor the kernels' is held against."""
     repeats = query.shape[1] // key.shape[1]
-    key, value = (x.double().repeat_interleave(repeats, dim=1) for x in (key, value))
-    scores = query.double() @ key.transpose(2, 3) * 0.3
+    key, value = (x.to(dtype).repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = query.to(dtype) @ key.transpose(2, 3) * 0.3
     places = torch.arange(key.shape[2])
     seen = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool)
     if causal:
@@ -49,12 +55,14 @@ def test_outputs_and_normalisers_match_float64(
     query = torch.randn(3, heads[0], queries, 24)
     key, value = torch.randn(2, 3, heads[1], keys, 24).unbind(0)
     exact_out, exact_lse = truth(query, key, value, causal, lengths)
+    naive_out, naive_lse = truth(query, key, value, causal, lengths, torch.float32)
     for form in FORMS:
         out, lse = form(query, key, value, scale=0.3, causal=causal, key_lengths=lengths)
         assert out.dtype == lse.dtype == torch.float32
-        assert (out - exact_out).abs().max() < 2e-6
+        assert (out - exact_out).abs().max() <= (naive_out - exact_out).abs().max() + 2e-6
         assert torch.equal(lse.isinf(), exact_lse.isinf())
-        assert (lse - exact_lse).nan_to_num(0, 0, 0).abs().max() < 5e-6
+        naive_error = (naive_lse - exact_lse).nan_to_num(0, 0, 0).abs().max()
+        assert (lse - exact_lse).nan_to_num(0, 0, 0).abs().max() <= naive_error + 2e-6
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -90,11 +98,13 @@ def test_halves_merge_into_the_whole() -> None:
     query = torch.randn(2, 6, 5, 16)
     key, value = torch.randn(2, 2, 2, 90, 16).unbind(0)
     exact, _ = truth(query, key, value, False, None)
+    naive, _ = truth(query, key, value, False, None, torch.float32)
+    limit = (naive - exact).abs().max() + 2e-6
     for cut in (0, 1, 45, 90):
         first = attention_with_lse(query, key[:, :, :cut], value[:, :, :cut], scale=0.3)
         second = attention_with_lse(query, key[:, :, cut:], value[:, :, cut:], scale=0.3)
-        assert (merge_by_lse(*first, *second) - exact).abs().max() < 2e-6
-        assert (merge_by_lse(*second, *first) - exact).abs().max() < 2e-6
+        assert (merge_by_lse(*first, *second) - exact).abs().max() <= limit
+        assert (merge_by_lse(*second, *first) - exact).abs().max() <= limit
 
 
 def test_merging_two_absent_sides_gives_zero() -> None:

@@ -44,9 +44,11 @@ def test_pixels_tower_and_features_are_the_originals(golden, image):
     prompt = model.prompt("What?", [golden.images[image]])
     [pixels] = prompt.vision
     assert torch.equal(pixels, arrays[f"pixel/{image}"])
-    close(model.tower(pixels[None])[0], arrays[f"tower/{image}"], atol=1e-5)
+    # Below what the nearest wrong constant (1e-5 for EVA's epsilon) moves features by: 2.2e-5. Two
+    # float32 computations differ by up to 1.1e-5 here, the same with 4, 8 and 16 lanes.
+    close(model.tower(pixels[None])[0], arrays[f"tower/{image}"], atol=2e-5)
     [features] = model.encode_images([prompt])
-    close(features, arrays[f"features/{image}"], atol=1.5e-5)
+    close(features, arrays[f"features/{image}"], atol=2e-5)
 
 
 @pytest.mark.parametrize("question", RECORD["questions"], ids=lambda q: f"q{q['index']}")
@@ -92,7 +94,7 @@ def test_scores_and_greedy_tokens_are_the_originals(golden, case):
     if (expected := arrays.get(keys + "answer_logits")) is not None:
         close(logits, expected)
     if (expected := arrays.get(keys + "full_logits")) is not None:
-        close(sequence_logits(model, prompt, features, scored), expected)
+        close(sequence_logits(model, prompt, features, scored), expected, atol=1e-4)
 
 
 def test_the_engine_gives_the_originals_scores_and_greedy_tokens(golden):

@@ -35,7 +35,6 @@ from tests.synthetic import (
     synthetic_rewards,
     synthetic_rollouts,
     synthetic_sample,
-    write_example_run,
     write_run,
     write_stage,
 )
@@ -48,11 +47,6 @@ def samples(num: int, **options: object) -> list[Sample]:
 def is_current(run_dir: RunDir, **settings: object) -> bool:
     config = RunConfig.create(dict(settings))
     return merge_is_current(run_dir, config, SyntheticPipeline(config), FINGERPRINTS)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    return write_example_run(tmp_path / "run")
 
 
 def test_samples_and_pairs_are_conserved_and_said_so(run_dir: RunDir) -> None:
