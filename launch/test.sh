@@ -10,4 +10,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 cd "$root"
 # One thread a process: the tests start many processes, and more threads only make them wait.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$python" -m pytest "$@"
+# As many at once as there are cores; `jobs=0` runs them in one process, one after the other.
+exec "$python" -m pytest --numprocesses "${jobs:-$(num_cores)}" "$@"

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+DISTRIBUTION = "stream-engine-dpo"  # its name for pip: `stream-engine` is another package there
 __all__ = ["RunConfig", "__version__", "run"]
 
 if TYPE_CHECKING:

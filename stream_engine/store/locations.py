@@ -38,7 +38,7 @@ def open_source(source: str) -> tuple[AbstractFileSystem, str]:
     except (ValueError, ImportError) as error:
         raise ConfigError(
             f"cannot open dataset_path {source!r}: {error} "
-            "(for s3:// install the extra: pip install 'stream-engine[s3]')"
+            "(s3:// needs the package s3fs, gs:// needs gcsfs: pip install s3fs)"
         ) from error
 
 

@@ -13,13 +13,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stream_engine import __version__
+import msgspec
+
+from stream_engine import DISTRIBUTION, __version__
 from stream_engine.errors import ConfigError, StreamEngineError
 
 logger = logging.getLogger(__name__)
 
-PROBE = "import sys, stream_engine; print(sys.prefix); print(stream_engine.__version__)"
-PROBE_TIMEOUT_S = 120
+PROBE = """
+import json, sys
+found = {"prefix": sys.prefix, "version": None, "file": None, "error": None}
+try:
+    import stream_engine
+    found["file"] = stream_engine.__file__
+    found["version"] = stream_engine.__version__
+    import stream_engine.cli.main, stream_engine.work.runner
+    import stream_engine.engine, stream_kernels
+except Exception as error:
+    found["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+"""Says which stream_engine an interpreter has, and whether it can be used with what it needs."""
+PROBE_TIMEOUT_S = 300
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """The answer of PROBE."""
+
+    prefix: str
+    version: str | None
+    file: str | None
+    error: str | None
 
 
 def find_python(setting: str | None) -> Path | None:
@@ -28,7 +52,7 @@ def find_python(setting: str | None) -> Path | None:
     A path to an interpreter, a folder of an environment, or a conda environment's name.
 
     Raises:
-        ConfigError: when there is none, or stream_engine of this version is not installed there.
+        ConfigError: when there is none, or this version of this package cannot be used there.
     """
     if not setting:
         return None
@@ -39,19 +63,25 @@ def find_python(setting: str | None) -> Path | None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"reward_model_python_path {setting}: cannot run it: {error}") from error
-    lines = probe.stdout.split()
-    if probe.returncode or len(lines) != 2:
+    try:
+        found = msgspec.json.decode(probe.stdout.strip().splitlines()[-1], type=Probed)
+    except (IndexError, msgspec.DecodeError) as error:
         said = (probe.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise ConfigError(
-            f"reward_model_python_path {python} cannot import stream_engine ({said}); "
-            f"install it there: {python} -m pip install stream-engine=={__version__}"
-        )
-    prefix, version = lines
-    if version != __version__:
-        raise ConfigError(
-            f"reward_model_python_path {python} has stream_engine {version}, this is {__version__}"
-        )
-    return None if Path(prefix) == Path(sys.prefix) else python
+        raise ConfigError(f"reward_model_python_path {python} is no python ({said})") from error
+    if problem := unusable(found):
+        raise ConfigError(f"reward_model_python_path {python} {problem}")
+    return None if Path(found.prefix) == Path(sys.prefix) else python
+
+
+def unusable(found: Probed) -> str | None:
+    """What keeps an interpreter from doing the reward stage, and what to do about it."""
+    install = f"install {DISTRIBUTION}=={__version__} or this checkout there with its dependencies"
+    if found.file is None or found.error is not None:
+        where = f" (stream_engine is at {found.file})" if found.file else ""
+        return f"cannot import stream_engine: {found.error}{where}; {install}"
+    if found.version != __version__:
+        return f"has stream_engine {found.version}, this is {__version__}; {install}"
+    return None
 
 
 def _resolve(setting: str) -> Path:

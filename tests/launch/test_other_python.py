@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stream_engine import __version__
 from stream_engine.cli.main import main
 from stream_engine.errors import ConfigError
 from stream_engine.run_dir.results import read_header
@@ -60,6 +61,38 @@ def test_rewards_are_made_by_the_other_interpreter(
     assert parts(tmp_path / "run/dataset") == parts(demo_run / "dataset")
 
 
+def test_a_strangers_package_of_that_name_is_refused_before_any_work(
+    tmp_path: Path, demo_questions: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """`stream-engine` on the package index is another package, even of the same version number."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)  # an interpreter looks there, too
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    stranger = tmp_path / "env/lib" / version / "site-packages/stream_engine"
+    stranger.mkdir()
+    (stranger / "__init__.py").write_text(f"__version__ = {__version__!r}\n")
+    words = ["run", "--demo", "--dataset_path", str(demo_questions)]
+    words += ["--work_dir", str(tmp_path / "run"), "--reward_model_python_path"]
+    assert main([*words, str(tmp_path / "env/bin/python")]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert str(stranger) in line and "install stream-engine-dpo==" in line
+    assert not (tmp_path / "run/shards").exists()
+
+
+def test_an_interpreter_without_a_dependency_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)  # an interpreter looks there, too
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = tmp_path / "env/lib" / version / "site-packages"
+    (site / "ours.pth").write_text(f"{ROOT}\n{ROOT / 'kernels'}\n")
+    with pytest.raises(ConfigError, match=r"No module named '\w+'.*with its dependencies"):
+        find_python(str(tmp_path / "env/bin/python"))
+
+
 def test_this_interpreter_needs_no_second_process() -> None:
     assert find_python(sys.executable) is None
     assert find_python(None) is None
@@ -70,7 +103,7 @@ def test_this_interpreter_needs_no_second_process() -> None:
     [
         pytest.param("/no/such/python", "does not exist", id="missing-path"),
         pytest.param("no_such_environment", "conda", id="no-such-conda-environment"),
-        pytest.param("/bin/sh", "cannot import stream_engine", id="no-python"),
+        pytest.param("/bin/sh", "is no python", id="no-python"),
     ],
 )
 def test_a_wrong_path_is_one_line_before_any_work(
