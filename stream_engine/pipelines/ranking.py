@@ -139,16 +139,10 @@ def rank_by_reward(
     bottom_by_avg = {score.index for score in by_avg[-rank:]}
     best = [score for score in by_sum[:rank] if score.index in top_by_avg]
     worst = [score for score in by_sum[-rank:] if score.index in bottom_by_avg]
-    num_words = {index: len(text) for index, text in texts.words.items()}
     if strict_follow_rank:
         matches = list(zip(best, worst if compat == "rlaifv" else reversed(worst)))
     else:
-        matches = [
-            (chosen, rejected)
-            for chosen in best
-            for rejected in worst
-            if abs(num_words[chosen.index] - num_words[rejected.index]) < distance
-        ]
+        matches = of_similar_length(best, worst, texts, distance=distance)
     if compat == "rlaifv":
         return [
             _pair(rewards.key, chosen, rejected, component="sum")
@@ -160,6 +154,19 @@ def rank_by_reward(
         for chosen, rejected in matches
         if chosen.scores["sum"] > rejected.scores["sum"]
     )
+
+
+def of_similar_length(
+    best: Sequence[AnswerScore], worst: Sequence[AnswerScore], texts: AnswerTexts, *, distance: int
+) -> list[tuple[AnswerScore, AnswerScore]]:
+    """Any of the best with any of the worst whose word counts differ by less than `distance`."""
+    num_words = {index: len(text) for index, text in texts.words.items()}
+    return [
+        (chosen, rejected)
+        for chosen in best
+        for rejected in worst
+        if abs(num_words[chosen.index] - num_words[rejected.index]) < distance
+    ]
 
 
 def rank_by_denied_facts(
