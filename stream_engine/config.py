@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ import msgspec
 
 from stream_engine.errors import ConfigError
 
-PartT = TypeVar("PartT", bound=msgspec.Struct)
+PartT = TypeVar("PartT")
 
 
 Stage = Literal["rollouts", "rewards"]
@@ -39,7 +40,8 @@ class ModelRole(msgspec.Struct, frozen=True):
     """False: it only scores given text, so that its engine keeps no room for answers."""
 
 
-class InputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
     """Where samples come from and how they are cut into shards."""
 
     dataset_path: tuple[str, ...] = ()
@@ -54,7 +56,8 @@ class InputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     those too long for their width: more than twice that on a square, or 200 times as long."""
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
     """Which checkpoints, and where they run."""
 
     instruct_model_path: str | None = None
@@ -85,7 +88,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A folder on a local drive, for --offload nvme."""
 
 
-class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
     """How answers are drawn. None: the checkpoint's generation_config.json, then the default."""
 
     sample_k: int = 10
@@ -97,7 +101,8 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int = 0
 
 
-class RankingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class RankingConfig:
     """How scored answers become pairs."""
 
     rank: int = 3
@@ -114,7 +119,8 @@ class RankingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """rlaifv: the ancestor's selection rules, with words of our own (see README)."""
 
 
-class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
     """What is written at the end."""
 
     format: tuple[str, ...] = ("rlaifv",)
@@ -123,7 +129,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Also write readable intermediate files under debug/."""
 
 
-class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
     """How workers share shards."""
 
     max_shard_retries: int = 2
@@ -138,8 +145,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     accelerator. The batch then depends on timing, and log-probs on it in their last bits."""
 
 
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every setting of a run. The parts above document their fields; names are the same.
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(
+    InputConfig, ModelConfig, SamplingConfig, RankingConfig, OutputConfig, WorkerConfig
+):
+    """Every setting of a run: its own, and those of the parts above.
 
     Raises:
         ConfigError: from `RunConfig.create` and `validate`, with the value and the rule.
@@ -153,55 +163,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Discard results that other settings made, instead of refusing."""
     beta: float = 0.1
     """The DPO beta of the implicit reward."""
-    pipeline_options: dict[str, Any] = {}
+    pipeline_options: dict[str, Any] = field(default_factory=dict)
     """Settings of the chosen pipeline alone, checked against its own Config."""
-
-    dataset_path: tuple[str, ...] = ()
-    image_root: str | None = None
-    samples_per_shard: int = 128
-    max_samples: int | None = None
-    max_image_pixels: int = 178_956_970
-
-    instruct_model_path: str | None = None
-    instruct_model_name: str | None = None
-    reward_model_path: str | None = None
-    reward_model_name: str | None = None
-    reward_model_python_path: str | None = None
-    vision_tower_path: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_batch_tokens: int | None = None
-    max_rows: int | None = None
-    placement: Literal["auto", "together", "staged"] = "auto"
-    tensor_parallel: int = 1
-    offload: Literal["cpu", "nvme"] | None = None
-    offload_path: str | None = None
-
-    sample_k: int = 10
-    temperature: float = 0.7
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-
-    rank: int = 3
-    distance: int = 25
-    strict_follow_rank: bool = False
-    max_pairs_per_sample: int = 3
-    similarity_threshold: float = 0.9
-    max_length_bias: float = 0.5
-    compat: Literal["rlaifv"] | None = None
-
-    format: tuple[str, ...] = ("rlaifv",)
-    max_part_bytes: int = 400_000_000
-    debug: bool = False
-
-    max_shard_retries: int = 2
-    retry_backoff_s: float = 2.0
-    lease_timeout_s: float = 60.0
-    max_bad_fraction: float = 0.5
-    look_ahead: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -210,16 +173,17 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def create(cls, settings: dict[str, Any]) -> RunConfig:
         """Build from plain names and values; unknown names are refused with the nearest known."""
         for name in settings:
-            if name not in cls.__struct_fields__:
-                raise ConfigError(f"unknown setting {name!r}{nearest(name, cls.__struct_fields__)}")
+            if name not in names_of(cls):
+                raise ConfigError(f"unknown setting {name!r}{nearest(name, names_of(cls))}")
         settings = dict(settings)
         for name in ("dataset_path", "format"):
             if isinstance(settings.get(name), str):
                 settings[name] = tuple(part for part in settings[name].split(",") if part)
         try:
-            return msgspec.convert(settings, cls, strict=False)
+            given = msgspec.convert(settings, cls, strict=False)
         except msgspec.ValidationError as error:
             raise ConfigError(f"bad setting: {error}") from error
+        return replace(given)  # msgspec leaves inherited defaults to the class
 
     def validate(self) -> None:
         """Check every rule that needs no file."""
@@ -266,11 +230,16 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def part(self, kind: type[PartT]) -> PartT:
         """The settings of one part, as that part's type."""
-        return kind(**{name: getattr(self, name) for name in kind.__struct_fields__})
+        return kind(**{name: getattr(self, name) for name in names_of(kind)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain builtins, as stored in run.json; `RunConfig.create` reads them back."""
         return msgspec.to_builtins(self)
+
+
+def names_of(part: type) -> tuple[str, ...]:
+    """The names of a part's settings, in order."""
+    return tuple(field.name for field in fields(part))
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:

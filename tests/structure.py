@@ -155,7 +155,8 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]) -> int:
+    """Print the house; 1 when an arrow runs up or files import themselves through others."""
     imports = file_imports()
     arrows = room_arrows(imports)
     rooms = {room_of(module) for module in imports if module not in FRONT_DOOR} - {KERNELS}
@@ -168,7 +169,8 @@ def main(words: list[str]) -> None:
         print(f"up: {arrow[0]} -> {arrow[1]}", *arrows[arrow], sep="\n    ")
     for members in found:
         print(f"circle: {', '.join(members)}")
+    return 1 if up or found else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

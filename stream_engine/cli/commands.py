@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def append(args: argparse.Namespace) -> int:
     config, given = config_of_run(args), read_settings(args)
     if not args.dataset_path:
         raise ConfigError("append needs --dataset_path, the dataset to add")
-    new = msgspec.structs.replace(
+    new = dataclasses.replace(
         config,
         dataset_path=tuple(given["dataset_path"]),
         max_samples=given.get("max_samples"),  # the run's own is of what it was given with
@@ -95,7 +96,7 @@ def retry_failed(args: argparse.Namespace) -> int:
         return 0
     known = state.refresh().manifest.inputs  # those that are to be read again are so marked there
     unread = [path for path in config.dataset_path if canonical_source(path) not in known]
-    return finish(args, run(msgspec.structs.replace(config, dataset_path=tuple(unread))))
+    return finish(args, run(dataclasses.replace(config, dataset_path=tuple(unread))))
 
 
 def finish(args: argparse.Namespace, report: RunReport) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import sys
 import types
@@ -28,12 +29,13 @@ from stream_engine.config import (
     SamplingConfig,
     WorkerConfig,
     load_config_file,
+    names_of,
     nearest,
 )
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
 
-GROUPS: dict[str, type[msgspec.Struct]] = {
+GROUPS: dict[str, type] = {
     "the run": RunConfig,
     "input": InputConfig,
     "models": ModelConfig,
@@ -96,7 +98,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for title, part in GROUPS.items():
         group = parser.add_argument_group(title)
         skipped = in_parts.union(NOT_FLAGS) if part is RunConfig else frozenset()
-        for field in msgspec.structs.fields(part):
+        for field in settings_of(part):
             if field.name not in skipped:
                 _add_flag(group, field, field_docs(part).get(field.name, ""))
     added: set[str] = set()
@@ -123,20 +125,20 @@ def read_settings(args: argparse.Namespace, base: dict[str, Any] | None = None) 
     given = {ALIASES.get(name, name): value for name, value in given.items()}
     given |= given.pop("pipeline_options", None) or {}
     name = args.pipeline_name or given.get("pipeline_name") or settings.get("pipeline_name")
-    settings["pipeline_name"] = name or RunConfig.__struct_defaults__[0]
+    settings["pipeline_name"] = name or RunConfig.pipeline_name
     options = {f.name: f for f in own_fields(pipeline_class(settings["pipeline_name"]).Options)}
     chosen = {k: v for k, v in settings.get("pipeline_options", {}).items() if k in options}
     for name, value in given.items():
-        if name in RunConfig.__struct_fields__:
+        if name in names_of(RunConfig):
             settings[name] = value
         elif name in options:
             chosen[name] = value
         else:
-            known = [*RunConfig.__struct_fields__, *options]
+            known = [*names_of(RunConfig), *options]
             raise ConfigError(
                 f"{args.config}: unknown setting {name!r}{elsewhere(name) or nearest(name, known)}"
             )
-    for field in msgspec.structs.fields(RunConfig):
+    for field in settings_of(RunConfig):
         if (text := getattr(args, field.name, None)) is not None:
             settings[field.name] = convert_flag(field.name, text, field.type)
     for name in option_names():
@@ -186,19 +188,30 @@ def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> N
 def elsewhere(name: str) -> str:
     """`"; it belongs to --pipeline_name x"` when another pipeline has an option of that name."""
     for pipeline in known_pipelines():
-        if name in names_of(pipeline_class(pipeline).Options):
+        if name in pipeline_class(pipeline).Options.__struct_fields__:
             return f"; it belongs to --pipeline_name {pipeline}"
     return ""
 
 
-def names_of(part: type[msgspec.Struct]) -> tuple[str, ...]:
-    return part.__struct_fields__
+class Setting(msgspec.Struct, frozen=True):
+    """A field that is a flag: of a part of RunConfig, or of a pipeline's options."""
+
+    name: str
+    type: Any
+    default: Any
 
 
-def own_fields(options: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+def settings_of(part: type) -> list[Setting]:
+    """The fields of a part of RunConfig, a dataclass, or of a pipeline's options, a Struct."""
+    if dataclasses.is_dataclass(part):
+        kinds = typing.get_type_hints(part)
+        return [Setting(f.name, kinds[f.name], f.default) for f in dataclasses.fields(part)]
+    return [Setting(f.name, f.type, f.default) for f in msgspec.structs.fields(part)]
+
+
+def own_fields(options: type[msgspec.Struct]) -> list[Setting]:
     """A pipeline's options that are not also settings of the run."""
-    fields = msgspec.structs.fields(options)
-    return [field for field in fields if field.name not in RunConfig.__struct_fields__]
+    return [field for field in settings_of(options) if field.name not in names_of(RunConfig)]
 
 
 def option_names() -> list[str]:
@@ -209,14 +222,14 @@ def option_names() -> list[str]:
 
 def boolean_flags() -> frozenset[str]:
     """Names of the settings, and of every pipeline's options, that are true or false."""
-    parts: list[type[msgspec.Struct]] = [RunConfig]
+    parts: list[type] = [RunConfig]
     parts += [pipeline_class(name).Options for name in known_pipelines()]
-    fields = (field for part in parts for field in msgspec.structs.fields(part))
+    fields = (field for part in parts for field in settings_of(part))
     return frozenset(field.name for field in fields if field.type is bool)
 
 
 @cache
-def field_docs(part: type[msgspec.Struct]) -> dict[str, str]:
+def field_docs(part: type) -> dict[str, str]:
     """The string that stands below each field in the source: its documentation."""
     module = config_module if part.__module__ == config_module.__name__ else None
     source = inspect.getsource(module or sys.modules[part.__module__])
@@ -236,8 +249,9 @@ def field_docs(part: type[msgspec.Struct]) -> dict[str, str]:
     return docs
 
 
-def _add_flag(group: Any, field: msgspec.structs.FieldInfo, doc: str) -> None:
-    default = field.default if field.default is not msgspec.NODEFAULT else None
+def _add_flag(group: Any, field: Setting, doc: str) -> None:
+    has_default = field.default not in (msgspec.NODEFAULT, dataclasses.MISSING)
+    default = field.default if has_default else None
     names = [f"--{field.name}", *(f"--{a}" for a, name in ALIASES.items() if name == field.name)]
     text = doc.replace("%", "%%")
     if default not in (None, (), False, ""):

@@ -21,6 +21,7 @@ are a torch.distributed world of their own. Decode steps are not captured as CUD
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -30,7 +31,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -79,7 +79,8 @@ def load_spread(
         raise ConfigError("tensor_parallel needs ranks: start with torchrun or deepspeed")
     stated = read_json(checkpoint / "config.json")
     dtype = resolve_dtype(config, stated, WeightFiles(checkpoint))
-    on_host = msgspec.structs.replace(config, device="cpu", dtype=str(dtype).removeprefix("torch."))
+    name: Any = str(dtype).removeprefix("torch.")
+    on_host = dataclasses.replace(config, device="cpu", dtype=name)
     with mapped_weights(device.type != "cpu"):
         model = load_model(checkpoint, on_host, name_hint=name_hint)
     if config.offload:

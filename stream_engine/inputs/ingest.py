@@ -11,6 +11,7 @@ The caller holds the lease "ingest": there is one ingest at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -103,7 +104,7 @@ def as_far_as_before(config: InputConfig, before: InputInfo | None) -> InputConf
     """The settings to read an input again with: never less of it than an earlier reading took."""
     if before is None or not covers(before, config.max_samples):
         return config
-    return msgspec.structs.replace(config, max_samples=before.max_samples)
+    return dataclasses.replace(config, max_samples=before.max_samples)
 
 
 class InputReading:

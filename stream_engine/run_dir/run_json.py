@@ -27,6 +27,7 @@ from stream_engine.config import (
     RankingConfig,
     RunConfig,
     Stage,
+    names_of,
 )
 from stream_engine.errors import ConfigError, SettingsChangedError
 from stream_engine.records import SCHEMA_VERSION
@@ -224,7 +225,7 @@ def changed_inputs(run_file: RunFile, stages: Mapping[Stage, StageInputs]) -> li
 
 def ranking_changes(run_file: RunFile, config: RunConfig) -> list[str]:
     """A note when settings of the last stage alone changed: only the merge is done again."""
-    names = RankingConfig.__struct_fields__ + OutputConfig.__struct_fields__
+    names = names_of(RankingConfig) + names_of(OutputConfig)
     before = run_file.config()
     changes = [
         f"{name} {shown(getattr(before, name))} -> {shown(getattr(config, name))}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig, Stage
 from stream_engine.pipelines.base import Pipeline
@@ -78,7 +77,7 @@ class LoadedEngines:
 
             config = self.pipeline.config
             self._device = self._device or set_device(self.rank, config.device)
-            models = msgspec.structs.replace(config.part(ModelConfig), device=self._device)
+            models = dataclasses.replace(config.part(ModelConfig), device=self._device)
             started = time.monotonic()
             engine = self._loaded[key] = load_engine(role, models, config.part(SamplingConfig))
             seconds = time.monotonic() - started

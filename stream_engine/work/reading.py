@@ -5,13 +5,12 @@ Knows nothing of models. Too large a share of bad records stops the run early.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
-
-import msgspec
 
 from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
 from stream_engine.errors import ConfigError
@@ -110,7 +109,7 @@ class InputQueue:
     def reading_settings(self, source: str) -> InputConfig:
         part = self.settings
         if source in self.limits:
-            part = msgspec.structs.replace(part, max_samples=self.limits[source])
+            part = dataclasses.replace(part, max_samples=self.limits[source])
         return part
 
     def ingest_progress(self, report: IngestReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -114,7 +115,7 @@ def run_as_worker(
     state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
     here = config
     if elsewhere and config.run_stage is None:
-        here = msgspec.structs.replace(config, run_stage=0)
+        here = dataclasses.replace(config, run_stage=0)
     worker = Worker(run_dir, here, pipeline, fingerprints, rank=rank, view=view, team=team)
     works = "work" in steps and config.run_stage != 2
     do_shards = works and not (elsewhere and config.run_stage == 1)

@@ -15,7 +15,7 @@ from stream_engine.cli.flags import (
     refuse_unknown,
 )
 from stream_engine.cli.main import COMMANDS, main
-from stream_engine.config import RunConfig
+from stream_engine.config import RunConfig, names_of
 from stream_engine.errors import ConfigError
 
 ANCESTOR_FLAGS = (
@@ -99,7 +99,7 @@ def test_every_setting_has_a_flag_that_sets_it() -> None:
     parser = LineParser(prog="test")
     add_settings(parser)
     flags = {action.dest: action.option_strings for action in parser._actions}
-    for name in set(RunConfig.__struct_fields__) - {"pipeline_options"}:
+    for name in set(names_of(RunConfig)) - {"pipeline_options"}:
         assert f"--{name}" in flags[name]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from stream_engine.config import ModelConfig, RunConfig
@@ -137,7 +137,7 @@ def test_the_plan_says_how_answers_are_drawn_and_what_is_not_inherited(tmp_path:
     shutil.copytree(settings.instruct_model_path, instruct)
     path = instruct / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": 1}))
-    settings = msgspec.structs.replace(settings, instruct_model_path=str(instruct))
+    settings = dataclasses.replace(settings, instruct_model_path=str(instruct))
     lines = [line[10:] for line in plan_lines(settings) if line.startswith("sampling ")]
     values, note = lines  # of the instruct model alone: the reward model draws nothing
     assert values.startswith("instruct: temperature 0.7 (run), ")
@@ -242,7 +242,7 @@ def test_a_reward_model_for_another_python_need_not_be_known_here(
     stated = json.loads((reward / "config.json").read_text())
     changed = {"model_type": "acme", "architectures": ["AcmeForCausalLM"]}
     (reward / "config.json").write_text(json.dumps(stated | changed))
-    settings = msgspec.structs.replace(settings, reward_model_path=str(reward))
+    settings = dataclasses.replace(settings, reward_model_path=str(reward))
     with pytest.raises(StreamEngineError, match="Acme"):
         list(plan_lines(settings))
     monkeypatch.setattr("stream_engine.work.plan.find_python", lambda setting: Path(sys.executable))
