@@ -1,4 +1,4 @@
 """Pairs as trainers read them: formats, dataset card, and the check of what was written.
 
-Knows no run in progress and imports no torch. Open formats.py first.
+Knows no run in progress and imports no torch. Open formats/__init__.py first.
 """

@@ -14,7 +14,8 @@ from typing import Any
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.outputs.formats import EXPORTS, ParquetExport
+from stream_engine.outputs.formats import EXPORTS
+from stream_engine.outputs.formats.base import ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
 from stream_engine.records import Failure
 from stream_engine.run_dir.paths import RunDir

@@ -25,7 +25,8 @@ import msgspec
 from stream_engine.config import RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.outputs.card import content_hash, dataset_card
-from stream_engine.outputs.formats import PairRow, export_class
+from stream_engine.outputs.formats import export_class
+from stream_engine.outputs.formats.base import PairRow
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.merge_debug import DebugFiles

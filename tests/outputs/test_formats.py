@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from stream_engine.errors import ConfigError
-from stream_engine.outputs.formats import EXPORTS, Export, PairRow, export_class
+from stream_engine.outputs.formats import EXPORTS, export_class
+from stream_engine.outputs.formats.base import Export, PairRow
 from stream_engine.outputs.parquet import Part, arrow_schema
 from stream_engine.records import PreferencePair
 from tests.synthetic import (

@@ -19,7 +19,7 @@ from stream_engine.errors import (
     MissingStageError,
     ShardReadError,
 )
-from stream_engine.outputs.formats import RlaifvExport
+from stream_engine.outputs.formats.rlaifv import RlaifvExport
 from stream_engine.pairs import merger
 from stream_engine.pairs.merger import export, merge, merge_is_current
 from stream_engine.records import PreferencePair, Sample, SampleRewards, SampleRollouts
