@@ -1,16 +1,23 @@
-"""Pictures as bytes: checked by decoding them once, turned upright, and what Pillow makes of them.
+"""Pictures as bytes: checked by decoding them once, made plain, and what Pillow makes of them.
+
+What is stored of a picture is what everybody sees: `convert("RGB")`, a browser and a model agree on
+it. A picture of which they would not (transparent, turned by EXIF, 16 bits deep, CMYK, animated) is
+encoded anew when it is read, once; all others keep their bytes.
 
 The only module that opens Pillow on foreign bytes. Knows no row and no file: those are found and
 fenced in by inputs/images.py. Every problem is a RecordError with one of the reasons
-image_too_large, image_too_long, unsupported_pixel_depth, truncated_image, undecodable_image.
+image_too_large, image_too_long, unsupported_pixel_depth, truncated_image, damaged_image,
+undecodable_image.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
+from typing import NamedTuple
 
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import get_sampling
@@ -56,17 +63,44 @@ TURNS = {
 }
 """What brings a picture upright, by its EXIF orientation; the others are upright."""
 
+CHANGES = {
+    "first_frame": "animated or of several pages: the first one was taken",
+    "turned": "turned upright, as their EXIF orientation says",
+    "depth": "16 bits deep: brought to 8",
+    "colours": "in CMYK or other colours: brought to RGB",
+    "transparency": "transparent: put on white",
+}
+"""What is done to pictures when they are read, in words."""
+
+FOREIGN_COLOURS = frozenset(("CMYK", "YCbCr", "LAB", "HSV"))
+JPEG_FORMATS = ("JPEG", "MPO")
+
+DAMAGE = re.compile(r"premature end|bad Huffman|instead of RST", re.IGNORECASE)
+"""libjpeg-turbo's warnings (jerror.h) of data that it could not read and guessed."""
+SURPLUS_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0x(?:d\d|c4|da)")
+MAX_SURPLUS_BYTES = 8
+"""Before a mark in or behind the pixels; some cameras pad. More: decoding lost its way there."""
+
 JPEG_QUALITY = 95
 HALF_WIDTH_SAMPLING = 1
 """Pillow's number for 4:2:2, which a quarter turn makes 4:4:0; that it cannot write."""
 
 
-def check_image(data: bytes, max_pixels: int) -> bool:
-    """Decode an image completely, and raise RecordError when that fails or it is too large.
+class Picture(NamedTuple):
+    """A picture as it is stored, and what was done to it (of CHANGES); () when nothing was."""
 
-    Returns whether it is upright; `turned_upright` makes it so. The size is read from the header
-    first, so that a bomb is refused before it is decoded. JPEG is decoded at an eighth of its size:
-    all of its data is read, in a fraction of the time.
+    data: bytes
+    changes: tuple[str, ...]
+
+
+def read_picture(data: bytes, max_pixels: int) -> Picture:
+    """Decode a picture completely and make it plain.
+
+    The size is read from the header first, so that a bomb is refused before it is decoded. A JPEG
+    is decoded at an eighth of its size: all of its data is read, in a fraction of the time.
+
+    Raises:
+        RecordError: when it cannot be decoded to its end, is damaged, or is too large.
     """
     is_identified = False
     try:
@@ -75,20 +109,43 @@ def check_image(data: bytes, max_pixels: int) -> bool:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 is_identified = True
                 check_size(*image.size, max_pixels)
-                check_depth(image)
+                is_jpeg = image.format in JPEG_FORMATS
                 if image.format == "PNG":
                     image.verify()  # checksums and the end chunk, which decoding skips
+            if is_jpeg:
+                check_jpeg(data)
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                image.draft("RGB", (1, 1))
+                if is_jpeg:
+                    image.draft("RGB", (1, 1))
                 image.load()
-                return orientation_of(image) not in TURNS
+                changes = changes_of(image)
+            return Picture(encoded_anew(data) if changes else data, changes)
     except Image.DecompressionBombError as error:
         raise RecordError("image_too_large", str(error)) from error
     except DECODE_ERRORS as error:
         is_cut = looks_cut(data, error, is_identified)
         reason = "truncated_image" if is_cut else "undecodable_image"
-        detail = "not an image in a known format" if not is_identified else str(error)
+        detail = str(error) if is_identified else f"not a picture in a known format: {error}"
         raise RecordError(reason, detail) from error
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raise RecordError for a JPEG whose data libjpeg mends by guessing: half of it turns grey.
+
+    Pillow takes such a picture without a word. What libjpeg refuses outright, or cannot convert
+    (CMYK), is left to Pillow.
+    """
+    import simplejpeg  # libjpeg-turbo with its warnings as errors
+
+    try:
+        simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=1, strict=True)
+    except ValueError as error:
+        message = str(error)
+        if "Premature end of JPEG file" in message:
+            raise RecordError("truncated_image", message) from error
+        surplus = SURPLUS_BYTES.search(message)
+        if DAMAGE.search(message) or (surplus and int(surplus[1]) > MAX_SURPLUS_BYTES):
+            raise RecordError("damaged_image", message) from error
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -107,17 +164,70 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def check_depth(image: Image.Image) -> None:
-    """Raise RecordError for pixels of more than 8 bits, which no model's front end can show.
+def changes_of(image: Image.Image) -> tuple[str, ...]:
+    """What makes a loaded picture plain, of CHANGES.
 
-    Pillow cuts them off at 255 on the way to RGB: a depth map or a scan becomes a white sheet.
+    Raises:
+        RecordError: for pixels whose range nobody but the user knows.
     """
-    if image.mode.startswith("I") or image.mode == "F":
+    depth = image.mode if image.mode.startswith(("I", "F")) else ""
+    if depth:
+        check_depth(image)
+    is_present = {
+        "first_frame": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",
+        "turned": orientation_of(image) in TURNS,
+        "depth": bool(depth),
+        "colours": image.mode in FOREIGN_COLOURS,
+        "transparency": is_transparent(image),
+    }
+    return tuple(name for name in CHANGES if is_present[name])
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raise RecordError for floats and 32-bit integers, whose black and white are not told."""
+    if image.mode == "F" or (image.mode == "I" and not fits_16_bits(image)):
         raise RecordError(
             "unsupported_pixel_depth",
-            f"{image.mode} pixels (16 or 32 bits, or floats) would all turn white or black as RGB; "
+            f"{image.mode} pixels (32 bits, or floats) have no black and white of their own; "
             "scale them to 8 bits, which only you know how to do",
         )
+
+
+def fits_16_bits(image: Image.Image) -> bool:
+    """Whether a picture of 32-bit integers holds 16-bit ones, as Pillow reads some formats."""
+    low, high = image.getextrema()
+    return image.format in ("PNG", "PPM") and low >= 0 and high < 1 << 16  # type: ignore[operator]
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether some pixel of a loaded image lets through what lies behind it."""
+    if not image.has_transparency_data:
+        return False
+    alpha = image if image.mode in ("RGBA", "LA", "PA") else image.convert("RGBA")
+    lowest, _ = alpha.getchannel("A").getextrema()
+    return lowest < 255  # type: ignore[operator]
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A loaded image upright, of 8 bits, in a mode that `convert("RGB")` only spreads out."""
+    image = eight_bits(upright(image))
+    if is_transparent(image):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of up to 16 bits as 8: the highest bits that the picture uses, as viewers scale it.
+
+    Pillow's own way to RGB cuts off at 255: a depth map or a scan becomes a white sheet.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    grey = image.convert("I")
+    _, high = grey.getextrema()
+    shift = max(0, int(high).bit_length() - 8)  # type: ignore[arg-type]
+    return grey.point(lambda value: value * (1 / (1 << shift))).convert("L")
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -134,27 +244,29 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def turned_upright(data: bytes) -> bytes:
-    """An image that `check_image` passed, encoded anew: upright, without its EXIF and XMP data.
+def encoded_anew(data: bytes) -> bytes:
+    """A picture made plain, its first frame, without EXIF and XMP data.
 
     A JPEG stays one, of quality 95 and with its own subsampling of colours (full colours where
     its halves would change sides); all others are encoded without loss.
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         image.load()
-        profile = image.info.get("icc_profile")
+        shown = plain(image)
+        is_same_space = image.mode not in FOREIGN_COLOURS and not image.mode.startswith("I")
+        profile = image.info.get("icc_profile") if is_same_space else None
         buffer = io.BytesIO()
-        if image.format in ("JPEG", "MPO"):
+        if image.format in JPEG_FORMATS:
             sampling = get_sampling(image)
             if sampling == HALF_WIDTH_SAMPLING or sampling < 0:
                 sampling = 0
-            upright(image).save(
+            shown.save(
                 buffer, "JPEG", quality=JPEG_QUALITY, subsampling=sampling, icc_profile=profile
             )
         elif image.format == "WEBP":
-            upright(image).save(buffer, "WEBP", lossless=True, exact=True, icc_profile=profile)
+            shown.save(buffer, "WEBP", lossless=True, exact=True, icc_profile=profile)
         else:
-            upright(image).save(buffer, "PNG", icc_profile=profile)
+            shown.save(buffer, "PNG", icc_profile=profile)
     return buffer.getvalue()
 
 
@@ -180,5 +292,6 @@ def decode_image(data: bytes, path: str) -> Image.Image:
         decoded.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RecordError("undecodable_image", f"{path}: {error}") from error
-    check_depth(decoded)
-    return upright(decoded)
+    if decoded.mode.startswith(("I", "F")):
+        check_depth(decoded)
+    return eight_bits(upright(decoded))

@@ -20,7 +20,7 @@ from typing import Any
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs.images import decode_base64, read_image_file
-from stream_engine.pictures import check_image, turned_upright
+from stream_engine.pictures import read_picture
 from stream_engine.records import EncodedImage, Sample, sample_key
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 
@@ -109,9 +109,7 @@ def images_of(row: Row, folder: str, config: InputConfig) -> tuple[EncodedImage,
         data, path = image_content(value, folder, config)
         if not path and isinstance(default_path, str):
             path = default_path
-        if not check_image(data, config.max_image_pixels):
-            data = turned_upright(data)
-        images.append(EncodedImage(data, path))
+        images.append(EncodedImage(read_picture(data, config.max_image_pixels).data, path))
     return tuple(images)
 
 

@@ -263,10 +263,10 @@ def text_problems(question: str, chosen: str, rejected: str) -> Iterator[str]:
 
 def image_problems(data: bytes) -> Iterator[str]:
     """Whether an image decodes to its last row."""
-    from stream_engine.pictures import check_image
+    from stream_engine.pictures import read_picture
 
     try:
-        check_image(data, InputConfig().max_image_pixels)
+        read_picture(data, InputConfig().max_image_pixels)
     except RecordError as error:
         yield f"image: {error}"
 

@@ -237,7 +237,7 @@ def test_undecodable_image_is_a_record_error():
 
 def test_pixels_that_would_turn_white_are_a_record_error():
     buffer = BytesIO()
-    Image.new("I;16", (4, 4), 40_000).save(buffer, "PNG")
+    Image.new("F", (4, 4), 40_000).save(buffer, "TIFF")
     with pytest.raises(RecordError) as caught:
         decode_image(buffer.getvalue(), "a.png")
     assert caught.value.reason == "unsupported_pixel_depth"
