@@ -1,6 +1,6 @@
 """The house as its import statements draw it: rooms, arrows between them, and what is out of order.
 
-    python -m tests.structure            the counts, arrows that run up, circles
+    python -m tests.structure            the counts, arrows that run up, circles, what is too long
     python -m tests.structure --arrows   every arrow between rooms as well
 
 A room is a folder of `stream_engine` or one of the files beside them; the package `stream_kernels`
@@ -41,6 +41,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
 )
 """From the ground up. A room imports only rooms of floors below its own."""
+
+MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FUNCTION = 60  # from its `def` to its last line
 
 
 @functools.cache
@@ -155,13 +158,29 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def too_long(path: Path) -> list[str]:
+    """What of a file is longer than it may be, each as `path:line: name, number of lines`."""
+    text = path.read_text(encoding="utf-8")
+    spans = [
+        (node.lineno, node.name, (node.end_lineno or 0) - node.lineno + 1)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    found = [span for span in spans if span[2] > MOST_LINES_OF_A_FUNCTION]
+    num_lines = len(text.splitlines())
+    if num_lines > MOST_LINES_OF_A_FILE:
+        found.append((1, "the file", num_lines))
+    return [f"{path}:{line}: {name}, {lines} lines" for line, name, lines in sorted(found)]
+
+
 def main(words: list[str]) -> int:
-    """Print the house; 1 when an arrow runs up or files import themselves through others."""
+    """Print the house; 1 when an arrow runs up, files form a circle, or something is too long."""
     imports = file_imports()
     arrows = room_arrows(imports)
     rooms = {room_of(module) for module in imports if module not in FRONT_DOOR} - {KERNELS}
     up = [arrow for arrow in arrows if runs_up(arrow)]
     found = circles(imports)
+    long = [text for path in modules().values() for text in too_long(path)]
     print(f"{len(rooms)} rooms, {len(arrows)} arrows, {len(up)} up, {len(found)} circles")
     for arrow in sorted(arrows) if "--arrows" in words else ():
         print(f"{arrow[0]} -> {arrow[1]}  ({len(arrows[arrow])})")
@@ -169,7 +188,9 @@ def main(words: list[str]) -> int:
         print(f"up: {arrow[0]} -> {arrow[1]}", *arrows[arrow], sep="\n    ")
     for members in found:
         print(f"circle: {', '.join(members)}")
-    return 1 if up or found else 0
+    for text in long:
+        print(f"too long: {text}")
+    return 1 if up or found or long else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.structure import (
     room_arrows,
     room_of,
     runs_up,
+    too_long,
 )
 
 LIGHT = ("cli", "inputs", "outputs", "pairs", "pipelines", "run_dir", "store")
@@ -54,6 +56,21 @@ def test_a_circle_and_an_arrow_that_runs_up_are_found() -> None:
     }
     assert circles(imports) == [[f"stream_engine.store.{name}" for name in "abc"]]
     assert [arrow for arrow in room_arrows(imports) if runs_up(arrow)] == [("store", "work")]
+
+
+def test_no_file_and_no_function_is_too_long() -> None:
+    assert [text for path in modules().values() for text in too_long(path)] == []
+
+
+def test_a_file_and_a_function_that_are_too_long_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "long.py"
+    body = "    pass\n"
+    path.write_text(f"def fits():\n{body * 59}\nclass A:\n    def f(self):\n{('    ' + body) * 60}")
+    assert too_long(path) == [f"{path}:63: f, 61 lines"]
+    path.write_text("# a line\n" * 401)
+    assert too_long(path) == [f"{path}:1: the file, 401 lines"]
+    path.write_text("# a line\n" * 400)
+    assert too_long(path) == []
 
 
 @pytest.mark.parametrize("room", FILES_KNOWN_TO)

@@ -211,12 +211,19 @@ def save_checkpoint(model: TinyLlava, tokenizer_folder: Path, folder: Path) -> N
             tensors[prefix + name] = tensor
     halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_language_configs(folder, len(model.tokenizer))
+    _write_tower_configs(folder / "vision_tower")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def _write_language_configs(folder: Path, vocab_size: int) -> None:
     _write_json(
         folder / "config.json",
         {
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": "llava_llama",
-            **language_config(len(model.tokenizer)),
+            **language_config(vocab_size),
             "max_length": MAX_POSITIONS,
             "rope_theta": 10000.0,
             "rope_scaling": None,
@@ -249,7 +256,9 @@ def save_checkpoint(model: TinyLlava, tokenizer_folder: Path, folder: Path) -> N
             "max_new_tokens": 64,
         },
     )
-    tower = folder / "vision_tower"
+
+
+def _write_tower_configs(tower: Path) -> None:
     tower.mkdir(exist_ok=True)
     _write_json(
         tower / "config.json",
@@ -276,8 +285,6 @@ def save_checkpoint(model: TinyLlava, tokenizer_folder: Path, folder: Path) -> N
             "size": {"shortest_edge": IMAGE_SIZE},
         },
     )
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copyfile(tokenizer_folder / name, folder / name)
 
 
 def load_checkpoint(folder: Path) -> TinyLlava:

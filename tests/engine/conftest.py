@@ -93,3 +93,14 @@ def full_forward_logps(engine: Engine, prompt, answer: list[int]) -> list[float]
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """Let the machine say that so much is free."""
     monkeypatch.setattr(planner_module, "host_available", lambda share: num_bytes // share)
+
+
+def scored(row) -> tuple[list[int], list[float]]:
+    """Ids and log-probs of a row, the end token included when it was drawn."""
+    if row.end_token_id is None:
+        return row.token_ids, row.token_logps
+    return [*row.token_ids, row.end_token_id], [*row.token_logps, row.end_logp]
+
+
+def drawn(results) -> dict[str, list[list[int]]]:
+    return {result.key: [scored(row)[0] for row in result.rows] for result in results}

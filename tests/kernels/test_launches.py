@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from stream_kernels.gpu import attention, linear_logp, prefix_attention, sample
+from stream_kernels.gpu import (
+    attention,
+    block_stats,
+    choose,
+    linear_logp,
+    prefix_attention,
+    prefix_fused,
+    prefix_split,
+    top_k_top_p,
+)
 from stream_kernels.gpu.attention import attention_with_lse_cuda
 from stream_kernels.gpu.linear_logp import linear_logp_fused
 from stream_kernels.gpu.sample import sample_cuda
@@ -22,7 +31,7 @@ from tests.kernels.sm90 import compiled_launches
 
 LARGEST_AXES = (2**31 - 1, 65535, 65535)
 SHARED_BYTES = 227 << 10
-MODULES = (attention, linear_logp, prefix_attention, sample)
+LAUNCHERS = (attention, block_stats, choose, linear_logp, prefix_fused, prefix_split, top_k_top_p)
 
 
 def attend(batch: int, device: str) -> None:
@@ -32,7 +41,7 @@ def attend(batch: int, device: str) -> None:
     attention_with_lse_cuda(query, key, key, scale=1.0, causal=True, key_lengths=None)
 
 
-def decode(form: str) -> Callable[[int, str], None]:
+def decode(*, is_fused: bool) -> Callable[[int, str], None]:
     def run(rows: int, device: str) -> None:
         def int32(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -42,9 +51,10 @@ def decode(form: str) -> Callable[[int, str], None]:
         slots = torch.empty(rows, 2, 1, 16, device=device)
         groups = (int32(rows, 2), int32(rows, 1))
         keys = (prefix, prefix, *groups, slots, slots, int32(rows), int32(rows))
-        count = 0 if form == "_fused" else 10**9
+        count = 0 if is_fused else 10**9
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefix_attention, "num_processors", lambda device: count)
+            for module in (prefix_attention, prefix_split):
+                patch.setattr(module, "num_processors", lambda device: count)
             prefix_attention.prefix_attention_cuda(query, *keys, scale=1.0)
 
     return run
@@ -68,8 +78,8 @@ WRAPPERS = pytest.mark.parametrize(
     "launch",
     [
         pytest.param(attend, id="attention"),
-        pytest.param(decode("_fused"), id="fused-prefix"),
-        pytest.param(decode("_split"), id="split-prefix"),
+        pytest.param(decode(is_fused=True), id="fused-prefix"),
+        pytest.param(decode(is_fused=False), id="split-prefix"),
         pytest.param(draw, id="sample"),
         pytest.param(score, id="linear-logp"),
     ],
@@ -95,7 +105,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in MODULES:
+    for module in LAUNCHERS:
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder())
@@ -150,8 +160,8 @@ def test_attention_fits_the_chip(size: int, dtype: torch.dtype) -> None:
                 dtype=dtype,
             )
             if rows * heads // kv_heads <= prefix_attention._FUSED_ROWS:
-                prefix_attention._fused(*case, 1.0)
-            prefix_attention._split(*case, 1.0)
+                prefix_fused.attend_fused(*case, 1.0)
+            prefix_split.attend_split(*case, 1.0)
     assert {name for name, _ in launched} == {
         "attention_kernel",
         "fused_kernel",

@@ -3,8 +3,17 @@
 from typing import Any
 
 import pytest
-from stream_kernels.gpu import attention, linear_logp, prefix_attention, sample
+from stream_kernels.gpu import (
+    attention,
+    block_stats,
+    choose,
+    linear_logp,
+    prefix_fused,
+    prefix_split,
+    top_k_top_p,
+)
 from stream_kernels.gpu.launch import tile_options
+from stream_kernels.gpu.scores import BLOCK
 
 from tests.kernels.sm90 import Compiled, compile_for_sm90
 
@@ -137,8 +146,8 @@ def programs_that_fit(compiled: Compiled, num_warps: int) -> int:
     ],
 )
 def test_fused_prefix_attention(heads: int, size: int, group_size: int, side_by_side: int) -> None:
-    options = prefix_attention.fused_options(heads, size, heads, group_size, 2)
-    compiled = build(prefix_attention.fused_kernel, PREFIX | SUFFIX | ROWS, options)
+    options = prefix_fused.fused_options(heads, size, heads, group_size, 2)
+    compiled = build(prefix_fused.fused_kernel, PREFIX | SUFFIX | ROWS, options)
     assert compiled.tensor_core_instructions and compiled.loads_16_bytes
     assert programs_that_fit(compiled, options["num_warps"]) >= side_by_side
 
@@ -152,35 +161,35 @@ def test_fused_prefix_attention(heads: int, size: int, group_size: int, side_by_
     ],
 )
 def test_split_prefix_attention(heads: int, kv_heads: int, group_size: int) -> None:
-    options = prefix_attention.prefix_options(heads, 128, kv_heads, group_size, 2)
-    compiled = build(prefix_attention.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
+    options = prefix_split.prefix_options(heads, 128, kv_heads, group_size, 2)
+    compiled = build(prefix_split.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
     assert compiled.tensor_core_instructions and compiled.loads_16_bytes
-    options = prefix_attention.suffix_options(heads, 128, kv_heads, 2, 2)
-    compiled = build(prefix_attention.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
+    options = prefix_split.suffix_options(heads, 128, kv_heads, 2, 2)
+    compiled = build(prefix_split.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
     assert compiled.tensor_core_instructions and compiled.loads_16_bytes
     assert programs_that_fit(compiled, options["num_warps"]) >= 4
 
 
 def test_counts_of_one_compile() -> None:
     """A single row, as in a model's first decode step: its kernels once failed to compile."""
-    options: dict[str, Any] = prefix_attention.fused_options(32, 128, 32, 1, 2)
-    compile_for_ones(prefix_attention.fused_kernel, PREFIX | SUFFIX | ROWS, options)
-    options = prefix_attention.prefix_options(32, 128, 32, 1, 2)
-    compile_for_ones(prefix_attention.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
-    options = prefix_attention.suffix_options(32, 128, 32, 8, 2)
-    compile_for_ones(prefix_attention.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
+    options: dict[str, Any] = prefix_fused.fused_options(32, 128, 32, 1, 2)
+    compile_for_ones(prefix_fused.fused_kernel, PREFIX | SUFFIX | ROWS, options)
+    options = prefix_split.prefix_options(32, 128, 32, 1, 2)
+    compile_for_ones(prefix_split.prefix_kernel, PREFIX | PARTIAL | ROWS, options)
+    options = prefix_split.suffix_options(32, 128, 32, 8, 2)
+    compile_for_ones(prefix_split.suffix_kernel, SUFFIX | PARTIAL | ROWS, options)
     options = {"KV_HEADS": 32, "CAUSAL": True, "HAS_LENGTHS": True, "D": 128}
     options |= tile_options(1, 128, 2)
     compile_for_ones(attention.attention_kernel, ATTENTION, options)
     options = {"SAME": True, "PLAIN": False, "SUPPRESS": False, "num_warps": 4, "num_stages": 3}
-    options |= {"BLOCK": sample._BLOCK, "BLOCKS_A_PROGRAM": sample._BLOCKS_A_PROGRAM}
-    compile_for_ones(sample.block_stats_kernel, SAMPLE, options)
+    options |= {"BLOCK": BLOCK, "BLOCKS_A_PROGRAM": block_stats.BLOCKS_A_PROGRAM}
+    compile_for_ones(block_stats.block_stats_kernel, SAMPLE, options)
     options = {"GREEDY": False, "FILTERED": True, "SUPPRESS": True, "MAX_BLOCKS": 256}
-    options |= {"BLOCK": sample._BLOCK, "num_warps": 4, "num_stages": 3}
-    compile_for_ones(sample.choose_kernel, SAMPLE, options)
+    options |= {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3}
+    compile_for_ones(choose.choose_kernel, SAMPLE, options)
     options = {"USE_TOP_K": True, "USE_TOP_P": True, "SUPPRESS": True, "DIGITS": 4}
-    options |= {"BLOCK": sample._BLOCK, "MAX_BLOCKS": 32, "num_warps": 8, "num_stages": 3}
-    compile_for_ones(sample.filter_kernel, SAMPLE, options)
+    options |= {"BLOCK": BLOCK, "MAX_BLOCKS": 32, "num_warps": 8, "num_stages": 3}
+    compile_for_ones(top_k_top_p.filter_kernel, SAMPLE, options)
     options = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "TOGETHER": 12}
     options |= {"HAS_BIAS": False, "HAS_SOFTCAP": False, "num_warps": 8, "num_stages": 3}
     compile_for_ones(linear_logp.logp_kernel, LINEAR_LOGP, options)
@@ -200,22 +209,22 @@ def test_float32_attention_keeps_its_products_in_registers(size: int) -> None:
     options: dict[str, Any] = tile_options(1500, size, 4)
     options |= {"KV_HEADS": 4, "CAUSAL": True, "HAS_LENGTHS": True, "D": size}
     build(attention.attention_kernel, in_float32(ATTENTION), options, most_spills=2)
-    options = prefix_attention.fused_options(8, size, 8, 10, 4)
-    build(prefix_attention.fused_kernel, in_float32(PREFIX | SUFFIX | ROWS), options)
-    options = prefix_attention.prefix_options(28, size, 4, 10, 4)
-    build(prefix_attention.prefix_kernel, in_float32(PREFIX | PARTIAL | ROWS), options)
-    options = prefix_attention.suffix_options(28, size, 4, 8, 4)
-    build(prefix_attention.suffix_kernel, in_float32(SUFFIX | PARTIAL | ROWS), options)
+    options = prefix_fused.fused_options(8, size, 8, 10, 4)
+    build(prefix_fused.fused_kernel, in_float32(PREFIX | SUFFIX | ROWS), options)
+    options = prefix_split.prefix_options(28, size, 4, 10, 4)
+    build(prefix_split.prefix_kernel, in_float32(PREFIX | PARTIAL | ROWS), options)
+    options = prefix_split.suffix_options(28, size, 4, 8, 4)
+    build(prefix_split.suffix_kernel, in_float32(SUFFIX | PARTIAL | ROWS), options)
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["", "penalized"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_sampling_reads_the_logits_once_in_16_byte_loads(same: bool, dtype: str) -> None:
     options = {"SAME": same, "PLAIN": False, "SUPPRESS": False, "num_warps": 4, "num_stages": 3}
-    options |= {"BLOCK": sample._BLOCK, "BLOCKS_A_PROGRAM": sample._BLOCKS_A_PROGRAM}
+    options |= {"BLOCK": BLOCK, "BLOCKS_A_PROGRAM": block_stats.BLOCKS_A_PROGRAM}
     arguments = SAMPLE if dtype == "bf16" else in_float32(SAMPLE)
-    compiled = build(sample.block_stats_kernel, arguments, options)
-    reads = sample._BLOCKS_A_PROGRAM * (1 if same else 2) * (1 if dtype == "bf16" else 2)
+    compiled = build(block_stats.block_stats_kernel, arguments, options)
+    reads = block_stats.BLOCKS_A_PROGRAM * (1 if same else 2) * (1 if dtype == "bf16" else 2)
     assert compiled.loads_16_bytes == reads
     assert compiled.registers <= 64  # 8 programs of 128 threads: enough loads in flight
 
@@ -224,15 +233,15 @@ def test_sampling_reads_the_logits_once_in_16_byte_loads(same: bool, dtype: str)
 @pytest.mark.parametrize("filtered", [True, False])
 def test_choosing_a_token_stays_in_registers(greedy: bool, filtered: bool) -> None:
     options = {"GREEDY": greedy, "FILTERED": filtered, "SUPPRESS": True, "MAX_BLOCKS": 256}
-    options |= {"BLOCK": sample._BLOCK, "num_warps": 4, "num_stages": 3}
-    build(sample.choose_kernel, SAMPLE, options)
+    options |= {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3}
+    build(choose.choose_kernel, SAMPLE, options)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(True, False), (False, True), (True, True)])
 def test_filtering_stays_in_registers(top_k: bool, top_p: bool) -> None:
     options: dict[str, Any] = {"USE_TOP_K": top_k, "USE_TOP_P": top_p, "SUPPRESS": True}
-    options |= {"DIGITS": 4, "BLOCK": sample._BLOCK, "MAX_BLOCKS": 32}
-    build(sample.filter_kernel, SAMPLE, options | {"num_warps": 8, "num_stages": 3})
+    options |= {"DIGITS": 4, "BLOCK": BLOCK, "MAX_BLOCKS": 32}
+    build(top_k_top_p.filter_kernel, SAMPLE, options | {"num_warps": 8, "num_stages": 3})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The rows have one image, two, or none.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,14 +23,39 @@ CHAT_TEMPLATE = """\
 """
 
 
+def tiny_configs(vocab_size: int) -> dict[str, Any]:
+    """The text model's and the tower's configuration, by their names in LlavaConfig."""
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    text = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    return {"text_config": text, "vision_config": vision}
+
+
 def save_tiny_llava(folder: Path) -> None:
     """A LLaVA of a few thousand random parameters with 4 image tokens, and its processor."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
@@ -62,28 +88,8 @@ def save_tiny_llava(folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=16,
-    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=specials.index("<image>")
+        **tiny_configs(len(vocabulary)), image_token_index=specials.index("<image>")
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)

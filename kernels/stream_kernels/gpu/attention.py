@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from stream_kernels.gpu.launch import on_own_device, tile_options
-from stream_kernels.gpu.softmax import LOG2_E, NOTHING_SEEN, attend_tile
+from stream_kernels.gpu.softmax import (
+    LOG2_E,
+    attend_tile,
+    load_queries,
+    log2_normaliser,
+    start_softmax,
+    store_output,
+)
 
 
 @on_own_device
@@ -88,14 +95,11 @@ def attention_kernel(
     offs_m = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    in_head = offs_d < D
     row_mask = offs_m < num_rows
-    query_mask = row_mask[:, None] & in_head[None, :]
-    query_offs = (pair * num_rows + offs_m)[:, None] * D + offs_d[None, :]
-    queries = tl.load(query + query_offs, query_mask, other=0.0)
-    peak = tl.full([BLOCK_M], NOTHING_SEEN, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    queries, query_offs, query_mask = load_queries(
+        query, pair * num_rows + offs_m, row_mask, D, BLOCK_D
+    )
+    peak, total, acc = start_softmax(BLOCK_M, BLOCK_D)
 
     end = num_keys
     if HAS_LENGTHS:
@@ -108,7 +112,7 @@ def attention_kernel(
         token = first + offs_n
         there = token < end
         offs = pair_offs + token.to(tl.int64)[:, None] * key_stride + offs_d[None, :]
-        mask = there[:, None] & in_head[None, :]
+        mask = there[:, None] & (offs_d < D)[None, :]
         keys = tl.load(key + offs, mask, other=0.0)
         values = tl.load(value + offs, mask, other=0.0)
         allowed = there[None, :] & row_mask[:, None]
@@ -116,8 +120,6 @@ def attention_kernel(
             allowed = allowed & (token[None, :] <= position[:, None])
         peak, total, acc = attend_tile(queries, keys, values, allowed, peak, total, acc, scale_log2)
 
-    seen = total > 0
-    natural = (peak + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453
-    tl.store(lse + pair * num_rows + offs_m, tl.where(seen, natural, float("-inf")), row_mask)
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    tl.store(out + query_offs, acc.to(out.dtype.element_ty), query_mask)
+    natural = log2_normaliser((peak, total, acc)) * 0.6931471805599453
+    tl.store(lse + pair * num_rows + offs_m, natural, row_mask)
+    store_output(out, query_offs, query_mask, (peak, total, acc))

@@ -133,11 +133,16 @@ def linear_logp_fused(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    peaks, sums, chosen = parts.unbind(0)  # [S, N] each, base 2
+    logps = combine_shares(parts)
+    return logps.masked_fill((targets < 0) | (targets >= vocab_size), torch.nan)
+
+
+def combine_shares(parts: Tensor) -> Tensor:
+    """Log-probs [N] from what each share of the vocabulary left: [3, S, N], see logp_kernel."""
+    peaks, sums, chosen = parts.unbind(0)
     peak = peaks.amax(dim=0)
     lse = peak + torch.log2((sums * torch.exp2(peaks - peak)).sum(dim=0))
-    logps = (chosen.sum(dim=0) - lse) / LOG2_E
-    return logps.masked_fill((targets < 0) | (targets >= vocab_size), torch.nan)
+    return (chosen.sum(dim=0) - lse) / LOG2_E
 
 
 # The launcher makes a constant of a number that is 1, which has no `.to`.
@@ -171,7 +176,6 @@ def logp_kernel(
     local = program - first_tile * splits
     row_start = (first_tile + local % abreast) * BLOCK_N
     split = local // abreast
-
     offs_n = row_start + tl.arange(0, BLOCK_N)
     in_rows = offs_n < num_tokens
     target = tl.load(targets + offs_n, in_rows, other=-1)
@@ -189,10 +193,7 @@ def logp_kernel(
         in_vocab = column < vocab_size
         if HAS_BIAS:
             logits += tl.load(bias + column, in_vocab, other=0.0).to(tl.float32)[None, :]
-        logits *= logit_scale
-        if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1)
-            logits = softcap - 2 * softcap / (tl.exp(2 * logits / softcap) + 1)
+        logits = scale_and_cap(logits, logit_scale, softcap, HAS_SOFTCAP)
         logits = tl.where(in_vocab[None, :], logits * 1.4426950408889634, float("-inf"))
         is_target = column[None, :] == target[:, None]
         chosen += tl.sum(tl.where(is_target, logits, 0.0), 1)
@@ -206,3 +207,13 @@ def logp_kernel(
     tl.store(place, peak, in_rows)
     tl.store(place + plane, total, in_rows)
     tl.store(place + 2 * plane, chosen, in_rows)
+
+
+@triton.jit
+def scale_and_cap(logits, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The product of hidden states and weights as the model has its logits."""
+    logits *= logit_scale
+    if HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        logits = softcap - 2 * softcap / (tl.exp(2 * logits / softcap) + 1)
+    return logits

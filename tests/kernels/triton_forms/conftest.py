@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from stream_kernels.gpu import linear_logp, prefix_attention
+from stream_kernels.gpu import linear_logp, prefix_attention, prefix_split
 
 
 @pytest.fixture(autouse=True)
@@ -16,5 +16,5 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight processors: the work is still split, into fewer programs for the interpreter to run."""
-    for module in (linear_logp, prefix_attention):
+    for module in (linear_logp, prefix_attention, prefix_split):
         monkeypatch.setattr(module, "num_processors", lambda device: 8)

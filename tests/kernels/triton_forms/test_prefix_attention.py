@@ -3,7 +3,9 @@ from typing import Any
 import pytest
 import torch
 from stream_kernels import reference
-from stream_kernels.gpu import prefix_attention as gpu
+from stream_kernels.gpu import prefix_attention
+from stream_kernels.gpu.prefix_fused import attend_fused
+from stream_kernels.gpu.prefix_split import attend_split, prefix_options
 
 from tests.kernels.cases import PrefixCase, prefix_case, prefix_truth
 from tests.kernels.triton_forms.device import DEVICE, DTYPES, OUTPUT_ERROR
@@ -24,7 +26,7 @@ CASES = [
         {"group_sizes": [1, 1], "prefix_lengths": [65, 1], "suffix_lengths": [1, 128]}, id="alone"
     ),
 ]
-FORMS = pytest.mark.parametrize("form", [gpu._fused, gpu._split], ids=["fused", "split"])
+FORMS = pytest.mark.parametrize("form", [attend_fused, attend_split], ids=["fused", "split"])
 HEADS = pytest.mark.parametrize(
     "heads", [(2, 2, 16), (6, 2, 40), (7, 1, 64)], ids=["mha", "gqa", "mqa"]
 )
@@ -64,8 +66,8 @@ def test_groups_with_more_rows_than_a_tile_take_several(dtype: torch.dtype) -> N
         kv_heads=1,
         dtype=dtype,
     )
-    assert gpu.prefix_options(7, 16, 1, 19, dtype.itemsize)["ROW_TILES"] > 1
-    error = (run(gpu._split, case) - prefix_truth(case, 0.25)).abs().max()
+    assert prefix_options(7, 16, 1, 19, dtype.itemsize)["ROW_TILES"] > 1
+    error = (run(attend_split, case) - prefix_truth(case, 0.25)).abs().max()
     assert error <= 2 * OUTPUT_ERROR[dtype]
 
 
@@ -101,7 +103,7 @@ def test_nan_outside_the_spans_and_suffixes_is_not_seen(form: Any) -> None:
 def test_scores_of_hundreds_do_not_overflow() -> None:
     case = prefix_case(**UNEQUAL)
     case = case._replace(query=case.query * 200)
-    for form in (gpu._fused, gpu._split):
+    for form in (attend_fused, attend_split):
         assert (run(form, case) - prefix_truth(case, 0.25)).abs().max() < 1e-3
 
 
@@ -111,9 +113,9 @@ def test_scores_of_hundreds_do_not_overflow() -> None:
 def test_many_groups_without_shared_heads_take_one_launch(
     groups: int, heads: tuple[int, int], fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "num_processors", lambda device: 132)
-    monkeypatch.setattr(gpu, "_fused", lambda *arguments: "fused")
-    monkeypatch.setattr(gpu, "_split", lambda *arguments: "split")
+    monkeypatch.setattr(prefix_attention, "num_processors", lambda device: 132)
+    monkeypatch.setattr(prefix_attention, "attend_fused", lambda *arguments: "fused")
+    monkeypatch.setattr(prefix_attention, "attend_split", lambda *arguments: "split")
     case = prefix_case(
         group_sizes=[10] * groups,
         prefix_lengths=[1] * groups,
@@ -121,4 +123,6 @@ def test_many_groups_without_shared_heads_take_one_launch(
         heads=heads[0],
         kv_heads=heads[1],
     )
-    assert gpu.prefix_attention_cuda(*case, scale=1.0) == ("fused" if fused else "split")
+    assert prefix_attention.prefix_attention_cuda(*case, scale=1.0) == (
+        "fused" if fused else "split"
+    )
