@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
+    parser.add_argument("--tiny", action="store_true", help="only to see that every form runs")
     parser.add_argument("--out", type=Path, help="also write the JSON here, row by row")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
@@ -41,11 +42,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
+    size = "tiny" if arguments.tiny else "quick" if arguments.quick else "full"
     report: dict[str, object] = {"environment": environment(arguments.device)}
     for name in arguments.names:
         rows: list[dict[str, object]] = []
         report[name] = rows
-        for row in BENCHMARKS[name](arguments.device, arguments.rounds, arguments.quick):
+        for row in BENCHMARKS[name](arguments.device, arguments.rounds, size):
             rows.append(row)
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from rounds import Form, extra_mib, interleave, milliseconds, ratio
+from rounds import Form, Size, extra_mib, interleave, milliseconds, of_size, ratio
 from stream_kernels import linear_logp
+from stream_kernels.forms import takes_triton
 from stream_kernels.gemm import linear
 from torch import Tensor
 from torch.nn import functional
@@ -32,12 +33,13 @@ CUDA_SHAPES = [
     (1500, 3584, 152_064),
     (256, 4096, 32_000),
 ]
+TINY = (16, 64, 300)
 
 
-def measure(device: str, rounds: int, quick: bool) -> Iterator[dict[str, object]]:
+def measure(device: str, rounds: int, size: Size) -> Iterator[dict[str, object]]:
     """One row a shape (tokens, hidden size, vocabulary)."""
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
-    for shape in shapes[: 2 if quick else None]:
+    for shape in of_size(shapes, TINY, size, quick=2):
         yield measure_shape(*shape, device, rounds)
 
 
@@ -61,7 +63,7 @@ def measure_shape(
         forms["torch_linear_cross_entropy"] = lambda call: functional.linear_cross_entropy(
             hidden, weight, targets, reduction="none"
         )
-    if device == "cuda":
+    if takes_triton(hidden.device):
         forms |= fused_forms(hidden, weight, targets)
     times = interleave(forms, rounds=rounds, device=device, calls=5 if device == "cuda" else 1)
     products = ("torch_product", "best_product")

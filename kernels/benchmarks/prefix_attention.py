@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from rounds import Form, copy_bandwidth, interleave, milliseconds, ratio
+from rounds import Form, Size, copy_bandwidth, interleave, milliseconds, of_size, ratio
 from stream_kernels import HostLayout, attention_with_lse, merge_by_lse, prefix_attention
+from stream_kernels.forms import INTERPRETED, takes_triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -45,13 +46,15 @@ CUDA_SHAPES = [
     Shape("mha-32x128-few", 4, 10, 32, 32, 128, 640, 75, False),
     Shape("gqa-28:4x128", 32, 10, 28, 4, 128, 640, 75, False),
 ]
+TINY = Shape("gqa-4:2x16", 2, 2, 4, 2, 16, 64, 5, False)
 
 
-def measure(device: str, rounds: int, quick: bool) -> Iterator[dict[str, object]]:
+def measure(device: str, rounds: int, size: Size) -> Iterator[dict[str, object]]:
     """One row a shape."""
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
-    bandwidth = copy_bandwidth() if device == "cuda" else None
-    for shape in shapes[: 2 if quick else None]:
+    on_card = takes_triton(torch.device(device))
+    bandwidth = copy_bandwidth(device, 1 << (20 if size == "tiny" else 30)) if on_card else None
+    for shape in of_size(shapes, TINY, size, quick=2):
         yield measure_shape(shape, device, rounds, bandwidth)
 
 
@@ -68,9 +71,10 @@ def measure_shape(
     }
     if shape.heads != shape.kv_heads and device == "cpu":
         forms["repeat_kv"] = case.repeated
-    if device == "cuda":
+    if bandwidth is not None:
         forms |= case.varlen_forms()
     calls = 5 if device == "cuda" else max(1, 40 // (shape.groups * shape.rows_each))
+    calls = 1 if INTERPRETED else calls
     times = interleave(forms, rounds=rounds, device=device, calls=calls)
     exact = case.exact(min(20, case.num_rows))
     row: dict[str, object] = {

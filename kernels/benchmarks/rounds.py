@@ -4,13 +4,17 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 
+# The smallest shapes of each list, or such that Triton's interpreter takes too.
+Size = Literal["full", "quick", "tiny"]
 # A form takes the number of the call, so that it can rotate among inputs larger than a cache.
 Form = Callable[[int], object]
+ShapeT = TypeVar("ShapeT")
 
 
 def interleave(
@@ -28,6 +32,11 @@ def interleave(
         for name in list(forms)[:: 1 if index % 2 == 0 else -1]:
             times[name].append(timer(prepared[name]) / calls)
     return times
+
+
+def of_size(shapes: Sequence[ShapeT], tiny: ShapeT, size: Size, *, quick: int) -> Sequence[ShapeT]:
+    """The shapes to measure: all, the `quick` first, or a tiny one."""
+    return [tiny] if size == "tiny" else shapes[: quick if size == "quick" else None]
 
 
 def ratio(times: Mapping[str, list[float]], name: str, *bases: str) -> dict[str, float]:
@@ -64,14 +73,24 @@ def extra_mib(form: Form, device: str) -> float:
     return round((_status_kib("VmHWM") - before_kib) / 1024, 1)
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a device-to-device copy of 1 GiB."""
-    source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device="cuda")
+def copy_bandwidth(device: str = "cuda", num_bytes: int = 1 << 30) -> float:
+    """Bytes a second, read plus written, of a copy within a device."""
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleave(
-        {"copy": lambda call: target.copy_(source)}, rounds=10, device="cuda", calls=5
+        {"copy": lambda call: target.copy_(source)}, rounds=10, device=device, calls=5
     )
-    return 2 * source.numel() / statistics.median(times["copy"])
+    return 2 * num_bytes / statistics.median(times["copy"])
+
+
+def matmul_flops(device: str = "cuda", size: int = 8192) -> float:
+    """Operations a second of the library's bfloat16 product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    times = interleave(
+        {"product": lambda call: torch.mm(a, b, out=out)}, rounds=10, device=device, calls=5
+    )
+    return 2 * size**3 / statistics.median(times["product"])
 
 
 def _prepare(form: Form, device: str, calls: int) -> Callable[[], None]:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rounds import Form, copy_bandwidth, interleave, milliseconds, ratio
+from rounds import Form, Size, copy_bandwidth, interleave, milliseconds, of_size, ratio
 from stream_kernels import sample, uniforms
+from stream_kernels.forms import INTERPRETED, takes_triton
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 CPU_SHAPES = [(10, 32_000), (160, 32_000), (10, 152_064)]
 CUDA_SHAPES = [(320, 32_000), (320, 152_064)]
+TINY = (2, 300)
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"temperature": 0.7, "top_k": 50},
@@ -23,11 +25,12 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def measure(device: str, rounds: int, quick: bool) -> Iterator[dict[str, object]]:
+def measure(device: str, rounds: int, size: Size) -> Iterator[dict[str, object]]:
     """One row a shape (rows, vocabulary) and setting."""
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
-    bandwidth = copy_bandwidth() if device == "cuda" else None
-    for shape in shapes[: 1 if quick else None]:
+    on_card = takes_triton(torch.device(device))
+    bandwidth = copy_bandwidth(device, 1 << (20 if size == "tiny" else 30)) if on_card else None
+    for shape in of_size(shapes, TINY, size, quick=1):
         for settings in SETTINGS:
             yield measure_shape(*shape, settings, device, rounds, bandwidth)
 
@@ -58,6 +61,7 @@ def measure_shape(
             logits[call % copies], settings["temperature"]
         )
     calls = 16 if device == "cuda" else max(1, 1_600_000 // (num_rows * vocab_size))
+    calls = 1 if INTERPRETED else calls
     times = interleave(forms, rounds=rounds, device=device, calls=calls)
     row: dict[str, object] = {
         "shape": {"rows": num_rows, "vocabulary": vocab_size},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stream_kernels import reference
+from stream_kernels.forms import takes_triton
 
 
 def attention_with_lse(
@@ -31,7 +32,7 @@ def attention_with_lse(
     assert not causal or num_queries == num_keys, f"causal {num_queries} x {num_keys}"
     if num_keys == 0 or query.numel() == 0:  # torch's kernel divides by the number of keys
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf).float()
-    if query.device.type == "cuda":
+    if takes_triton(query.device):
         from stream_kernels.gpu.attention import attention_with_lse_cuda
 
         return attention_with_lse_cuda(

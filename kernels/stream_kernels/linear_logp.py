@@ -6,6 +6,7 @@ Legend: N tokens, D hidden size, V vocabulary, C vocabulary columns of one chunk
 import torch
 from torch import Tensor
 
+from stream_kernels.forms import takes_triton
 from stream_kernels.gemm import linear
 
 # Bytes of one chunk's logits, and of one weight chunk raised to float32: both stay in cache, and
@@ -37,7 +38,7 @@ def linear_logp(
     log-prob is theirs.
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape} vs {targets.shape}"
-    if hidden.device.type == "cuda":
+    if takes_triton(hidden.device):
         from stream_kernels.gpu.linear_logp import linear_logp_cuda
 
         return linear_logp_cuda(

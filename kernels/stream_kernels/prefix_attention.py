@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stream_kernels.attention import attention_with_lse, merge_by_lse
+from stream_kernels.forms import takes_triton
 from stream_kernels.layout import HostLayout
 
 
@@ -39,7 +40,7 @@ def prefix_attention(
     """
     heads, kv_heads = query.shape[1], suffix_key.shape[1]
     assert heads % kv_heads == 0, f"{heads} query heads over {kv_heads} key heads"
-    if query.device.type == "cuda":
+    if takes_triton(query.device):
         from stream_kernels.gpu.prefix_attention import prefix_attention_cuda
 
         return prefix_attention_cuda(

@@ -8,6 +8,8 @@ Legend: R rows, V vocabulary, J blocks of a row, W columns of a block.
 import torch
 from torch import Tensor
 
+from stream_kernels.forms import takes_triton
+
 _BLOCK = 128
 _SEARCH_BLOCK = 64
 # A slab of rows is worked on at a time, so that its temporaries stay in cache.
@@ -45,7 +47,7 @@ def sample(
     `raise_on_nan` raises once the caller reads the log-probs back.
     """
     assert temperature >= 0 and top_k >= 0 and top_p > 0, f"{temperature=} {top_k=} {top_p=}"
-    if logits.device.type == "cuda":
+    if takes_triton(logits.device):
         from stream_kernels.gpu.sample import sample_cuda
 
         return sample_cuda(

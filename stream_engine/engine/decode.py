@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from stream_kernels import HostLayout
+from stream_kernels.forms import takes_triton
 from torch import Tensor
 
 from stream_engine.device_errors import hidden_out_of_memory
@@ -60,9 +61,12 @@ class CaptureError(RuntimeError):
 
 
 def can_capture(runner: ModelRunner) -> bool:
-    """Whether decode steps of this model may be CUDA graphs."""
+    """Whether decode steps of this model may be CUDA graphs.
+
+    Where the Triton forms are rehearsed on CPU, steps have a graph's static buffers and no graph.
+    """
     model = runner.model
-    return model.device.type == "cuda" and model.tensor_parallel == 1 and model.offload is None
+    return takes_triton(model.device) and model.tensor_parallel == 1 and model.offload is None
 
 
 class Decoder:
@@ -106,6 +110,7 @@ class GraphDecoder:
         self.generation = -1
         self.graphs: dict[tuple[int, int, int], _CapturedStep] = {}
         self.site = _CaptureSite(runner.model.device)
+        self.row_bucket = ROW_BUCKET if runner.model.device.type == "cuda" else ROW_BUCKET // 8
 
     def forget(self) -> None:
         """Free the graphs: the slabs that they read and write are given up."""
@@ -120,9 +125,9 @@ class GraphDecoder:
         num_rows, layout = len(batch.tokens), batch.layout
         widest = max(len(rows) for rows in layout.groups)
         widest = _round_up(widest, 4)
-        num_spare_groups = -(-ROW_BUCKET // widest)
+        num_spare_groups = -(-self.row_bucket // widest)
         size = (
-            _round_up(num_rows, ROW_BUCKET),
+            _round_up(num_rows, self.row_bucket),
             _round_up(len(layout.groups), 4) + num_spare_groups,
             widest,
         )

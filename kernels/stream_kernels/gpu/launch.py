@@ -45,7 +45,7 @@ def tile_options(most_rows: int, size: int, itemsize: int) -> dict[str, int]:
 
 
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 132, an H100's, for the interpreter."""
+    """Multiprocessors of a CUDA device; 8 for the interpreter, which runs one program at a time."""
     if device.type != "cuda":
-        return 132
+        return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
