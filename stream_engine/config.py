@@ -45,9 +45,16 @@ class InputConfig:
     """Where samples come from and how they are cut into shards."""
 
     dataset_path: tuple[str, ...] = ()
-    """Files, folders, globs or fsspec URLs: parquet, jsonl, a `datasets` directory, tars."""
+    """Files, folders, globs or fsspec URLs: parquet, jsonl, json, csv, a `datasets` directory,
+    tars; compressed ones too."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """How your columns are called, as `question=query,image=img,idx=uid`."""
+    text_only: Literal["reject", "allow"] = "reject"
+    """What becomes of a question without any picture: rejected, or asked as it is."""
     image_root: str | None = None
     """When given, an `image_path` that leaves this folder is rejected."""
+    follow_links: bool = False
+    """Allow links inside image_root to lead out of it."""
     samples_per_shard: int = 128
     max_samples: int | None = None
     """Read at most this many samples of each input (for trials)."""
@@ -179,6 +186,8 @@ class RunConfig(
         for name in ("dataset_path", "format"):
             if isinstance(settings.get(name), str):
                 settings[name] = tuple(part for part in settings[name].split(",") if part)
+        if isinstance(settings.get("columns"), str):
+            settings["columns"] = parse_columns(settings["columns"])
         try:
             given = msgspec.convert(settings, cls, strict=False)
         except msgspec.ValidationError as error:
@@ -214,6 +223,13 @@ class RunConfig(
                 f"tensor_parallel {self.tensor_parallel} and reward_model_python_path do not go "
                 "together; run the rewards as --run_stage 1 with that interpreter's own launcher"
             )
+        for ours in self.columns:
+            if ours not in COLUMN_NAMES:
+                raise ConfigError(
+                    f"columns maps {ours!r}, which is no column of ours"
+                    f"{nearest(ours, COLUMN_NAMES)}; write ours=yours, ours are "
+                    f"{', '.join(COLUMN_NAMES)}"
+                )
         if self.offload == "nvme" and not self.offload_path:
             raise ConfigError("offload nvme needs --offload_path, a folder on a local drive")
         for name in (
@@ -235,6 +251,26 @@ class RunConfig(
     def to_dict(self) -> dict[str, Any]:
         """Plain builtins, as stored in run.json; `RunConfig.create` reads them back."""
         return msgspec.to_builtins(self)
+
+
+COLUMN_NAMES = (
+    *("question", "image", "images", "image_path", "idx", "conversations", "messages"),
+    *("ds_name", "origin_dataset", "origin_split", "metainfos"),
+)
+"""What `columns` may name on its left side."""
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`question=query,image=img` as a mapping of our names to the user's.
+
+    Raises:
+        ConfigError: for a part that is not of that form.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    for ours, equals, theirs in pairs:
+        if not (ours.strip() and equals and theirs.strip()):
+            raise ConfigError(f"columns {text!r}: write ours=yours, as in question=query,image=img")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def names_of(part: type) -> tuple[str, ...]:

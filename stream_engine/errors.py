@@ -2,7 +2,8 @@
 
     StreamEngineError                  base; str(error) is one line that says what to change
     ├── ConfigError                    a setting, flag or path is wrong (exit status 1)
-    │   └── SettingsChangedError       settings differ from those that made the existing results
+    │   ├── SettingsChangedError       settings differ from those that made the existing results
+    │   └── NoPicturesError            no row of an input has a picture
     ├── MissingStageError              an earlier stage has not been run; says which command runs it
     ├── CheckpointError                a model directory cannot be loaded as it is
     ├── DeviceLostError                this process can compute no more; a new one may
@@ -30,6 +31,14 @@ class ConfigError(StreamEngineError):
 
 class SettingsChangedError(ConfigError):
     """Settings differ from those that made the results already present."""
+
+
+class NoPicturesError(ConfigError):
+    """No row of an input, `source`, has a picture: most likely their column has another name."""
+
+    def __init__(self, message: str, source: str) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 class MissingStageError(StreamEngineError):

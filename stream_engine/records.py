@@ -49,13 +49,31 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def without_marks(question: str) -> str:
-    """A question without image marks, and without the white space that set them off.
-
-    Models are asked in these words and trainers are given them, so that both see the same tokens.
-    A question without marks stays as it is.
-    """
+    """A question without image marks, and without the white space that set them off."""
     ends = rf"\A\s*({IMAGE_MARK}\s*)+|(\s*{IMAGE_MARK})+\s*\Z"
     return re.sub(rf"{IMAGE_MARK}\n?", "", re.sub(ends, "", question))
+
+
+def marks_are_in_front(question: str) -> bool:
+    """Whether a question's marks say no more than "pictures first": all before any text, or a
+    single one behind all of it."""
+    *before, last = question.split(IMAGE_MARK)
+    return not any(map(str.strip, before)) or (len(before) == 1 and not last.strip())
+
+
+def prompt_parts(question: str, num_images: int) -> list[str | None]:
+    """The user's turn in order: texts, and None where a picture stands.
+
+    Marks inside the text, one for each picture, are where the pictures stand; a question without
+    marks has its pictures first. Readers let no other question through; of one that comes from
+    elsewhere the marks are taken out. Models are asked in these parts and trainers are given them,
+    so that both see the same tokens.
+    """
+    texts = question.split(IMAGE_MARK)
+    if num_images and len(texts) == num_images + 1 and not marks_are_in_front(question):
+        parts: list[str | None] = [part for text in texts for part in (text, None)][:-1]
+        return [part for part in parts if part != ""]
+    return [*([None] * num_images), without_marks(question)]
 
 
 def sample_key(idx: str, question: str, images: tuple[EncodedImage, ...]) -> str:
@@ -184,3 +202,5 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     keys: list[str]
     ids: list[str]
+    images: dict[int, int] = {}
+    """Number of pictures -> number of samples with as many; {} in old manifests."""

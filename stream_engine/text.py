@@ -20,3 +20,12 @@ def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     known = type(error).__module__.startswith("stream_engine")
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def printable(value: object, *, limit: int = 400) -> str:
+    """Foreign text (an id, a path, a column's name) as it may be shown: on one line, without
+    terminal controls, cut when it is long."""
+    text = str(value)
+    if len(text) > limit:
+        text = f"{text[:limit]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

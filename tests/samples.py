@@ -76,7 +76,7 @@ def write_jsonl(path: Path, rows: list[Row | str]) -> Path:
 
 
 def input_config(**settings: Any) -> InputConfig:
-    return InputConfig(**settings)
+    return InputConfig(**{"text_only": "allow", **settings})
 
 
 def tree(root: Path) -> dict[str, bytes]:

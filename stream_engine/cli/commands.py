@@ -29,6 +29,7 @@ from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
 from stream_engine.store.atomic import temporary_path
 from stream_engine.store.locations import canonical_source
+from stream_engine.text import printable
 from stream_engine.work.plan import plan_lines
 from stream_engine.work.runner import RunReport, begin, retry_shard, run
 
@@ -180,6 +181,9 @@ def status_lines(status: Status) -> list[str]:
         f"shards:  {shards.total} = {shards.done} done + {shards.failed} failed "
         f"+ {shards.running} running + {shards.pending} pending",
     ]
+    if status.pictures:
+        by_number = ", ".join(f"{count} with {k}" for k, count in status.pictures.items())
+        lines.append(f"pictures: {by_number}")
     most_first = sorted(pairs.dropped.items(), key=lambda item: (-item[1], item[0]))
     dropped = ", ".join(f"{count} {why}" for why, count in most_first)
     total = sum(pairs.dropped.values())
@@ -193,23 +197,34 @@ def status_lines(status: Status) -> list[str]:
 
 
 def validate(args: argparse.Namespace) -> int:
-    from stream_engine.inputs.readers import unread_line
-    from stream_engine.outputs.validate import is_run
+    from stream_engine.inputs.validate import InputCheck
+    from stream_engine.outputs.validate import MAX_PROBLEMS, is_dataset, is_run
     from stream_engine.outputs.validate import validate as find_problems
     from stream_engine.run_dir.verify import damaged_parts
 
     config = RunConfig.create(read_settings(args)).part(InputConfig)
-    unread: dict[str, None] = {}
-    found = find_problems(args.path, config=config, unread=unread)
-    if is_run(Path(args.path)):
-        args.positional_work_dir = args.path
-        found = [*damaged_parts(open_state(args)), *found]
-    for problem in found:
-        print(problem)
-    if unread:
-        print(f"{args.path}: {unread_line(unread)}")
-    print(f"{args.path}: {len(found)} problems" if found else f"{args.path}: ok")
-    return 2 if found else 0
+    path = args.path
+    if not is_dataset(path):
+        check = InputCheck(path, config)
+        num_found = 0
+        for problem in check.problems():
+            num_found += 1
+            if num_found <= MAX_PROBLEMS:
+                print(problem)
+        if num_found > MAX_PROBLEMS:
+            print(f"and {num_found - MAX_PROBLEMS} more")
+        for line in check.lines():
+            print(f"{printable(path)}: {line}")
+    else:
+        found = find_problems(path)
+        if is_run(Path(path)):
+            args.positional_work_dir = path
+            found = [*damaged_parts(open_state(args)), *found]
+        for problem in found:
+            print(printable(problem, limit=2000))
+        num_found = len(found)
+    print(f"{printable(path)}: {num_found} problems" if num_found else f"{printable(path)}: ok")
+    return 2 if num_found else 0
 
 
 def export(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from stream_engine.config import (
     load_config_file,
     names_of,
     nearest,
+    parse_columns,
 )
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
@@ -159,6 +160,8 @@ def convert_flag(name: str, text: str | list[str], kind: Any) -> Any:
         ConfigError: naming the flag, the value and what was expected.
     """
     value: Any = text
+    if typing.get_origin(kind) is dict and isinstance(text, str):
+        return parse_columns(text)
     if isinstance(text, list):
         value = [part for item in text for part in item.split(",") if part]
     elif text.lower() == "none" and type(None) in typing.get_args(kind):
@@ -279,5 +282,7 @@ def _metavar(kind: Any) -> str:
         return "{true,false}"
     if typing.get_origin(kind) is tuple:
         return "A,B,..."
+    if typing.get_origin(kind) is dict:
+        return "OURS=YOURS,..."
     parts = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
     return {int: "N", float: "X"}.get(parts[0], "TEXT")

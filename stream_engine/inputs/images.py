@@ -1,16 +1,11 @@
-"""Images of an input row: found, fenced in, and checked by decoding them once.
+"""Pictures of an input row by path: found, and fenced in.
 
-Their bytes are kept as they are, but for pictures that a tag says to turn (EXIF orientation): those
-are stored upright and without the tag, since some readers obey it and others do not. Every problem
-is a RecordError with one of the reasons missing_image_file, unreachable_image, path_outside_root,
-bad_base64, image_too_large, image_too_long, unsupported_pixel_depth, truncated_image,
-undecodable_image.
+Every problem is a RecordError with one of the reasons missing_image_file, unreachable_image,
+path_outside_root, remote_image, image_too_large.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import os
 import posixpath
@@ -19,6 +14,7 @@ import stat
 import fsspec
 
 from stream_engine.errors import RecordError
+from stream_engine.inputs.picture_values import REMOTE, spellings
 from stream_engine.store.locations import is_url, store_errors
 from stream_engine.store.transient import WAITS_S, is_transient, patiently
 
@@ -26,36 +22,85 @@ MAX_BYTES_PER_PIXEL = 8
 """No encoding of a picture needs more: 16 bits in four channels."""
 
 
-def decode_base64(text: str) -> bytes:
-    """The bytes of a base64 string, with or without a `data:` prefix and line breaks."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RecordError("bad_base64", str(error)) from error
-
-
-def read_image_file(path: str, folder: str, image_root: str | None, max_pixels: int) -> bytes:
+def read_image_file(
+    path: str, folder: str, image_root: str | None, max_pixels: int, *, follow_links: bool = False
+) -> bytes:
     """The bytes of the image that a row in `folder` names.
 
-    A relative path is looked up in `image_root` first, when there is one, then in `folder`. The
-    file that is found must lie in `image_root`, after all links and `..` are followed.
+    A relative path is looked up in `image_root` first, when there is one, then in `folder`; as it
+    is written, then with its accents and slashes as other systems write them. The file that is
+    found must lie in `image_root`, after all links and `..` are followed; with `follow_links`, only
+    `..` is, so that links inside may lead anywhere.
     """
     if is_url(folder):
         return read_remote_image(path, folder, image_root)
     if is_url(path):
-        raise RecordError("missing_image_file", f"{path} is in another store than its row")
+        raise remote(path)
     if "\0" in path:
         raise RecordError("missing_image_file", "the path holds a null character")
-    candidates = [os.path.join(base, path) for base in (image_root, folder) if base is not None]
+    bases = [base for base in (image_root, folder) if base is not None]
+    candidates = [os.path.join(base, name) for name in spellings(path) for base in bases]
     found = next((name for name in candidates if os.path.lexists(name)), candidates[0])
-    if image_root is not None and not is_inside(os.path.realpath(found), image_root):
-        raise RecordError("path_outside_root", f"{path} is not inside {image_root}")
+    if image_root is not None:
+        check_fence(found, path, image_root, follow_links=follow_links)
     try:
         return patiently(lambda: read_regular_file(found, max_pixels * MAX_BYTES_PER_PIXEL))
     except OSError as error:
-        raise not_read(found, error, error.strerror or str(error)) from error
+        detail = error.strerror or str(error)
+        raise not_read(found, error, detail + elsewhere(path, bases)) from error
+
+
+def check_fence(found: str, path: str, root: str, *, follow_links: bool) -> None:
+    """Raise RecordError for a file outside the image root; names the link that leads there."""
+    real_root = os.path.realpath(root)
+    if is_below(os.path.realpath(found), real_root):
+        return
+    lexical = os.path.normpath(os.path.abspath(found))
+    if not is_below(lexical, os.path.abspath(root)) and not is_below(lexical, real_root):
+        raise RecordError("path_outside_root", f"{path} is not inside {root}")
+    if follow_links and ".." not in path.split("/"):
+        return
+    link = lexical
+    for part in parents_up_to(lexical, os.path.abspath(root)):
+        if os.path.islink(part):
+            link = part
+    raise RecordError(
+        "path_outside_root",
+        f"{path}: {link} is a link to {os.path.realpath(link)}, outside of {root}; "
+        "--follow_links allows links there",
+    )
+
+
+def parents_up_to(path: str, root: str) -> list[str]:
+    """A path and the folders above it, below the root."""
+    parents = []
+    while len(path) > len(root):
+        parents.append(path)
+        path = os.path.dirname(path)
+    return parents
+
+
+def is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def elsewhere(path: str, bases: list[str]) -> str:
+    """Where a file that was not found lies after all: relative to the folder one runs from."""
+    if os.path.isabs(path):
+        return ""
+    looked = " and ".join(bases)
+    if any(os.path.exists(name) for name in spellings(path)):
+        return f" (looked in {looked}; it is there from where you run: give --image_root .)"
+    return f" (looked in {looked})"
+
+
+def remote(path: str) -> RecordError:
+    """The reject of a picture that is not on the disk of its row."""
+    if REMOTE.match(path):
+        detail = f"{path} is on the web; download the pictures first (img2dataset does)"
+    else:
+        detail = f"{path} is in another store than its row"
+    return RecordError("remote_image", detail)
 
 
 def read_regular_file(path: str, max_bytes: int) -> bytes:
@@ -80,17 +125,11 @@ def not_read(path: str, error: Exception, detail: str) -> RecordError:
     )
 
 
-def is_inside(real_path: str, root: str) -> bool:
-    """Whether a path without links lies in a folder."""
-    real_root = os.path.realpath(root)
-    return os.path.commonpath([real_path, real_root]) == real_root
-
-
 def read_remote_image(path: str, folder: str, image_root: str | None) -> bytes:
     """The bytes of an image in the store of the file that names it; stores have no links."""
     protocol, _, _ = folder.partition("://")
     if is_url(path) and not path.startswith(f"{protocol}://"):
-        raise RecordError("missing_image_file", f"{path} is in another store than its row")
+        raise remote(path)
     candidates = [join_url(base, path) for base in (image_root, folder) if base is not None]
     if image_root is not None:
         if not is_url(image_root):

@@ -15,17 +15,22 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 
 from stream_engine.config import InputConfig
-from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.errors import ConservationError, NoPicturesError, ShardReadError
 from stream_engine.inputs.known import KnownSamples
-from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows, unread_line
+from stream_engine.inputs.layouts import LATER_TURNS
+from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
+from stream_engine.inputs.rows import IMAGE_COLUMNS
 from stream_engine.inputs.sources import input_fingerprint
+from stream_engine.inputs.unread import Unread
+from stream_engine.pictures import CHANGES
 from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.manifest import (
     InputInfo,
@@ -39,10 +44,21 @@ from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.shards import write_shard
 from stream_engine.store.atomic import fsync_folder, remove_leftovers, temporary_path
 from stream_engine.store.locations import canonical_source
+from stream_engine.text import printable
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PROGRESS = 50
+ROWS_TO_JUDGE = 200
+"""After as many rows without a picture it is plain that none is being read."""
+
+GONE = "gone"
+NOTES = {
+    **{name: f"pictures {words}" for name, words in CHANGES.items()},
+    LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
+    GONE: "samples of an earlier reading that the input no longer holds: they stay in the run",
+}
+"""What is told at the end of a reading, with its number."""
 
 OnProgress = Callable[["IngestReport"], object]
 
@@ -79,6 +95,7 @@ def ingest(
 
     Raises:
         ConfigError: when a source does not exist or its format is unknown.
+        NoPicturesError: when no row of a source has one, and text alone is not allowed.
         ConservationError: when the counts do not add up.
     """
     report = IngestReport()
@@ -134,11 +151,13 @@ class InputReading:
         self.only: list[str] | None = None
         self.num_written = 0
         self.num_resumed = 0
-        self.unread: dict[str, None] = {}
+        self.unread = Unread()
+        self.notes: Counter[str] = Counter()
         self.on_progress = on_progress or (lambda report: None)
 
     def run(self, fingerprint: str) -> None:
         """Write the input's shards, its quarantine file and its line in the manifest."""
+        self.known.begin_reading()
         self.known.set_pending(self.manifest.unfinished_shards(self.source))
         self.take_up(self.manifest.unreadable_files(self.source, fingerprint, self.config))
         with QuarantineWriter(self.run_dir, self.source) as self.quarantine:
@@ -148,9 +167,11 @@ class InputReading:
             self.on_progress(self.total)
         self.known.clear_pending()
         self.check_conservation()
+        self.refuse_without_pictures()
+        self.note_gone()
         counts = self.before.plus(self.counts)
-        if self.unread:
-            logger.warning("%s: %s", self.source, unread_line(self.unread))
+        for line in [*self.unread.lines(), *note_lines(self.notes)]:
+            logger.warning("%s: %s", self.source, line)
         self.manifest.append_input(
             InputInfo(
                 source=self.source,
@@ -162,7 +183,10 @@ class InputReading:
                 known=counts.known,
                 rejected=counts.rejected,
                 unreadable=self.unreadable,
-                unread=list(self.unread),
+                unread=list(self.unread.columns),
+                left_out=self.unread.left_out,
+                examples=self.unread.examples,
+                notes=dict(self.notes),
             )
         )
 
@@ -219,8 +243,10 @@ class InputReading:
             state = "rejected"
         else:
             state = self.known.classify(item.idx, item.key, self.source)
-            if state == "conflict":
-                item = conflict(row, item)
+            if state == "conflict" or state == "changed":
+                item = (conflict if state == "conflict" else changed)(row, item)
+            else:
+                self.notes.update(row.notes)
         if row.source != self.file:
             self.file, self.file_counts = row.source, RowCounts()
         for counts in (self.counts, self.total, self.file_counts):
@@ -234,11 +260,33 @@ class InputReading:
         self.num_resumed += state == "pending"
         if isinstance(item, Failure):
             self.quarantine.write(item)
+            if item.idx:
+                self.known.touch(item.idx, self.source)
             if item.reason == UNREADABLE_FILE:
                 self.unreadable[row.source] = self.file_counts
+        if self.counts.read == ROWS_TO_JUDGE:
+            self.refuse_without_pictures()
         if self.counts.read % ROWS_PER_PROGRESS == 0:
             self.on_progress(self.total)
         return state == "new"
+
+    def refuse_without_pictures(self) -> None:
+        """Raise NoPicturesError when no row has a picture."""
+        counts = self.before.plus(self.counts)
+        if counts.read and counts.rejected.get("no_image") == counts.read:
+            seen = ", ".join(map(printable, self.unread.seen)) or "none"
+            raise NoPicturesError(
+                f"{self.source}: no row has a picture. Columns: {seen}; pictures are read from "
+                f"{', '.join(IMAGE_COLUMNS)}, or from yours by --columns image=NAME; "
+                "--text_only allow asks questions without pictures",
+                self.source,
+            )
+
+    def note_gone(self) -> None:
+        """Count the samples that the input held once, when all of it was read now."""
+        is_whole = self.only is None and self.config.max_samples is None
+        if is_whole and (num_gone := self.known.num_gone(self.source)):
+            self.notes[GONE] = num_gone
 
     def check_conservation(self) -> None:
         """Every row that was read is in a shard, was there before, or is in quarantine."""
@@ -285,6 +333,24 @@ def quarantine_path(run_dir: RunDir, source: str) -> Path:
     """The quarantine file of an input."""
     digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
     return run_dir.quarantine(f"input-{digest}")
+
+
+def note_lines(notes: Mapping[str, int]) -> list[str]:
+    """What was done to rows, and what became of earlier ones, in a line each."""
+    return [f"{count} {NOTES[name]}" for name, count in notes.items() if count]
+
+
+def changed(row: InputRow, sample: Sample) -> Failure:
+    """The reject of a row whose earlier content the run holds under the same id."""
+    return Failure(
+        reason="changed_row",
+        detail=f"the row of id {sample.idx!r} has changed since it was read; the run keeps what "
+        "it read then. Give the new one another id, or read all in a new work_dir",
+        source=row.source,
+        row=row.row,
+        key=sample.key,
+        idx=sample.idx,
+    )
 
 
 def conflict(row: InputRow, sample: Sample) -> Failure:

@@ -29,11 +29,14 @@ class KnownSamples:
         self._database = sqlite3.connect(f"{self._folder.name}/known.sqlite", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
             self._database.execute(f"PRAGMA {pragma}")
-        self._database.execute("CREATE TABLE known (id BLOB, key BLOB, source BLOB, pending INT)")
+        self._database.execute(
+            "CREATE TABLE known (id BLOB, key BLOB, source BLOB, pending INT, reading INT)"
+        )
+        self.reading = 0
         self._database.execute("BEGIN")
         for line in shards:
             self._database.executemany(
-                "INSERT INTO known VALUES (?, ?, ?, 0)",
+                "INSERT INTO known VALUES (?, ?, ?, 0, 0)",
                 [
                     (hashed(idx), bytes.fromhex(key), hashed(line.source))
                     for idx, key in zip(line.shard.ids, line.shard.keys)
@@ -49,6 +52,25 @@ class KnownSamples:
         self._database.close()
         self._folder.cleanup()
 
+    def begin_reading(self) -> None:
+        """From now on another input, or the same one again, is read."""
+        self.reading += 1
+
+    def touch(self, idx: str, source: str) -> None:
+        """Note that the input being read has a row of that id, whatever became of it."""
+        self._database.execute(
+            "UPDATE known SET reading = ? WHERE id = ? AND source = ?",
+            (self.reading, hashed(idx), hashed(source)),
+        )
+
+    def num_gone(self, source: str) -> int:
+        """Samples of a source that it held once and that this reading did not meet."""
+        found = self._database.execute(
+            "SELECT count(*) FROM known WHERE source = ? AND reading < ?",
+            (hashed(source), self.reading),
+        )
+        return found.fetchone()[0]
+
     def set_pending(self, shards: Iterable[ShardInfo]) -> None:
         """Mark samples that the input now being read has added before it was interrupted."""
         for shard in shards:
@@ -63,21 +85,27 @@ class KnownSamples:
 
     def classify(
         self, idx: str, key: str, source: str
-    ) -> Literal["new", "pending", "known", "conflict"]:
+    ) -> Literal["new", "pending", "known", "changed", "conflict"]:
         """What a sample of a source is to the run; a new one is known from now on.
 
-        "pending" is said once: the interrupted read added this very sample.
+        "pending" is said once: the interrupted read added this very sample. Of a "changed" one an
+        earlier reading had another content, of a "conflict" this reading.
         """
         found = (hashed(idx), bytes.fromhex(key), hashed(source))
-        rows: list[tuple[bytes, bytes, int]] = self._database.execute(
-            "SELECT key, source, pending FROM known WHERE id = ?", found[:1]
+        rows: list[tuple[bytes, bytes, int, int]] = self._database.execute(
+            "SELECT key, source, pending, reading FROM known WHERE id = ?", found[:1]
         ).fetchall()
         own_keys = [row[0] for row in rows if row[1] == found[2]]
+        is_repeated = any(row[1] == found[2] and row[3] == self.reading for row in rows)
+        if own_keys and not is_repeated:
+            self.touch(idx, source)
         if own_keys and found[1] not in own_keys:
-            return "conflict"
+            return "conflict" if is_repeated else "changed"
         is_known = any(row[0] == found[1] for row in rows)
         if not own_keys:
-            self._database.execute("INSERT INTO known VALUES (?, ?, ?, 0)", found)
+            self._database.execute(
+                "INSERT INTO known VALUES (?, ?, ?, 0, ?)", (*found, self.reading)
+            )
         if not is_known:
             return "new"
         if any(row[2] for row in rows if row[0] == found[1]):

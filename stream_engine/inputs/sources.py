@@ -6,25 +6,48 @@ A source is what a user names: a file, a folder, a glob, or any of these as an f
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from stream_engine.errors import ConfigError
+from stream_engine.inputs.compression import CODECS
+from stream_engine.inputs.tars import IMAGE_SUFFIXES as PICTURE_SUFFIXES
 from stream_engine.store.locations import folder_of, full_path, open_source, store_errors
 
-Format = Literal["parquet", "jsonl", "arrow", "tar"]
+Format = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow", "tar"]
 
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".arrow": "arrow",
     ".tar": "tar",
-    ".tar.gz": "tar",
     ".tgz": "tar",
 }
+STREAMED: frozenset[Format] = frozenset(("jsonl", "json", "csv", "tsv", "tar"))
+"""Formats that may be compressed besides: their suffix and one of compression.CODECS."""
+
+SIDE_FILES = frozenset(
+    (
+        *("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"),
+        *("manifest.jsonl", "stats.json"),
+    )
+)
+"""What lies beside data and describes it."""
+QUIET_SUFFIXES = frozenset((".md", ".txt", ".lock", ".crc", ".yaml", ".yml", ".gitattributes"))
+"""Of notes that people keep beside data: not told as unread."""
+
+
+KNOWN_SUFFIXES = f"{', '.join(FORMATS)}; the texts and tars also with {', '.join(CODECS)}"
 
 
 class InputFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,11 +60,24 @@ class InputFile(msgspec.Struct, frozen=True, kw_only=True):
     """Changes with the content, as far as the file system tells: time of change, or an ETag."""
 
 
-def list_inputs(source: str) -> list[InputFile]:
-    """The files of a source, sorted by path.
+class FoundInputs(NamedTuple):
+    """The files to read, sorted by path, and all others: (name, what it is)."""
 
-    A folder is searched recursively for the known suffixes; names that start with "." or "_" are
-    skipped. Of a saved `datasets` folder only the files that its state.json lists are data.
+    files: list[InputFile]
+    others: list[tuple[str, str]]
+
+
+def list_inputs(source: str) -> list[InputFile]:
+    """The files of a source that are read; see `find_inputs`."""
+    return find_inputs(source).files
+
+
+def find_inputs(source: str) -> FoundInputs:
+    """The files of a source.
+
+    A folder is searched recursively for the known suffixes, linked folders too; names that start
+    with "." or "_" are skipped. Of a saved `datasets` folder only the files that its state.json
+    lists are data. Pictures beside jsonl files are what rows name.
 
     Raises:
         ConfigError: when nothing is there, the format is unknown or the URL cannot be opened.
@@ -56,17 +92,14 @@ def list_inputs(source: str) -> list[InputFile]:
         what = "is an empty folder" if is_there else "does not exist"
         raise ConfigError(f"dataset_path {source!r} {what}")
     is_single = len(infos) == 1 and infos[0]["name"].rstrip("/") == path.rstrip("/")
-    files = []
+    files: list[InputFile] = []
+    others: list[tuple[str, str]] = []
     for info in infos:
+        check_name(info["name"])
         format = file_format(info["name"])
         if format is None:
-            if is_single:
-                raise ConfigError(
-                    f"dataset_path {source!r}: cannot tell the format; "
-                    f"known suffixes are {', '.join(FORMATS)}"
-                )
+            others.append((full_path(fs, info["name"]), kind_of(info["name"])))
             continue
-        check_name(info["name"])
         files.append(
             InputFile(
                 path=full_path(fs, info["name"]),
@@ -75,15 +108,27 @@ def list_inputs(source: str) -> list[InputFile]:
                 version=file_version(info),
             )
         )
+    if not files and is_single:
+        raise ConfigError(
+            f"dataset_path {source!r}: cannot tell the format; known suffixes are {KNOWN_SUFFIXES}"
+        )
     try:
-        files = without_side_files(fs, sorted(files, key=lambda file: file.path))
+        files = without_side_files(fs, sorted(files, key=lambda file: file.path), is_single)
     except store_errors() as error:
         raise ConfigError(f"cannot read dataset_path {source!r}: {error}") from error
     if not files:
         raise ConfigError(
-            f"dataset_path {source!r} holds no file with a known suffix ({', '.join(FORMATS)})"
+            f"dataset_path {source!r} holds no file with a known suffix ({KNOWN_SUFFIXES})"
         )
-    return files
+    return FoundInputs(files, [(name, what) for name, what in sorted(others) if what])
+
+
+def kind_of(name: str) -> str:
+    """What a file that is no input is, for people; empty for one that nobody misses."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in QUIET_SUFFIXES or suffix[1:] in PICTURE_SUFFIXES:
+        return ""
+    return f"{suffix} files" if suffix else "files without a suffix"
 
 
 def input_fingerprint(source: str) -> str:
@@ -117,8 +162,26 @@ def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
 
 def files_below(fs: AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
     """The infos of all files below a folder, hidden ones left out."""
+    if isinstance(fs, LocalFileSystem):
+        return [
+            fs.info(name) for name in sorted(local_files(folder)) if not is_hidden(name, folder)
+        ]
     found = fs.find(folder, detail=True)
     return [info for name, info in found.items() if not is_hidden(name, folder)]
+
+
+def local_files(folder: str) -> Iterator[str]:
+    """All files below a folder on disk; linked folders are followed, but not in a circle."""
+    above: dict[str, frozenset[str]] = {folder: frozenset((os.path.realpath(folder),))}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        yield from (f"{here}/{name}" for name in names if os.path.isfile(f"{here}/{name}"))
+        for name in list(folders):
+            real = os.path.realpath(f"{here}/{name}")
+            if real in above[here]:
+                folders.remove(name)
+            else:
+                above[f"{here}/{name}"] = above[here] | {real}
+        del above[here]
 
 
 def is_hidden(name: str, folder: str) -> bool:
@@ -127,12 +190,15 @@ def is_hidden(name: str, folder: str) -> bool:
     return any(part.startswith((".", "_")) for part in parts)
 
 
-def without_side_files(fs: AbstractFileSystem, files: list[InputFile]) -> list[InputFile]:
+def without_side_files(
+    fs: AbstractFileSystem, files: list[InputFile], is_single: bool
+) -> list[InputFile]:
     """Leave out what lies beside data but is none.
 
     These are caches in a saved `datasets` folder, and the manifest beside a run's own shards.
     """
-    tar_folders = {folder_of(file.path) for file in files if file.format == "tar"}
+    if is_single:
+        return files
     arrow_folders = {folder_of(file.path) for file in files if file.format == "arrow"}
     listed = {folder: state_files(fs, folder) for folder in arrow_folders}
     kept = []
@@ -142,7 +208,7 @@ def without_side_files(fs: AbstractFileSystem, files: list[InputFile]) -> list[I
             names = listed[folder]
             if name.startswith("cache-") if names is None else name not in names:
                 continue
-        if name == "manifest.jsonl" and folder in tar_folders:
+        if name in SIDE_FILES and len(files) > 1:
             continue
         kept.append(file)
     return kept
@@ -170,8 +236,11 @@ def check_name(name: str) -> None:
 
 def file_format(name: str) -> Format | None:
     """The format that a file's suffix says, or None."""
+    name = name.lower()
+    codec = next((end for end in CODECS if name.endswith(end)), "")
+    bare = name.removesuffix(codec)
     for suffix, format in FORMATS.items():
-        if name.lower().endswith(suffix):
+        if bare.endswith(suffix) and (not codec or format in STREAMED):
             return format
     return None
 

@@ -144,6 +144,10 @@ def counts(stats: Mapping[str, Any]) -> str:
     samples, pairs, answers = stats["samples"], stats["pairs"], stats["answers"]
     rows = {
         "samples": samples["total"],
+        **{
+            f"... with {k} picture{'' if k == '1' else 's'}": count
+            for k, count in samples.get("with_images", {}).items()
+        },
         "... scored": samples["scored"],
         **{f"... set aside ({stage})": n for stage, n in samples["quarantined"].items()},
         "... in shards without results": samples["missing"],

@@ -1,4 +1,4 @@
-"""`stream-engine validate`: is this input readable, is this dataset what its trainer accepts?
+"""`stream-engine validate` of what was written: is this dataset what its trainer accepts?
 
 A problem is one line that names the file, the row and the rule. An empty list means: fine.
 """
@@ -17,7 +17,6 @@ from stream_engine.errors import RecordError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.formats.base import ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
-from stream_engine.records import Failure
 from stream_engine.run_dir.paths import RunDir
 
 MAX_PROBLEMS = 100
@@ -35,65 +34,43 @@ Check = Callable[[Row, Path], Iterator[str]]
 """(row, the dataset's folder) -> the row's problems."""
 
 
-def validate(
-    path: str | Path,
-    *,
-    config: InputConfig | None = None,
-    unread: dict[str, None] | None = None,
-) -> list[str]:
-    """The problems of a run directory's datasets, of one dataset, or of an input.
+def validate(path: str | Path) -> list[str]:
+    """The problems of a run directory's datasets, or of one dataset.
 
-    At most the first hundred are listed; a last line says that there are more. `unread` takes up
-    the names of an input's columns that no reader knows.
-
-    Raises:
-        ConfigError: when there is nothing at the path, or nothing that is known.
+    At most the first hundred are listed; a last line says that there are more.
     """
-    unread = {} if unread is None else unread
-    found = find_problems(path, config or InputConfig(), unread)
+    return at_most(find_problems(Path(path)))
+
+
+def at_most(found: Iterator[str]) -> list[str]:
+    """The first problems, and a line that says so when there are more."""
     problems = list(islice(found, MAX_PROBLEMS + 1))
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and more; the first {MAX_PROBLEMS} are listed"]
     return problems
 
 
-def find_problems(path: str | Path, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
+def is_dataset(path: str | Path) -> bool:
+    """Whether a path is a run directory or a dataset of ours: what `validate` checks."""
+    return is_run(Path(path)) or format_of(Path(path)) is not None
+
+
+def find_problems(folder: Path) -> Iterator[str]:
     """All problems, as they are found."""
-    folder = Path(path)
-    if is_run(folder):
-        datasets = [p for p in sorted(folder.glob("dataset*")) if format_of(p) is not None]
-        if not datasets:
-            yield f"{folder}: the run has no dataset yet"
-        for dataset in datasets:
-            yield from dataset_problems(dataset)
-    elif format_of(folder) is not None:
+    if not is_run(folder):
         yield from dataset_problems(folder)
-    else:
-        yield from input_problems(str(path), config, unread)
+        return
+    datasets = [p for p in sorted(folder.glob("dataset*")) if format_of(p) is not None]
+    if not datasets:
+        yield f"{folder}: the run has no dataset yet"
+    for dataset in datasets:
+        yield from dataset_problems(dataset)
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run directory."""
     run_dir = RunDir(folder)
     return run_dir.run_json.is_file() or run_dir.manifest.is_file()
-
-
-def input_problems(source: str, config: InputConfig, unread: dict[str, None]) -> Iterator[str]:
-    """What ingest would reject, and ids that stand for several samples."""
-    from stream_engine.inputs.readers import read_rows
-
-    key_of: dict[str, str] = {}
-    num_rows = 0
-    for row in read_rows(source, config, unread=unread):
-        num_rows += 1
-        where = f"{row.source}, row {row.row}"
-        if isinstance(row.item, Failure):
-            detail = f": {row.item.detail}" if row.item.detail else ""
-            yield f"{where}: {row.item.reason}{detail}"
-        elif key_of.setdefault(row.item.idx, row.item.key) != row.item.key:
-            yield f"{where}: idx {row.item.idx!r} was given to another sample before"
-    if num_rows == 0:
-        yield f"{source}: no rows"
 
 
 def format_of(path: Path) -> str | None:
@@ -211,8 +188,6 @@ def rlaifv_problems(row: Row, _folder: Path) -> Iterator[str]:
         yield "no image bytes"
     else:
         yield from image_problems(row["image"]["bytes"])
-    if row["origin_split"]:
-        json.loads(row["origin_split"])
     if row.get("logps") is not None:
         logps = json.loads(row["logps"])["logps"]
         if len(logps) != 6:

@@ -13,7 +13,7 @@ from stream_engine.errors import ConservationError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
-from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.manifest import Manifest, count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, is_done, read_header, verify_result
 from stream_engine.run_dir.state import RunState, numbered
@@ -60,6 +60,9 @@ class MergeInputs:
                 "rewards": sum(one.failed_rewards for one in counts),
             },
             "missing": self.num_missing_samples,
+            "with_images": {
+                str(k): count for k, count in count_pictures(self.manifest.shards).items()
+            },
             "rejected": sum(sum(i.rejected.values()) for i in self.manifest.inputs.values()),
         }
 

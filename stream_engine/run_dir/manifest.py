@@ -10,9 +10,10 @@ manifest itself keeps one offset per shard.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import msgspec
 
@@ -63,6 +64,12 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     rejected: dict[str, int] = {}
     unread: list[str] = []
     """Columns that no reader knows."""
+    left_out: dict[str, int] = {}
+    """Files and members of tars that were not read: what they are -> how many."""
+    examples: dict[str, str] = {}
+    """The first of each kind that was left out."""
+    notes: dict[str, int] = {}
+    """What was done to rows that were read; see inputs.ingest.NOTES."""
     unreadable: dict[str, RowCounts] = {}
     """Files that could not be read to their ends, and what of the counts is theirs."""
 
@@ -260,6 +267,21 @@ class Manifest:
         self.size = self.end
 
 
+class HasImages(Protocol):
+    """A shard, or what is kept of one."""
+
+    @property
+    def images(self) -> dict[int, int]: ...
+
+
+def count_pictures(shards: Iterable[HasImages]) -> dict[int, int]:
+    """Number of pictures -> number of samples with as many."""
+    total: Counter[int] = Counter()
+    for shard in shards:
+        total.update(shard.images)
+    return dict(sorted(total.items()))
+
+
 def covers(info: InputInfo, max_samples: int | None) -> bool:
     """Whether that reading went as far as one with this limit."""
     if info.max_samples is None or info.read < info.max_samples:
@@ -272,5 +294,8 @@ def reading_settings(config: InputConfig) -> str:
     settings: dict[str, Any] = {
         "image_root": config.image_root,
         "max_image_pixels": config.max_image_pixels,
+        "follow_links": config.follow_links,
+        "columns": config.columns,
+        "text_only": config.text_only,
     }
     return fingerprint(settings)

@@ -149,6 +149,15 @@ def open_run(
         return run_file, notes
 
 
+def forget_source(run_dir: RunDir, source: str, *, worker: str) -> None:
+    """Take an input that was refused out of the settings, so that no later run reads it."""
+    with changing(run_dir, worker):
+        run_file = read_run_file(run_dir)
+        before = run_file.settings["dataset_path"]
+        run_file.settings["dataset_path"] = [path for path in before if path != source]
+        save(run_dir, run_file)
+
+
 def refuse_foreign(run_dir: RunDir) -> None:
     """Raise ConfigError when the folder holds files, but no run."""
     if run_dir.run_json.exists() or not run_dir.root.exists():

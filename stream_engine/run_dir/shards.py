@@ -11,6 +11,7 @@ webdataset imports torch, so it is imported where a tar is really read or writte
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tarfile import TarError
@@ -45,6 +46,7 @@ def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> Shar
 
     keys: list[str] = []
     ids: list[str] = []
+    images: Counter[int] = Counter()
     with atomic_writer(path) as file:
         hashing = HashingWriter(file)
         with TarWriter(
@@ -54,6 +56,7 @@ def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> Shar
                 tar.write(sample_members(sample))
                 keys.append(sample.key)
                 ids.append(sample.idx)
+                images[len(sample.images)] += 1
     assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
     return ShardInfo(
         index=index,
@@ -62,6 +65,7 @@ def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> Shar
         sha256=hashing.hexdigest(),
         keys=keys,
         ids=ids,
+        images=dict(sorted(images.items())),
     )
 
 

@@ -34,6 +34,7 @@ class Shard(msgspec.Struct, frozen=True):
     index: int
     num_samples: int
     sha256: str
+    images: dict[int, int] = {}
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -231,7 +232,7 @@ class RunState:
 
 
 def slim(info: ShardInfo) -> Shard:
-    return Shard(info.index, info.num_samples, info.sha256)
+    return Shard(info.index, info.num_samples, info.sha256, info.images)
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -16,6 +16,7 @@ import msgspec
 
 from stream_engine.config import STAGES
 from stream_engine.records import Failure
+from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.state import SHARD_LEASE, RunState
@@ -77,6 +78,8 @@ class Status(msgspec.Struct, frozen=True):
     shards: ShardCounts
     stages: dict[str, StageCounts]
     pairs: PairCounts
+    pictures: dict[int, int]
+    """Number of pictures -> samples with as many."""
     workers: list[WorkerStatus]
 
     @property
@@ -118,6 +121,7 @@ def collect(state: RunState) -> Status:
         shards=ShardCounts(total=len(state.shards), **kinds),
         stages=stages,
         pairs=read_pairs(state.run_dir),
+        pictures=count_pictures(state.shards),
         workers=[
             WorkerStatus(
                 worker=lease.worker_id,

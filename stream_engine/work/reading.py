@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, NoPicturesError
 from stream_engine.inputs.ingest import IngestReport, ingest
 from stream_engine.inputs.sources import input_fingerprint
+from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.leases import Lease
 from stream_engine.store.locations import canonical_source
@@ -68,16 +69,22 @@ class InputQueue:
             for group in (named, *([source] for source in sources if source in self.limits)):
                 if group:
                     logger.info("reading %s", ", ".join(group))
-                    report = ingest(
-                        self.run_dir,
-                        group,
-                        self.reading_settings(group[0]),
-                        on_progress=self.ingest_progress,
-                    )
-                    logger.info("%s", describe_ingest(report))
-                    self.num_added += report.added
+                    self.num_added += self.ingest(group).added
         self.unread = {}
         return True
+
+    def ingest(self, sources: list[str]) -> IngestReport:
+        """Read some inputs; one that is refused as a whole is not remembered."""
+        settings = self.reading_settings(sources[0])
+        try:
+            report = ingest(self.run_dir, sources, settings, on_progress=self.ingest_progress)
+        except NoPicturesError as error:
+            source = canonical_source(error.source)
+            if source not in self.state.refresh().manifest.inputs:
+                forget_source(self.run_dir, source, worker=self.worker)
+            raise
+        logger.info("%s", describe_ingest(report))
+        return report
 
     def unread_sources(self) -> list[str]:
         """The inputs that are left to read.

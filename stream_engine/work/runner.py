@@ -12,12 +12,15 @@ import msgspec
 
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import MissingStageError
-from stream_engine.inputs.readers import unread_line
+from stream_engine.inputs.ingest import note_lines
+from stream_engine.inputs.sources import list_inputs
+from stream_engine.inputs.unread import unread_lines
 from stream_engine.outputs.formats import export_class
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank
+from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import (
     RunFile,
@@ -29,6 +32,8 @@ from stream_engine.run_dir.run_json import (
 )
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.store.locations import canonical_source
+from stream_engine.text import printable
 from stream_engine.work.follower import follow
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.other_python import find_python, run_rewards_under
@@ -62,7 +67,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     no_pairs: str | None
     """Why the dataset holds no pair though samples were scored."""
     notes: list[str]
-    """What did not fail, but may not be meant: columns of the input that nothing read."""
+    """What did not fail, but may not be meant: columns, files and members that nothing read, and
+    what was done to rows on the way."""
 
     @property
     def exit_status(self) -> int:
@@ -162,9 +168,12 @@ def report_of(
         problems=problems(state),
         no_pairs=no_pairs(state.run_dir) if has_dataset else None,
         notes=[
-            f"{source}: {unread_line(info.unread)}"
+            f"{printable(source)}: {line}"
             for source, info in state.manifest.inputs.items()
-            if info.unread
+            for line in (
+                *unread_lines(info.unread, info.left_out, info.examples),
+                *note_lines(info.notes),
+            )
         ],
     )
 
@@ -192,11 +201,21 @@ def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) ->
         export_class(name)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
+    refuse_unreadable_input(run_dir, config)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
     run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)
     for note in notes:
         logger.info("%s", note)
     return run_file
+
+
+def refuse_unreadable_input(run_dir: RunDir, config: RunConfig) -> None:
+    """Raise ConfigError for an input that cannot be read, before the run remembers it."""
+    if config.run_stage in (None, 0):
+        known = Manifest.load(run_dir).inputs
+        for source in config.dataset_path:
+            if canonical_source(source) not in known:
+                list_inputs(source)
 
 
 def retry_shard(config: RunConfig, index: int) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from stream_engine.cli.main import main
 from stream_engine.demo import checkpoint_path
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.work.runner import run
 from tests import echo_pipeline
 from tests.conftest import ROOT, stream_engine, write_questions
@@ -206,11 +208,14 @@ def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
     dataset = tmp_path / "q.jsonl"
     rows = [{"question": f"what is {i} for", "image_file": f"{i}.png"} for i in range(3)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = "columns not read: image_file; images come from image, images, image_path"
-    assert main(["validate", str(dataset)]) == 0
+    line = "columns not read: image_file; pictures come from image, images, image_path"
+    assert main(["validate", str(dataset)]) == 2
     assert capsys.readouterr().out.count(line) == 1
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
-    main(words)
+    assert main(words) == 1
+    assert "Columns: question, image_file; pictures are read from" in capsys.readouterr().err
+    assert read_run_file(RunDir(tmp_path / "w")).settings["dataset_path"] == []
+    main([*words, "--text_only", "allow"])
     shown = capsys.readouterr()
     assert shown.out.count(line) == shown.err.count(line) == 1
 
@@ -276,7 +281,7 @@ def test_a_run_without_a_pair_says_so_and_ends_with_status_2(
             echo_pipeline, "answer", lambda s, j: msgspec.structs.replace(answer(s, j), **one)
         )
     words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
-    words += ["--rank=1", "--sample_k=4"]
+    words += ["--rank=1", "--sample_k=4", "--text_only=allow"]
     assert main(words) == 2
     out = capsys.readouterr().out
     assert "pairs:   " in out and " = 0 written + " in out

@@ -39,7 +39,7 @@ def bad_rows(tmp_path: Path) -> list[tuple[str, Any]]:
         ("undecodable_image", {**row, "question_id": "b3", "image": encoded(b"no image")}),
         ("truncated_image", {**row, "question_id": "b4", "image": encoded(png[:-40])}),
         ("image_too_large", {**row, "question_id": "b5", "image": large}),
-        ("bad_base64", {**row, "question_id": "b6", "image": "@@@"}),
+        ("bad_base64", {**row, "question_id": "b6", "image": "data:image/png;base64,@@@"}),
         ("malformed_json", '{"question": "cut off'),
         (
             "path_outside_root",

@@ -8,7 +8,8 @@ import pytest
 
 from stream_engine.errors import RecordError
 from stream_engine.inputs import images as images_module
-from stream_engine.inputs.images import decode_base64, read_image_file
+from stream_engine.inputs.images import read_image_file
+from stream_engine.inputs.picture_values import decode_base64
 from stream_engine.store.transient import WAITS_S
 from tests.samples import picture
 
@@ -25,7 +26,7 @@ def test_base64_with_prefix_and_line_breaks_is_read():
     assert decode_base64(f"data:image/png;base64,{text}") == picture(1)
 
 
-@pytest.mark.parametrize("text", ["not base64!", "abc", "QUJD*EFG", "ümlaut=="])
+@pytest.mark.parametrize("text", ["not base64!", "abcde", "QUJD*EFG", "ümlaut=="])
 def test_broken_base64_is_named(text: str):
     assert reason_of(decode_base64, text) == "bad_base64"
 
@@ -82,9 +83,7 @@ def test_without_a_root_paths_may_point_anywhere(folders, tmp_path: Path):
     assert read(f"{root}/link.png", folder, None) == b"secret"
 
 
-@pytest.mark.parametrize(
-    "path", ["no.png", "a.png/b.png", "x" * 300, "a\0b.png", "s3://bucket/a.png", "."]
-)
+@pytest.mark.parametrize("path", ["no.png", "a.png/b.png", "x" * 300, "a\0b.png", "."])
 def test_files_that_are_not_there_are_missing(folders, path: str):
     _, root = folders
     assert reason_of(read, path, root, root) == "missing_image_file"

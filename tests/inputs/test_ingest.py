@@ -128,7 +128,7 @@ def test_of_two_samples_of_an_input_with_one_id_the_first_is_kept(run_dir: RunDi
     assert "drop their column" in failure.detail
 
     write_jsonl(path, [{**make_row(4), "idx": "2"}, make_row(5)])
-    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (2, 1, 0, {"conflicting_id": 1})
+    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (2, 1, 0, {"changed_row": 1})
     assert ids_of(run_dir) == ["1", "2", "5"]
 
 
@@ -160,19 +160,19 @@ def test_every_row_is_added_known_or_named_in_quarantine(run_dir: RunDir, tmp_pa
         *numbers(0, 3),
         {"idx": 3, "question": ""},
         "{broken",
-        {"idx": 4, "question": "?", "image": "!!!"},
+        {"idx": 4, "question": "?", "image": "https://a.example/a.png"},
         make_row(0),
     ]
     (tmp_path / "data").mkdir()
     path = write_jsonl(tmp_path / "data/a.jsonl", rows)
     (tmp_path / "data/b.parquet").write_bytes(b"no parquet")
     report = ingest(run_dir, [str(tmp_path / "data")], CONFIG)
-    reasons = {"empty_question": 1, "malformed_json": 1, "bad_base64": 1, "unreadable_file": 1}
+    reasons = {"empty_question": 1, "malformed_json": 1, "remote_image": 1, "unreadable_file": 1}
     assert counts(report) == (8, 3, 1, reasons)
     assert [(f.reason, f.row) for f in quarantined(run_dir) if f.source == str(path)] == [
         ("empty_question", 3),
         ("malformed_json", 4),
-        ("bad_base64", 5),
+        ("remote_image", 5),
     ]
 
 
@@ -352,7 +352,7 @@ def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Pat
             file.write(json.dumps(line).encode() + b"\n")
     rows = [make_row(1), {**make_row(2), "idx": "9999-7"}]
     report = ingest(run_dir, [str(write_jsonl(tmp_path / "a.jsonl", rows))], CONFIG)
-    assert counts(report) == (2, 1, 0, {"conflicting_id": 1})
+    assert counts(report) == (2, 1, 0, {"changed_row": 1})
     manifest = Manifest.load(run_dir)
     assert len(manifest.shards) == 10_001
     assert manifest.shards[9_999].ids[-1] == "9999-7"

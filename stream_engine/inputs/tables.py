@@ -1,0 +1,111 @@
+"""Parquet, arrow and csv files as rows with their numbers, a few at a time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stream_engine.errors import RecordError
+from stream_engine.inputs.layouts import Row
+from stream_engine.inputs.rows import COLUMNS
+from stream_engine.inputs.unread import Unreadable
+from stream_engine.store.transient import is_transient
+
+ROWS_PER_BATCH = 16
+PARQUET_BUFFER_BYTES = 1 << 20
+MAX_FIELD = 1 << 30
+"""Characters of a cell of a csv file: a picture in base64 may be long."""
+
+Rows = Iterator[tuple[int, Row | RecordError]]
+
+
+def parquet_rows(stream: BinaryIO, mapped: frozenset[str] = frozenset()) -> Rows:
+    """Rows of a parquet file, decoded a few at a time, pages read as they are needed.
+
+    Columns that nobody reads (neither we nor, `mapped`, --columns) are not decoded, and stand as
+    None. A row group that fails costs its own rows.
+    """
+    file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+    names = file.schema_arrow.names
+    columns = [name for name in names if name in COLUMNS or name in mapped]
+    unread = dict.fromkeys(name for name in names if name not in columns)
+    position = 0
+    for group in range(file.num_row_groups):
+        end = position + file.metadata.row_group(group).num_rows
+        try:
+            batches = file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns or None)
+            for batch in batches:
+                for row in batch_rows(batch):
+                    yield position, row if isinstance(row, RecordError) else row | unread
+                    position += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if is_transient(error):
+                raise
+            for lost in range(position, end):
+                yield lost, RecordError("unreadable_row_group", f"row group {group}: {error}")
+        position = end
+
+
+def arrow_rows(stream: BinaryIO) -> Rows:
+    """Rows of an arrow file as `datasets` saves it, in the stream or the random access format."""
+    slices = (
+        batch.slice(start, ROWS_PER_BATCH)
+        for batch in arrow_batches(stream)
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH)
+    )
+    yield from enumerate(row for batch in slices for row in batch_rows(batch))
+
+
+def batch_rows(batch: pa.RecordBatch) -> list[Row | RecordError]:
+    """The rows of a small batch; a cell that Python cannot hold spoils its own row only."""
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException) as error:
+        if batch.num_rows == 1:
+            return [RecordError("invalid_text", str(error))]
+        return [row for i in range(batch.num_rows) for row in batch_rows(batch.slice(i, 1))]
+
+
+def arrow_batches(stream: BinaryIO) -> Iterator[pa.RecordBatch]:
+    """The record batches of an arrow file."""
+    magic = stream.read(6)
+    stream.seek(0)
+    if magic == b"ARROW1":
+        file = pa.ipc.open_file(stream)
+        yield from (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(stream)
+
+
+def csv_rows(stream: BinaryIO) -> Rows:
+    """Rows of a csv file with names in its first line; empty cells are missing."""
+    yield from separated_rows(stream, ",")
+
+
+def tsv_rows(stream: BinaryIO) -> Rows:
+    """Rows of a file whose cells are separated by tabs."""
+    yield from separated_rows(stream, "\t")
+
+
+def separated_rows(stream: BinaryIO, delimiter: str) -> Rows:
+    csv.field_size_limit(min(MAX_FIELD, sys.maxsize))
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        reader = csv.reader(text, delimiter=delimiter)
+        names = next(reader, [])
+        for position, cells in enumerate(filter(None, reader)):
+            if len(cells) > len(names):
+                detail = f"{len(cells)} cells, the first line names {len(names)} columns"
+                yield position, RecordError("malformed_csv", detail)
+            else:
+                yield position, {name: cell or None for name, cell in zip(names, cells)}
+    except csv.Error as error:
+        raise Unreadable(str(error)) from error
+    finally:
+        text.detach()

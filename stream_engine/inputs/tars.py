@@ -1,0 +1,262 @@
+"""WebDataset tars as rows: `key.json` or `key.txt`, and the pictures beside it.
+
+A member belongs to the text member whose name without its suffix is the longest beginning of its
+own ("cat.v1.0.jpg" to "cat.v1.0.json"); without one, to WebDataset's key, the name up to its first
+dot. Members of one key must follow each other, as WebDataset's own reader wants them. What holds in
+a tar as a whole (keys that are scattered, pictures in another folder, a damaged header) is told
+from the headers in a first pass, so that nothing is asked without a picture that is there.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import BinaryIO
+
+from stream_engine.errors import RecordError
+from stream_engine.inputs.json_files import parse_json
+from stream_engine.inputs.layouts import Row
+from stream_engine.inputs.tar_members import CutError, Member, tar_members
+from stream_engine.inputs.unread import Unread, Unreadable
+from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
+
+TEXT_SUFFIXES = ("json", "txt")
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif", "img", "image"),
+        *("heic", "heif", "svg", "psd", "ico", "tga", "pcx", "eps", "exr", "hdr", "dng", "jxl"),
+    )
+)
+"""Members that are pictures; also those of formats that are refused, by name."""
+
+Key = tuple[int, str]
+"""The archive within the file, and the key within the archive."""
+
+
+@dataclass
+class TarScan:
+    """What the headers of a tar tell."""
+
+    keys: Callable[[Member], Key]
+    num_whole: int = 0
+    """Samples that are there to their last member."""
+    faults: dict[Key, RecordError] = field(default_factory=dict)
+    stray: dict[Key, str] = field(default_factory=dict)
+    """Keys without text and picture: members that belong to no sample."""
+    cut: Unreadable | None = None
+
+
+def webdataset_rows(
+    open_stream: Callable[[], BinaryIO], unread: Unread
+) -> Iterator[tuple[int, Row | RecordError]]:
+    """The samples of a tar; `open_stream` opens it at its start, once for each of two passes.
+
+    Raises:
+        Unreadable: for what is no tar, and behind the last whole sample of one that is cut.
+    """
+    with open_stream() as stream:
+        scan = scan_tar(stream)
+    with open_stream() as stream:
+        position = 0
+        for key, members in groupby(files_of(stream), scan.keys):
+            if key in scan.stray and key not in scan.faults:
+                unread.note_left_out(scan.stray[key], next(members).name)
+                continue
+            if position == scan.num_whole:
+                break
+            row = scan.faults.get(key) or webdataset_row(key[1], members, stream, unread)
+            yield position, row
+            position += 1
+    if scan.cut is not None:
+        raise Unreadable(f"{scan.cut}; its last sample is left out") from scan.cut
+
+
+def files_of(stream: BinaryIO) -> Iterator[Member]:
+    """The members that hold or name something; stops where the tar is cut."""
+    try:
+        for member in tar_members(stream):
+            if member.is_file or member.is_link:
+                yield member
+    except CutError:
+        return
+
+
+def scan_tar(stream: BinaryIO) -> TarScan:
+    """Read the headers of a tar; its keys are in memory meanwhile."""
+    stems: set[Key] = set()
+    headers: list[tuple[Member, bool]] = []
+    cut: Unreadable | None = None
+    try:
+        for member in tar_members(stream):
+            if member.header is None:
+                headers.append((member, True))
+            elif member.is_file or member.is_link:
+                stem, suffix = split_suffix(member.name)
+                if suffix in TEXT_SUFFIXES:
+                    stems.add((member.archive, stem))
+                headers.append((member._replace(header=None), False))
+    except CutError as error:
+        cut = error
+    scan = TarScan(key_finder(stems), cut=cut)
+    note_groups(scan, headers)
+    return scan
+
+
+def key_finder(stems: set[Key]) -> Callable[[Member], Key]:
+    """What tells a member's key, from the stems of all text members.
+
+    A caption beside a sample ("a.caption.txt" beside "a.json") is no sample of its own.
+    """
+    texts = {stem for stem in stems if (stem[0], webdataset_key(stem[1])) not in stems}
+    texts |= {stem for stem in stems if webdataset_key(stem[1]) == stem[1]}
+
+    @cache
+    def of_name(archive: int, name: str) -> Key:
+        stem = name
+        while True:
+            stem, suffix = split_suffix(stem)
+            if (archive, stem) in texts:
+                return archive, stem
+            if not suffix:
+                return archive, webdataset_key(name)
+
+    return lambda member: of_name(member.archive, member.name)
+
+
+def note_groups(scan: TarScan, headers: list[tuple[Member, bool]]) -> None:
+    """Count the samples, and find what is wrong with some."""
+    seen: set[Key] = set()
+    suffixes: dict[Key, set[str]] = {}
+    last: Key | None = None
+    after_damage = False
+    for member, is_damage in headers:
+        if is_damage:
+            fault = RecordError("damaged_header", "a header beside this sample is damaged")
+            if last is not None:
+                scan.faults.setdefault(last, fault)
+            after_damage = True
+            continue
+        key = scan.keys(member)
+        if key != last and key in seen:
+            detail = f"members of {key[1]} do not follow each other"
+            scan.faults[key] = RecordError("scattered_members", detail)
+        if after_damage:
+            scan.faults.setdefault(key, RecordError("damaged_header", f"before {member.name}"))
+            after_damage = False
+        seen.add(key)
+        last = key
+        suffixes.setdefault(key, set()).add(split_suffix(member.name)[1])
+    note_missing_halves(scan, suffixes)
+    groups = [key for key, _ in groupby(scan.keys(m) for m, is_damage in headers if not is_damage)]
+    rows = [key for key in groups if key not in scan.stray or key in scan.faults]
+    scan.num_whole = len(rows)
+    if scan.cut is not None and rows and rows[-1] == last:
+        scan.num_whole -= 1
+
+
+def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
+    """Find texts whose pictures lie in another folder of the tar, and members of no sample."""
+    has_picture = {key: bool(found & IMAGE_SUFFIXES) for key, found in suffixes.items()}
+    has_text = {key: bool(found.intersection(TEXT_SUFFIXES)) for key, found in suffixes.items()}
+    alone = {
+        (key[0], posixpath.basename(key[1])): key[1]
+        for key in suffixes
+        if has_picture[key] and not has_text[key]
+    }
+    for key, found in suffixes.items():
+        if not has_text[key] and not has_picture[key]:
+            scan.stray[key] = f"members .{min(found)} without a text"
+        elsewhere = alone.get((key[0], posixpath.basename(key[1])))
+        if has_text[key] and not has_picture[key] and elsewhere is not None:
+            scan.faults[key] = RecordError(
+                "unread_member",
+                f"its picture is in another folder of the tar, {elsewhere}.*: WebDataset takes "
+                "the folder for a part of the key; put both in one",
+            )
+
+
+def webdataset_row(
+    key: str, members: Iterator[Member], stream: BinaryIO, unread: Unread
+) -> Row | RecordError:
+    """One sample of a tar as a row; pictures in natural order of their names.
+
+    Of a member that stands twice the last one is taken. A member that may be the sample's picture
+    and is not read rejects it.
+    """
+    content: dict[str, bytes] = {}
+    links: list[str] = []
+    for member in members:
+        assert member.header is not None, member.name
+        name = member.name[len(key) + 1 :]
+        if member.is_link:
+            links.append(f"{member.name} -> {member.header.linkname}")
+            continue
+        if name in content:
+            unread.note_left_out("members that stand twice, but for the last one,", member.name)
+        stream.seek(member.header.offset_data)
+        content[name] = stream.read(member.header.size)
+    if links:
+        return RecordError("unread_member", f"{links[0]} is a link; store the file itself")
+    row = text_row(content)
+    if isinstance(row, RecordError):
+        return row
+    images = [name for name in content if is_picture(name, content[name])]
+    others = [name for name in content if name not in images and name not in TEXT_SUFFIXES]
+    for name in others:
+        unread.note_left_out(f"members .{split_suffix(name)[1] or name}", f"{key}.{name}")
+    if images:
+        return row | {
+            "images": [
+                {"bytes": content[name], "path": f"{key}.{name}"}
+                for name in sorted(images, key=natural_order)
+            ]
+        }
+    if others and not any(row.get(name) for name in ("image", "images", "image_path")):
+        return RecordError(
+            "unread_member",
+            f"no member is a picture of a known format; {key}.{others[0]} was not read",
+        )
+    return row
+
+
+def text_row(content: dict[str, bytes]) -> Row | RecordError:
+    """The columns of a sample's json, with its txt as the question where that has none."""
+    row = parse_json(content["json"].removeprefix(b"\xef\xbb\xbf")) if "json" in content else {}
+    if isinstance(row, RecordError):
+        return row
+    has_question = any(name in row for name in ("question", "conversations", "messages"))
+    if "txt" in content and not has_question:
+        row = row | {"question": content["txt"]}
+    return row
+
+
+def is_picture(name: str, data: bytes) -> bool:
+    """Whether a member is one: by its suffix, else by how it begins."""
+    suffix = split_suffix(f".{name}")[1]
+    if suffix in TEXT_SUFFIXES:
+        return False
+    return suffix in IMAGE_SUFFIXES or image_extension(data) != UNKNOWN_EXTENSION
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """A member's name without its last suffix, and that in lower case without its dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return (f"{folder}{slash}{stem}", suffix.lower()) if dot else (name, "")
+
+
+def webdataset_key(name: str) -> str:
+    """WebDataset's key of a member: its name up to the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which 2.jpg comes before 10.jpg."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]

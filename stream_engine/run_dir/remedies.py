@@ -1,0 +1,48 @@
+"""What helps against each kind of reject, said once a kind and not once a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+REMEDIES = {
+    "no_image": "name your picture column by --columns image=NAME, or give --text_only allow",
+    "image_mark_mismatch": "write one <image> for each picture, or none: pictures then come first",
+    "missing_question": "name your question column by --columns question=NAME",
+    "empty_question": "give the rows a question, or leave them out",
+    "invalid_question": "questions are text; name their column by --columns question=NAME",
+    "invalid_text": "store texts as UTF-8",
+    "malformed_json": "one JSON object a line (.jsonl), or one list of objects (.json)",
+    "malformed_csv": "quote cells that hold the delimiter",
+    "missing_image_file": "give --image_root, the folder that the paths start from",
+    "unreachable_image": "`stream-engine retry-failed` reads the input again",
+    "path_outside_root": "put the pictures below --image_root, or give --follow_links for links",
+    "remote_image": "download the pictures first (img2dataset does) and give their paths",
+    "unknown_image_form": "a picture is bytes, base64, a path, or a dict with one of these",
+    "bad_base64": "encode the pictures again, or give paths",
+    "undecodable_image": "convert the pictures to JPEG or PNG",
+    "truncated_image": "fetch the pictures again: their files end too early",
+    "damaged_image": "fetch the pictures again: their data are broken in the middle",
+    "image_too_large": "shrink the pictures, or raise --max_image_pixels",
+    "image_too_long": "crop or shrink the pictures",
+    "unsupported_pixel_depth": "scale the pictures to 8 bits",
+    "turns_before_question": "leave system prompts out; questions are asked alone",
+    "unknown_turns": "a turn is {from, value} or {role, content}",
+    "unsupported_content": "a turn holds text and pictures only",
+    "unread_member": "put a sample's picture beside its text, as a file, under the same name",
+    "scattered_members": "sort the tar's members by name (tar --sort=name)",
+    "damaged_header": "make the tar again",
+    "conflicting_id": "make the ids unique, or leave them out: they are then made from the content",
+    "changed_row": "give an edited row another id, or read all in a new work_dir",
+    "unreadable_file": "fetch the file again; the next run reads it",
+    "unreadable_row_group": "write the parquet file again",
+    "control_token": "take the model's control tokens out of the question",
+    "too_many_images": "choose a model that takes as many pictures",
+    "prompt_too_long": "shorten the question, or choose a model with a longer context",
+}
+"""reason -> what its user can do."""
+
+
+def remedy_lines(reasons: Iterable[str]) -> list[str]:
+    """One line for each kind that has a remedy, in order."""
+    known = (reason for reason in dict.fromkeys(reasons) if reason in REMEDIES)
+    return [f"{reason}: {REMEDIES[reason]}" for reason in known]
