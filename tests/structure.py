@@ -3,11 +3,12 @@
     python -m tests.structure            the counts, arrows that run up, circles, what is too long
     python -m tests.structure --arrows   every arrow between rooms as well
 
-A room is a folder of `stream_engine` or one of the files beside them; the package `stream_kernels`
-stands beneath. An arrow leads from a room to another of which it imports anything, anywhere in its
-files: inside functions and under TYPE_CHECKING too. It runs up when the other room does not stand
-below in FLOORS. A circle is a set of files that import each other, directly or through one another,
-in the same room or not. The package's own `__init__` and `__main__` are the front door, not a room.
+A room is a package of `stream_engine` or one of the files beside them; the package `stream_kernels`
+stands beneath. A floor is a layer, a circle an import cycle. An arrow leads from a room to another
+of which it imports anything, anywhere in its files: inside functions and under TYPE_CHECKING too.
+It runs up when the other room does not stand below in FLOORS. A circle is a set of files that
+import each other, directly or through one another, in the same room or not. The package's own
+`__init__` and `__main__` are the front door, not a room.
 """
 
 from __future__ import annotations

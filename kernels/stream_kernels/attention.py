@@ -1,4 +1,4 @@
-"""Attention that also returns its log-normaliser, and the merge of two such results.
+"""Attention that also returns its log-sum-exp (LSE), and the merge of two such results.
 
 Both run on torch's own flash kernels; query heads that share a key head are packed as rows, so
 keys are never repeated. Legend: B batch, Hq/Hkv query/key heads, M queries, N keys, D head size.
@@ -20,7 +20,7 @@ def attention_with_lse(
     causal: bool = False,
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its natural-log normaliser: (query's dtype [B, Hq, M, D], float32 [B, Hq, M]).
+    """Attention and its natural log-sum-exp: (query's dtype [B, Hq, M, D], float32 [B, Hq, M]).
 
     query [B, Hq, M, D], key and value [B, Hkv, N, D]. `causal` (M == N only) lets query i see keys
     0..i. Keys at and beyond `key_lengths` [B] are masked, but must be finite numbers; a query that
@@ -68,7 +68,7 @@ def _flash_cpu(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash kernel; it returns the natural-log normaliser beside the output."""
+    """torch's CPU flash kernel; it returns the log-sum-exp (natural log) beside the output."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )

@@ -39,9 +39,9 @@ def linear_logp(
     """
     assert hidden.shape[0] == targets.shape[0], f"{hidden.shape} vs {targets.shape}"
     if takes_triton(hidden.device):
-        from stream_kernels.gpu.linear_logp import linear_logp_cuda
+        from stream_kernels.gpu.linear_logp import linear_logp_chunked
 
-        return linear_logp_cuda(
+        return linear_logp_chunked(
             hidden,
             weight[:vocab_size],
             targets,
@@ -73,7 +73,7 @@ def _linear_logp_rows(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """The online form: a running log-normaliser over chunks of the vocabulary."""
+    """The online form: a running log-sum-exp over chunks of the vocabulary."""
     num_tokens, size = hidden.shape
     vocab_size = weight.shape[0]
     columns = min(_MAX_COLUMNS, max(256, _CHUNK_BYTES // (4 * num_tokens)), vocab_size)
@@ -105,7 +105,7 @@ def _linear_logp_rows(
         chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].double()
         target_logits = torch.where(inside, chosen, target_logits)
         del logits_NC  # before the next chunk's are made
-    # The two logits that the result hangs on most take their exact values, in the normaliser too.
+    # The two logits that the result hangs on most take their exact values, in the log-sum-exp too.
     exact, exact_peaks = (
         _shape_logits(_products(hidden, weight, ids, bias), logit_scale, softcap)
         for ids in (targets.clamp(0, vocab_size - 1), peak_ids)

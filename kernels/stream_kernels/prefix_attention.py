@@ -1,7 +1,7 @@
 """Decode attention of many rows that share prefixes: each prefix is read once, not once a row.
 
 On CPU: two torch flash calls (a group's rows over its prefix; each slot over its suffix) merged by
-their log-normalisers, as Hydragen does (Juravsky et al. 2024). On CUDA: `gpu/prefix_attention.py`.
+their log-sum-exps, as Hydragen does (Juravsky et al. 2024). On CUDA: `gpu/prefix_attention.py`.
 Legend: R rows, Hq/Hkv query/key heads, D head size, k rows of one group.
 """
 

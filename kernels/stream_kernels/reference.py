@@ -100,7 +100,7 @@ def attention_with_lse(
     causal: bool = False,
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its natural-log normaliser: (query's dtype [B, Hq, M, D], float32 [B, Hq, M]).
+    """Attention and its natural log-sum-exp: (query's dtype [B, Hq, M, D], float32 [B, Hq, M]).
 
     query [B, Hq, M, D], key and value [B, Hkv, N, D]. `causal` (M == N only) lets query i see keys
     0..i. Keys at and beyond `key_lengths` [B] are masked; a query that sees no key gets output 0
@@ -126,7 +126,7 @@ def attention_with_lse(
 
 
 def merge_by_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
-    """Attention over the union of two disjoint key sets, from the two outputs and normalisers.
+    """Attention over the union of two disjoint key sets, from the outputs and log-sum-exps.
 
     out_* [..., D], lse_* [...], natural log; float32 inside, out_a's dtype outside. A side whose
     lse is -inf is absent; two absent sides give 0.

@@ -1,4 +1,4 @@
-"""The plain path, for models whose attention the shared prefix cannot reach.
+"""The fallback for models that cannot share a prefix: transformers' KV cache, copied to all rows.
 
 One question at a time: its prompt runs once through the model's own code into a transformers cache,
 the cache is copied to as many rows as there are answers, and they go on together. Answers, seeds

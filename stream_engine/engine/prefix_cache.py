@@ -1,4 +1,4 @@
-"""The two-part cache: one prefix a question, one suffix a row.
+"""The KV cache, in two parts: one prefix a question, one suffix a row.
 
     prefix slab  [Hkv, T, D] a layer   every question's prompt once, at tokens start .. + length
     suffix slab  [S, Hkv, C, D] a layer   slot s holds the tokens that one row has added

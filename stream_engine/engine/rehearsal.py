@@ -1,7 +1,8 @@
-"""A computed plan is tried: one decode step and one prefill at full size, on made-up tokens.
+"""A profile run: the memory plan is tried by one decode step and one prefill at full size.
 
-What is written meanwhile lies in slots and spans that nobody owns, and counts nowhere. The random
-numbers of answers depend on seed and position only, so nothing that is drawn later changes.
+Its tokens are made up. What is written meanwhile lies in slots and spans that nobody owns, and
+counts nowhere. The random numbers of answers depend on seed and position only, so nothing that is
+drawn later changes.
 """
 
 from __future__ import annotations

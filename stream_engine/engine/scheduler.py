@@ -1,4 +1,4 @@
-"""Fused generation and log-probs: one scheduler keeps one large decode batch full.
+"""Continuous batching: one scheduler keeps one large decode batch full; log-probs come with it.
 
     waiting requests ──admit──▶ prefix prefilled once ──▶ rows wait ──activate──▶ decode batch
                         ▲                                                            │

@@ -1,4 +1,4 @@
-"""The tokens that answers hold already, for a repetition penalty.
+"""The tokens that answers hold already: what a repetition penalty falls on.
 
 Legend: R rows, V columns of the head, S slots of the cache.
 """

@@ -1,4 +1,4 @@
-"""The one broad except of the house, and the errors that it must not hide.
+"""The one broad except of the package, and the errors that it must not hide.
 
 Whatever a model's code raises, a bad record or a bad shard must not stop the others.
 """

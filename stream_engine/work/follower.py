@@ -1,4 +1,4 @@
-"""A rank that follows: it loads and computes what its team's leader announces, and nothing else."""
+"""The loop of a follower: a rank that loads and computes what its team's leader announces."""
 
 from __future__ import annotations
 

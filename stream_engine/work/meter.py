@@ -1,4 +1,6 @@
-"""Meter: how fast a run goes, for the live view. Counts this worker's records as they are made, and
+"""Throughput of a run, for the live view.
+
+Counts this worker's records as they are made, and
 everybody's as their result files appear."""
 
 from __future__ import annotations

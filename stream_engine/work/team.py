@@ -1,4 +1,4 @@
-"""Team: ranks that act as one worker, since each model is split over them (--tensor_parallel).
+"""Team: a tensor-parallel group of ranks, which acts as one worker (--tensor_parallel).
 
 The first rank leads: it does all that a worker alone does (leases, reading, writing, merging), and
 whenever models are loaded or asked, the other ranks do the same beside it, with the inputs that it

@@ -48,7 +48,7 @@ def truth(
         pytest.param(64, 64, True, id="causal-64"),
     ],
 )
-def test_outputs_and_normalisers_match_float64(
+def test_outputs_and_log_sum_exps_match_float64(
     heads: Any, lengths: Any, queries: int, keys: int, causal: bool
 ) -> None:
     torch.manual_seed(0)
@@ -112,6 +112,6 @@ def test_merging_two_absent_sides_gives_zero() -> None:
     assert merge_by_lse(out, lse, out, lse).tolist() == out.tolist()
 
 
-def test_merging_normalisers_far_apart_keeps_the_larger_side() -> None:
+def test_merging_log_sum_exps_far_apart_keeps_the_larger_side() -> None:
     out_a, out_b, far = torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([500.0, -500.0])
     assert merge_by_lse(out_a, far, out_b, -far).tolist() == [[1.0] * 3, [0.0] * 3]

@@ -1,4 +1,4 @@
-"""Triton flash attention that returns its log-normaliser, with packed query heads (GQA).
+"""Triton flash attention that returns its log-sum-exp, with packed query heads (GQA).
 
 It serves scoring and prefill of suffixes over a prefix: a few hundred queries against less than a
 thousand keys, a small share of the model's work.
@@ -16,7 +16,7 @@ from stream_kernels.gpu.softmax import (
     LOG2_E,
     attend_tile,
     load_queries,
-    log2_normaliser,
+    log2_sum_exp,
     start_softmax,
     store_output,
 )
@@ -120,6 +120,6 @@ def attention_kernel(
             allowed = allowed & (token[None, :] <= position[:, None])
         peak, total, acc = attend_tile(queries, keys, values, allowed, peak, total, acc, scale_log2)
 
-    natural = log2_normaliser((peak, total, acc)) * 0.6931471805599453
+    natural = log2_sum_exp((peak, total, acc)) * 0.6931471805599453
     tl.store(lse + pair * num_rows + offs_m, natural, row_mask)
     store_output(out, query_offs, query_mask, (peak, total, acc))

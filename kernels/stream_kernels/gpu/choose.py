@@ -70,7 +70,7 @@ def choose_kernel(
     block_ids = tl.arange(0, MAX_BLOCKS)
     there = block_ids < num_blocks
     place = stats + row * num_blocks + block_ids
-    lse = row_normaliser(place, plane, there)
+    lse = row_log_sum_exp(place, plane, there)
 
     score_peaks = tl.load(place + 2 * plane, there, other=float("-inf"))
     score_totals = tl.load(place + 3 * plane, there, other=0.0)
@@ -130,7 +130,7 @@ def find_column(weights, share, offs):
 
 
 @triton.jit
-def row_normaliser(place, plane, there):
+def row_log_sum_exp(place, plane, there):
     """Natural logarithm of the row's sum of exponentials, of the raw logits."""
     peaks = tl.load(place, there, other=float("-inf"))
     totals = tl.load(place + plane, there, other=0.0)

@@ -24,21 +24,6 @@ _MIN_COLUMNS = 2048
 _TILES_TOGETHER = 16
 
 
-def linear_logp_cuda(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """`stream_kernels.linear_logp` for CUDA tensors; the form that is known to be fast enough."""
-    return linear_logp_chunked(
-        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap
-    )
-
-
 def linear_logp_chunked(
     hidden: Tensor,
     weight: Tensor,

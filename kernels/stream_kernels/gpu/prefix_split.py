@@ -15,7 +15,7 @@ from stream_kernels.gpu.softmax import (
     LOG2_E,
     attend_tokens,
     load_queries,
-    log2_normaliser,
+    log2_sum_exp,
     start_softmax,
     store_output,
 )
@@ -144,7 +144,7 @@ def prefix_kernel(
     )
     split_offs = split.to(tl.int64) * num_rows * HEADS
     store_output(partial + split_offs * D, offs, mask, softmax)
-    lse = log2_normaliser(softmax)
+    lse = log2_sum_exp(softmax)
     tl.store(partial_lse + split_offs + head_index, lse, row_m >= 0)
 
 

@@ -69,7 +69,7 @@ def attend_tokens(
 
 
 @triton.jit
-def log2_normaliser(softmax):
+def log2_sum_exp(softmax):
     """Base-2 logarithm [M] of the sum of exponentials; -inf for rows that have seen no key."""
     peak, total, _ = softmax
     seen = total > 0

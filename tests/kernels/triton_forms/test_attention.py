@@ -15,7 +15,7 @@ from tests.kernels.triton_forms.device import DEVICE, DTYPES, OUTPUT_ERROR
     [(1, 1, False), (3, 65, False), (17, 63, False), (65, 65, True), (16, 16, True)],
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "key-lengths"])
-def test_outputs_and_normalisers_match_the_reference(
+def test_outputs_and_log_sum_exps_match_the_reference(
     dtype: torch.dtype, heads: Any, queries: int, keys: int, causal: bool, masked: bool
 ) -> None:
     torch.manual_seed(0)
