@@ -147,6 +147,8 @@ class SampleRollouts(msgspec.Struct, frozen=True, kw_only=True):
     prompt: PromptDigest
     answers: list[Answer]
     num_prompt_tokens: int = 0
+    asked: str = ""
+    """The question as the model was asked it, where that is not as the sample has it."""
 
 
 class AnswerScore(msgspec.Struct, frozen=True, kw_only=True):

@@ -123,7 +123,7 @@ class Engine:
             item: tuple[str, str, Sequence[EncodedImage]],
         ) -> tuple[str, Prompt | RecordError]:
             key, question, images = item
-            return key, or_record_error(lambda: self.model.prompt(question, decoded(images)))
+            return key, or_record_error(lambda: self.model.ask(question, decoded(images)))
 
         yield from map_ahead(make, questions, threads=HOST_THREADS, ahead=4 * HOST_THREADS)
 

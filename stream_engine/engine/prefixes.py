@@ -67,7 +67,7 @@ def share_prompt(
     prompts: list[Prompt | RecordError] = []
     for question in questions:
         try:
-            prompts.append(runner.model.prompt(question, images))
+            prompts.append(runner.model.ask_plainly(question, images))
         except RecordError as error:
             prompts.append(error)
     whole = [prompt for prompt in prompts if isinstance(prompt, Prompt)]

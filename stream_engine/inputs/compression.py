@@ -27,7 +27,10 @@ def decompressed(stream: BinaryIO, codec: str | None) -> BinaryIO:
     """A stream of what a compressed one holds, all of its members one after the other."""
     if codec is None:
         return stream
-    raw = lzma.open(stream) if codec == "xz" else pa.CompressedInputStream(stream, codec)
+    if codec == "xz":
+        raw = lzma.LZMAFile(stream)  # noqa: SIM115  closed by whom it is given to
+    else:
+        raw = pa.CompressedInputStream(stream, codec)
     return cast(BinaryIO, io.BufferedReader(ForwardReader(raw), CHUNK_BYTES))
 
 

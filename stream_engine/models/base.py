@@ -3,7 +3,7 @@
 A family is a front end (images -> feature rows), a chat template, and a *native* transformers
 language model. The engine calls, for every question exactly once and in this order:
 
-    prompt = model.prompt(question, images)            # host: ids, preprocessed pixels, digests
+    prompt = model.ask(question, images)               # host: ids, preprocessed pixels, digests
     features = model.encode_images([prompt, ...])      # vision tower, on batches of questions
     hidden = model.prefill([prompt, ...], features)    # language model, prompts packed in one row
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stream_engine.records import PromptDigest
+from stream_engine.errors import RecordError
+from stream_engine.records import PromptDigest, prompt_parts, without_marks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+NOTHING = r"(?!)"
+"""A pattern that nothing matches."""
 
 IMAGE_SLOT = -200
 """Stands in `Prompt.ids` at every position that an image feature fills (LLaVA's own sentinel)."""
@@ -90,12 +95,61 @@ class VisionLanguageModel(ABC):
     """Whether the engine's attention function reaches every layer. A self-test checks it."""
     tensor_parallel: int = 1
     """Over how many ranks the backbone's layers are split; see engine/parallel.py."""
+    places_images: bool = True
+    """Whether pictures are seen where the question's marks stand; else all of them come first."""
+    turn_marks: tuple[str, ...] = ()
+    """Plain words by which the chat template tells turns apart ("USER:"), where it uses such."""
     offload: str | None = None
     """Where the backbone's layers lie between forwards, when it is not the device."""
 
+    def ask(self, question: str, images: Sequence[Image]) -> Prompt:
+        """The prompt of a user's question: its marks are where the pictures stand.
+
+        Raises:
+            RecordError: "control_token", where the question spells one, and as `prompt` does.
+        """
+        for part in prompt_parts(question, len(images)):
+            refuse(self._control_texts, part or "")
+            refuse(self._turn_words, part or "")
+        return self.prompt(self.asked(question, len(images)), images)
+
+    def ask_plainly(self, text: str, images: Sequence[Image]) -> Prompt:
+        """The prompt of a text of ours about pictures that come first, whatever marks it quotes.
+
+        Raises:
+            RecordError: as `ask`, but for the template's plain words: a judge's own text may hold
+                these.
+        """
+        text = without_marks(text)
+        refuse(self._control_texts, text)
+        return self.prompt(text, images)
+
+    def asked(self, question: str, num_images: int) -> str:
+        """The question as this model is asked it: the same, or with its pictures put first."""
+        return question if self.places_images else without_marks(question)
+
+    @functools.cached_property
+    def _control_texts(self) -> re.Pattern[str]:
+        """What the tokenizer would make control tokens of."""
+        tokens = sorted(self.control_texts(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or NOTHING)
+
+    @functools.cached_property
+    def _turn_words(self) -> re.Pattern[str]:
+        """What could forge a turn in plain words."""
+        return re.compile("|".join(rf"(?<!\w){re.escape(m)}" for m in self.turn_marks) or NOTHING)
+
+    def control_texts(self) -> set[str]:
+        """What the tokenizer reads as one token with a meaning of its own, as text."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special}
+        special |= set(getattr(self.tokenizer, "all_special_tokens", ()))
+        return {text for text in special if len(text) > 2}  # some name "!" or a space
+
     @abstractmethod
     def prompt(self, question: str, images: Sequence[Image]) -> Prompt:
-        """The generation prompt for a question about `images` (decoded, any mode or size).
+        """The generation prompt for a question about `images` (decoded, any mode or size), as
+        `asked` gives it and without control tokens.
 
         The prompt ends where the answer's first token begins. Raises RecordError
         ("too_many_images", "prompt_too_long" ...) for what this family cannot take.
@@ -209,6 +263,14 @@ class VisionLanguageModel(ABC):
             digest = hashlib.blake2b(repr(entries).encode(), digest_size=8).hexdigest()
             self._tokenizer_digest = digest
         return self._tokenizer_digest
+
+
+def refuse(pattern: re.Pattern[str], text: str) -> None:
+    """Raise RecordError for a text that holds what has a meaning beyond its words."""
+    if found := pattern.search(text):
+        raise RecordError(
+            "control_token", f"the question holds {found[0]!r}, which means more than its text"
+        )
 
 
 def cache_argument(model: type) -> str:

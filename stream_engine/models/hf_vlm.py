@@ -30,7 +30,7 @@ from stream_engine.models.native import (
 )
 from stream_engine.models.processors import load_processor
 from stream_engine.models.weight_files import read_json
-from stream_engine.records import without_marks
+from stream_engine.records import prompt_parts
 
 # Their language model looks at the image by other means than positions of its own sequence, is not
 # causal over the prompt, or is not apart from the whole.
@@ -121,16 +121,41 @@ class HfVlm(VisionLanguageModel):
         self.suppressed_token_ids = tuple(sorted(i for i in placeholders if i < self.vocab_size))
         marks = self.tokenizer.convert_ids_to_tokens(list(placeholders))
         own = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
-        self._marks = sorted({m for m in [*marks, *own] if isinstance(m, str)}, key=len)[::-1]
+        self._marks = {mark for mark in [*marks, *own] if isinstance(mark, str)}
+        self.places_images = self._keeps_order()
+        self.turn_marks = self._template_words()
+
+    def control_texts(self) -> set[str]:
+        return super().control_texts() | self._marks
+
+    def _rendered(self, content: list[dict[str, Any]]) -> str:
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _keeps_order(self) -> bool:
+        """Whether the chat template puts a picture between two texts where it stands."""
+        before, after = ({"type": "text", "text": word} for word in ("BEFORE", "AFTER"))
+        text = self._rendered([before, {"type": "image"}, after])
+        start, end = text.find("BEFORE"), text.find("AFTER")
+        return 0 <= start < end and bool(text[start + len("BEFORE") : end].strip())
+
+    def _template_words(self) -> tuple[str, ...]:
+        """The template's words in front of a user's text and of the answer, if they are plain."""
+        head, found, tail = self._rendered([{"type": "text", "text": "THE QUESTION"}]).partition(
+            "THE QUESTION"
+        )
+        words = [*head.split()[-1:], *tail.split()[-1:]] if found else []
+        return tuple(word for word in words if word.endswith(":"))
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
-        question = without_marks(question)
-        for mark in self._marks:
-            question = question.replace(mark, "")
+        following = iter(images)
         content: list[dict[str, Any]] = [
-            {"type": "image", "image": image.convert("RGB")} for image in images
+            {"type": "image", "image": next(following).convert("RGB")}
+            if text is None
+            else {"type": "text", "text": text}
+            for text in prompt_parts(question, len(images))
         ]
-        content.append({"type": "text", "text": question})
         try:
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],

@@ -48,7 +48,7 @@ from stream_engine.models.checkpoints import (
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
 from stream_engine.models.language import language_config
 from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
-from stream_engine.records import IMAGE_MARK, without_marks
+from stream_engine.records import IMAGE_MARK
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -109,6 +109,8 @@ class LlavaModel(VisionLanguageModel):
     """A loaded LLaVA-1.5 checkpoint."""
 
     family = "llava"
+    places_images = False  # as it was trained
+    turn_marks = ("USER:", "ASSISTANT:")
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class LlavaModel(VisionLanguageModel):
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         marks = f"{IMAGE_MARK}\n" * len(images)
-        text = f"{SYSTEM} USER: {marks}{without_marks(question)} ASSISTANT:"
+        text = f"{SYSTEM} USER: {marks}{question} ASSISTANT:"
         ids = self._tokenize(text)
         pixels = [clip_pixels(image, self.preprocessing, pad=self.pads) for image in images]
         return Prompt(ids=ids, digest=self.digest(ids, pixels), vision=pixels)

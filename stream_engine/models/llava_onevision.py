@@ -157,6 +157,10 @@ class LlavaOnevisionModel(VisionLanguageModel):
         self.tower = tower
         self.projector = projector
 
+    def asked(self, question: str, num_images: int) -> str:
+        """A single picture comes first, as it was trained; several stay at their marks."""
+        return without_marks(question) if num_images == 1 else question
+
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         pictures = self.preprocess(images)
         text = (
@@ -217,14 +221,11 @@ class LlavaOnevisionModel(VisionLanguageModel):
 
 
 def marked(question: str, num_images: int) -> str:
-    """The user's turn with one mark a picture.
-
-    Several pictures stay at their marks when the question has one for each; else they come first.
-    """
-    if num_images > 1 and question.count(IMAGE_MARK) == num_images:
+    """The user's turn with one mark a picture: those of the question, or all of them in front."""
+    if num_images and question.count(IMAGE_MARK) == num_images:
         return question
     front = " ".join([IMAGE_MARK] * num_images)
-    return front + "\n" * bool(num_images) + without_marks(question)
+    return front + "\n" * bool(num_images) + question
 
 
 @once_per_image

@@ -112,6 +112,7 @@ class OmniLmmModel(VisionLanguageModel):
     """A loaded OmniLMM checkpoint."""
 
     family = "omnilmm"
+    turn_marks = ("<|system|>", "<|user|>", "<|assistant|>")
 
     def __init__(
         self,

@@ -1,9 +1,4 @@
-"""Where pictures stand in a question, and which ids of a tokenised prompt their features fill.
-
-Questions of LLaVA-style datasets may already hold `<image>`: a mark for each picture is replaced
-where it stands; any other number of marks says nothing, so they are dropped and the pictures come
-first.
-"""
+"""Where pictures stand in a question, and which ids of a tokenised prompt their features fill."""
 
 from __future__ import annotations
 
@@ -11,16 +6,16 @@ from collections.abc import Collection, Sequence
 
 from stream_engine.errors import RecordError
 from stream_engine.models.base import IMAGE_SLOT
-from stream_engine.records import IMAGE_MARK, without_marks
+from stream_engine.records import prompt_parts
 
 
 def place_images(question: str, blocks: Sequence[str]) -> str:
     """The user's turn: each picture's block at its mark, or all of them in front, a line each."""
-    chunks = question.split(IMAGE_MARK)
-    if blocks and len(chunks) == len(blocks) + 1:
-        filled = [chunk + block for chunk, block in zip(chunks, blocks)]
-        return "".join([*filled, chunks[-1]])
-    return "\n".join([*blocks, without_marks(question)])
+    parts = prompt_parts(question, len(blocks))
+    if None not in parts[len(blocks) :]:
+        return "\n".join([*blocks, parts[-1] or ""])
+    following = iter(blocks)
+    return "".join(next(following) if part is None else part for part in parts)
 
 
 def fill_slots(

@@ -280,7 +280,7 @@ def write_pairs(
                     dropped.append((candidate, reason))
                     continue
                 row = PairRow(
-                    sample,
+                    as_asked(sample, rollouts),
                     candidate.chosen,
                     candidate.rejected,
                     candidate.pair,
@@ -292,6 +292,11 @@ def write_pairs(
                 all_dropped[reason] += 1
                 debug.dropped(sample, candidate, reason)
     return all_dropped
+
+
+def as_asked(sample: Sample, rollouts: SampleRollouts) -> Sample:
+    """The sample with its question in the words that the instruct model was asked."""
+    return msgspec.structs.replace(sample, question=rollouts.asked) if rollouts.asked else sample
 
 
 def rank(pipeline: Pipeline, rollouts: SampleRollouts, rewards: SampleRewards) -> list[Candidate]:

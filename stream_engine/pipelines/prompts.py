@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stream_engine.records import without_marks
+
 # utils/llama3_8b_inference.py; for rlaifv_llama3_split_model
 SPLIT = (
     "You are an expert in extracting facts from the given question-answer pair for an image. Your "
@@ -46,7 +48,7 @@ CRITIC = (
 
 def split_prompt(question: str, answer: str) -> str:
     """Ask for an answer's facts. RLAIF-V cut this at 300 words; nothing is cut here."""
-    return f"{SPLIT}{question}\nAnswer: {answer}"
+    return f"{SPLIT}{without_marks(question)}\nAnswer: {answer}"
 
 
 def rewrite_prompt(facts: Sequence[str]) -> str:
@@ -61,4 +63,4 @@ def yes_no_prompt(question: str) -> str:
 
 def critic_prompt(question: str, first: str, second: str) -> str:
     """Ask which of two answers about the image is better."""
-    return CRITIC.format(question, first, second)
+    return CRITIC.format(without_marks(question), first, second)

@@ -60,8 +60,14 @@ def sample_answers(
         else:
             answers = [_answer(engine, j, row) for j, row in enumerate(result.rows)]
             digest, num_tokens = prompts[result.key]
+            sample = by_key[result.key]
+            asked = engine.model.asked(sample.question, len(sample.images))
             yield SampleRollouts(
-                key=result.key, prompt=digest, answers=answers, num_prompt_tokens=num_tokens
+                key=result.key,
+                prompt=digest,
+                answers=answers,
+                num_prompt_tokens=num_tokens,
+                asked="" if asked == sample.question else asked,
             )
     yield from refused
 

@@ -32,6 +32,7 @@ from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models import detect_family, load_model
 from stream_engine.models.base import Prompt, cache_argument
 from stream_engine.models.native import naming_architecture
+from stream_engine.records import IMAGE_MARK
 from tests.models.hf_architectures import ARCHITECTURES
 from tests.models.writers_hf import write_hf
 
@@ -185,18 +186,33 @@ def test_the_picture_is_encoded_once_a_question(native):
     assert calls == [1]
 
 
-def test_a_spelled_out_placeholder_is_dropped_from_the_question(native):
+def test_a_spelled_out_placeholder_is_refused(native):
     model = native.engine.model
     token = model.tokenizer.convert_ids_to_tokens(model.suppressed_token_ids[0])
-    picture = pictures()[:1]
-    assert model.prompt(f"Who {token}is?", picture).ids == model.prompt("Who is?", picture).ids
+    if token == IMAGE_MARK:
+        token = model.tokenizer.eos_token
+    with pytest.raises(RecordError, match="control_token"):
+        model.ask(f"Who {token}is?", pictures()[:1])
 
 
-@pytest.mark.parametrize("asked", ["<image>\nWho is?", "Who is?\n<image>", "Who <image>is?"])
-def test_the_image_marks_of_llava_style_data_are_dropped(native, asked):
-    """Models whose own mark is another read the word `<image>` as part of the question."""
+@pytest.mark.parametrize("asked", ["<image>\nWho is?", "Who is?\n<image>"])
+def test_marks_at_the_ends_of_a_question_put_the_picture_first(native, asked):
     model, picture = native.engine.model, pictures()[:1]
-    assert model.prompt(asked, picture).ids == model.prompt("Who is?", picture).ids
+    assert model.ask(asked, picture).ids == model.ask("Who is?", picture).ids
+
+
+def test_a_mark_inside_a_question_is_the_pictures_place_where_the_template_lets_it(native):
+    """Templates that put all pictures first are noticed, and the question says so."""
+    model, picture = native.engine.model, pictures()[:1]
+    question = "Who <image> is?"
+    ids = model.ask(question, picture).ids
+    first = model.ask("Who  is?", picture).ids
+    assert (ids == first) != model.places_images
+    assert model.asked(question, 1) == (question if model.places_images else "Who  is?")
+    if model.places_images:
+        place = next(i for i, token in enumerate(ids) if token in model.suppressed_token_ids)
+        assert "Who " in model.tokenizer.decode(ids[:place])
+        assert " is?" in model.tokenizer.decode(ids[place:])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -37,10 +37,13 @@ class JsonlExport(Export):
         self.last_key = ""
 
     @abstractmethod
-    def to_row(self, row: PairRow) -> dict[str, Any]:
-        """The row's JSON object but for its `images`."""
+    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+        """The row's JSON object but for its `images`, or the reason why there is none."""
 
     def write(self, row: PairRow) -> str | None:
+        columns = self.to_row(row)
+        if isinstance(columns, str):
+            return columns
         names = [
             f"images/{row.sample.key}.{i}.{image_extension(image.data)}"
             for i, image in enumerate(row.sample.images)
@@ -49,7 +52,6 @@ class JsonlExport(Export):
             for name, image in zip(names, row.sample.images):
                 (self.folder / name).write_bytes(image.data)
             self.last_key = row.sample.key
-        columns = self.to_row(row)
         if names and not self.has_images:
             self.begin_with({**columns, "images": names})
         else:

@@ -8,14 +8,16 @@ import msgspec
 
 from stream_engine.outputs.formats.base import PairRow
 from stream_engine.outputs.formats.jsonl import JsonlExport
-from stream_engine.outputs.formats.prompt import marked_question
+from stream_engine.outputs.formats.prompt import has_media_mark, marked_question
 from stream_engine.outputs.parquet import Part, fsync_file
 
 
 class LlamaFactoryExport(JsonlExport):
     """LLaMA-Factory's ranking rows in ShareGPT form, and the dataset_info.json that names them."""
 
-    def to_row(self, row: PairRow) -> dict[str, Any]:
+    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+        if has_media_mark(row):
+            return "media_mark"
         return {
             "conversations": [{"from": "human", "value": marked_question(row.sample)}],
             "chosen": {"from": "gpt", "value": row.chosen.text},

@@ -1,36 +1,25 @@
-"""A question with its pictures as the formats write it.
-
-A question may hold a literal `<image>`. Marks that stand inside the text, one for each image, stay
-where they are; else the images come first, as every trainer puts them, and marks are taken out.
-"""
+"""A question with its pictures as the formats write it: as the model was asked it."""
 
 from __future__ import annotations
 
-from stream_engine.records import IMAGE_MARK, Sample, without_marks
+from stream_engine.outputs.formats.base import PairRow
+from stream_engine.records import IMAGE_MARK, Sample, prompt_parts
+
+MEDIA_MARKS = ("<video>", "<audio>")
+"""Trainers that work by marks in the text take these for media of the row, and refuse it."""
 
 
 def question_parts(sample: Sample) -> list[str | None]:
     """The user's turn in order: texts, and None where an image stands."""
-    front: list[str | None] = [None] * len(sample.images)
-    return inline_parts(sample) or [*front, without_marks(sample.question)]
+    return prompt_parts(sample.question, len(sample.images))
 
 
 def marked_question(sample: Sample) -> str:
     """The user's turn with one mark an image."""
-    parts = question_parts(sample)
-    return "".join(IMAGE_MARK if part is None else part for part in parts)
+    return "".join(IMAGE_MARK if part is None else part for part in question_parts(sample))
 
 
-def inline_parts(sample: Sample) -> list[str | None] | None:
-    """The parts of a question with a mark inside its text for each image; None for any other.
-
-    Marks in front of the whole text, or one mark behind it, are the plain form: images first.
-    """
-    texts = sample.question.split(IMAGE_MARK)
-    num_marks = len(texts) - 1
-    is_in_front = not any(map(str.strip, texts[:-1]))
-    is_plain = is_in_front or (num_marks == 1 and not texts[1].strip())
-    if num_marks != len(sample.images) or is_plain:
-        return None
-    parts = [part for text in texts for part in (text, None)][:-1]
-    return [part for part in parts if part != ""]
+def has_media_mark(row: PairRow) -> bool:
+    """Whether one of the row's texts spells a mark of a video or a sound."""
+    texts = (row.sample.question, row.chosen.text, row.rejected.text)
+    return any(mark in text for mark in MEDIA_MARKS for text in texts)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from stream_engine.outputs.formats.base import PairRow, ParquetExport
-from stream_engine.outputs.formats.prompt import inline_parts
+from stream_engine.outputs.formats.prompt import question_parts
 from stream_engine.outputs.parquet import IMAGE, STRING, Part, write_empty
 from stream_engine.records import Answer, without_marks
 
@@ -43,7 +43,8 @@ class RlaifvExport(ParquetExport):
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
         if len(row.sample.images) != 1:
             return "needs_one_image"
-        if inline_parts(row.sample) is not None:
+        first, *others = question_parts(row.sample)
+        if first is not None or None in others:
             return "inline_image_mark"  # the trainer puts the image in front, whatever is asked
         image = row.sample.images[0]
         return {
