@@ -97,17 +97,19 @@ def find_inputs(source: str) -> FoundInputs:
     for info in infos:
         check_name(info["name"])
         format = file_format(info["name"])
-        if format is None:
+        if isinstance(fs, LocalFileSystem) and not os.path.exists(info["name"]):
+            others.append((info["name"], "broken links"))
+        elif format is None:
             others.append((full_path(fs, info["name"]), kind_of(info["name"])))
-            continue
-        files.append(
-            InputFile(
-                path=full_path(fs, info["name"]),
-                format=format,
-                size=int(info.get("size") or 0),
-                version=file_version(info),
+        else:
+            files.append(
+                InputFile(
+                    path=full_path(fs, info["name"]),
+                    format=format,
+                    size=int(info.get("size") or 0),
+                    version=file_version(info),
+                )
             )
-        )
     if not files and is_single:
         raise ConfigError(
             f"dataset_path {source!r}: cannot tell the format; known suffixes are {KNOWN_SUFFIXES}"
@@ -163,9 +165,8 @@ def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
 def files_below(fs: AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
     """The infos of all files below a folder, hidden ones left out."""
     if isinstance(fs, LocalFileSystem):
-        return [
-            fs.info(name) for name in sorted(local_files(folder)) if not is_hidden(name, folder)
-        ]
+        names = sorted(name for name in local_files(folder) if not is_hidden(name, folder))
+        return [fs.info(name) if os.path.exists(name) else {"name": name} for name in names]
     found = fs.find(folder, detail=True)
     return [info for name, info in found.items() if not is_hidden(name, folder)]
 
@@ -174,7 +175,7 @@ def local_files(folder: str) -> Iterator[str]:
     """All files below a folder on disk; linked folders are followed, but not in a circle."""
     above: dict[str, frozenset[str]] = {folder: frozenset((os.path.realpath(folder),))}
     for here, folders, names in os.walk(folder, followlinks=True):
-        yield from (f"{here}/{name}" for name in names if os.path.isfile(f"{here}/{name}"))
+        yield from (f"{here}/{name}" for name in names)
         for name in list(folders):
             real = os.path.realpath(f"{here}/{name}")
             if real in above[here]:

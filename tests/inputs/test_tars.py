@@ -1,10 +1,20 @@
+"""WebDataset tars: keys, members that are pictures, archives that are joined, cut or damaged."""
+
+import gzip
+import io
+import json
 import os
 import tarfile
 from pathlib import Path
 
-from stream_engine.records import Failure
+import pyarrow as pa
+import pytest
+
+from stream_engine.inputs.readers import read_rows
+from stream_engine.inputs.unread import Unread
+from stream_engine.records import Failure, Sample
 from tests.inputs.formats import read, write_tar, write_webdataset
-from tests.samples import make_row, picture
+from tests.samples import input_config, make_row, picture
 
 
 def test_a_tar_cut_between_a_samples_members_gives_no_half_sample(tmp_path: Path):
@@ -50,3 +60,135 @@ def test_a_bad_json_member_is_one_reject(tmp_path: Path):
         "invalid_text",
     ]
     assert [item.row for item in items if isinstance(item, Failure)] == [0, 2, 3]
+
+
+def reasons(path: Path, **settings) -> list[str]:
+    return [getattr(item, "reason", "sample") for item in read(path, **settings)]
+
+
+def question(text: str) -> bytes:
+    return json.dumps({"question": text}).encode()
+
+
+def test_dotted_keys_are_paired_by_the_longest_common_stem(tmp_path: Path):
+    """WebDataset takes "cat" for the key of all of these."""
+    members = {}
+    for i, key in enumerate(("cat.v1.0", "cat.v1.1", "dog.v2.0")):
+        members |= {f"{key}.png": picture(i), f"{key}.json": question(key)}
+    samples = read(write_tar(tmp_path / "a.tar", members))
+    assert [sample.question for sample in samples] == ["cat.v1.0", "cat.v1.1", "dog.v2.0"]
+    assert [sample.images[0].data for sample in samples] == [picture(i) for i in range(3)]
+
+
+def test_numbered_pictures_belong_to_one_text_and_a_caption_to_its_sample(tmp_path: Path):
+    members = {f"img.{i}.png": picture(i) for i in (1, 2, 3)}
+    members |= {"img.json": question("?"), "img.caption.txt": b"a caption"}
+    (sample,) = read(write_tar(tmp_path / "a.tar", members))
+    assert [image.data for image in sample.images] == [picture(i) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "format"),
+    [("jfif", "JPEG"), ("jpe", "JPEG"), ("pgm", "PPM"), ("apng", "PNG"), ("picture", "PNG")],
+)
+def test_pictures_with_rare_suffixes_are_read(tmp_path: Path, suffix: str, format: str):
+    members = {"a.json": question("?"), f"a.{suffix}": picture(1, format)}
+    (sample,) = read(write_tar(tmp_path / "a.tar", members))
+    assert sample.images[0].data == picture(1, format)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.heic", b"\0\0\0\x18ftypheic", "undecodable_image"),
+        ("a.svg", b"<svg/>", "undecodable_image"),
+        ("a.bin", b"what is this", "unread_member"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_no_question_without_one(
+    tmp_path: Path, name: str, data: bytes, reason: str
+):
+    path = write_tar(tmp_path / "a.tar", {"a.json": question("?"), name: data})
+    assert reasons(path, text_only="allow") == [reason]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_pictures_place_is_named(tmp_path: Path, kind: bytes):
+    path = write_tar(tmp_path / "a.tar", {"a.png": picture(1), "b.json": question("?")})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = kind, "a.png"
+        tar.addfile(link)
+    *_, failure = read(path, text_only="allow")
+    assert failure.reason == "unread_member"
+    assert "b.png -> a.png is a link" in failure.detail
+
+
+def test_a_picture_in_another_folder_is_named(tmp_path: Path):
+    members = {"text/a.json": question("?"), "images/a.png": picture(1)}
+    path = write_tar(tmp_path / "a.tar", members)
+    assert reasons(path, text_only="allow") == ["unread_member", "missing_question"]
+
+
+@pytest.mark.parametrize("name", ["all.tar", "all.tar.gz", "all.tar.zst", "all.tgz"])
+def test_concatenated_tars_are_read_to_the_end(tmp_path: Path, name: str):
+    """`cat a.tar b.tar`: the second was passed over, and "ok" was said."""
+    parts = []
+    for part in range(3):
+        rows = [make_row(10 * part + i) for i in range(4)]
+        parts.append(write_webdataset(tmp_path / f"{part}.tar", rows).read_bytes())
+    if name.endswith((".gz", ".tgz")):
+        parts = [gzip.compress(part) for part in parts]
+    if name.endswith(".zst"):
+        parts = [pa.compress(b"".join(parts), "zstd", asbytes=True)]
+    (tmp_path / name).write_bytes(b"".join(parts))
+    numbers = [10 * part + i for part in range(3) for i in range(4)]
+    assert [sample.idx for sample in read(tmp_path / name)] == list(map(str, numbers))
+
+
+def test_of_a_member_that_stands_twice_the_last_is_taken_and_it_is_said(tmp_path: Path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("a.json", question("?")), ("a.png", picture(1)), ("a.png", picture(2))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    unread = Unread()
+    (row,) = read_rows(str(path), input_config(), unread=unread)
+    assert row.item.images[0].data == picture(2)
+    assert any("stand twice" in line and "a.png" in line for line in unread.lines())
+
+
+def test_members_that_belong_to_no_sample_are_counted(tmp_path: Path):
+    rows = write_webdataset(tmp_path / "a.tar", [make_row(1), make_row(2)])
+    with tarfile.open(rows, "a") as tar:
+        for name in ("00000.cls", "notes.md", "more.md"):
+            tar.addfile(tarfile.TarInfo(name))
+    unread = Unread()
+    items = [row.item for row in read_rows(str(rows), input_config(), unread=unread)]
+    assert [item.idx for item in items if isinstance(item, Sample)] == ["2"]
+    assert unread.left_out == {"members .md without a text": 2}
+    assert [item.reason for item in items if isinstance(item, Failure)] == ["scattered_members"] * 2
+
+
+@pytest.mark.parametrize("number", [0, 5, 9])
+def test_a_damaged_header_costs_the_samples_beside_it_alone(tmp_path: Path, number: int):
+    path = write_webdataset(tmp_path / "a.tar", [make_row(i) for i in range(10)])
+    with tarfile.open(path) as tar:
+        offset = tar.getmember(f"{number:05d}.png").offset
+    data = bytearray(path.read_bytes())
+    data[offset + 10] ^= 0xFF
+    path.write_bytes(data)
+    items = read(path, text_only="allow")
+    whole = [item.idx for item in items if isinstance(item, Sample)]
+    assert set(map(str, range(10))) - {str(number), str(number + 1)} <= set(whole)
+    assert str(number) not in whole
+    assert all(item.images for item in items if isinstance(item, Sample))
+    named = {item.reason for item in items if isinstance(item, Failure)}
+    assert named == ({"unreadable_file"} if number == 9 else {"damaged_header"})
+
+
+def test_what_lies_behind_a_tar_is_no_harm(tmp_path: Path):
+    path = write_webdataset(tmp_path / "a.tar", [make_row(1)])
+    path.write_bytes(path.read_bytes() + b"signature" * 200)
+    assert reasons(path) == ["sample"]

@@ -1,0 +1,119 @@
+"""Rows of other tools' layouts, and columns under other names."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stream_engine.config import RunConfig
+from stream_engine.errors import ConfigError
+from stream_engine.inputs.readers import read_rows
+from stream_engine.records import Sample
+from tests.inputs.formats import read
+from tests.samples import input_config, picture, write_jsonl, write_parquet
+
+BASE64 = base64.b64encode(picture(1)).decode()
+IMAGE = {"type": "image"}
+TEXT = {"type": "text", "text": "Why?"}
+
+
+def chat(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "id": "7",
+        "image": BASE64,
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhy?"},
+            {"from": "gpt", "value": "So."},
+        ],
+    },
+    "messages": {"idx": "7", "images": [BASE64], "messages": chat(("user", "<image>Why?"))},
+    "parts": {"idx": "7", "images": [BASE64], "messages": chat(("user", [IMAGE, TEXT]))},
+    "openai": {
+        "idx": "7",
+        "messages": chat(
+            ("user", [{"type": "image_url", "image_url": {"url": f"data:;base64,{BASE64}"}}, TEXT])
+        ),
+    },
+    "own-picture": {"id": 7, "messages": chat(("user", [{**IMAGE, "image": BASE64}, TEXT]))},
+    "empty-system": {
+        "idx": "7",
+        "image": BASE64,
+        "messages": chat(("system", ""), ("user", "Why?")),
+    },
+    "trl": {"idx": "7", "images": [BASE64], "prompt": chat(("user", [IMAGE, TEXT]))},
+    "trl-plain": {"idx": "7", "images": [BASE64], "prompt": "Why?"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_its_first_question(tmp_path: Path, layout: str):
+    (sample,) = read(write_jsonl(tmp_path / "q.jsonl", [LAYOUTS[layout]]), text_only="reject")
+    assert (sample.idx, sample.question) == ("7", "Why?")
+    assert [image.data for image in sample.images] == [picture(1)]
+
+
+def test_a_picture_between_words_keeps_its_place(tmp_path: Path):
+    parts = [{"type": "text", "text": "Is "}, IMAGE, {"type": "text", "text": " so?"}]
+    row = {"image": BASE64, "messages": chat(("user", parts))}
+    (sample,) = read(write_jsonl(tmp_path / "q.jsonl", [row]))
+    assert sample.question == "Is <image> so?"
+
+
+def test_later_turns_are_left_out_and_said_so(tmp_path: Path):
+    turns = chat(("user", "Why?"), ("assistant", "So."), ("user", "And?"))
+    path = write_jsonl(tmp_path / "q.jsonl", [{"image": BASE64, "messages": turns}])
+    (row,) = read_rows(str(path), input_config())
+    assert isinstance(row.item, Sample)
+    assert (row.item.question, row.notes) == ("Why?", ("later_turns",))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": chat(("system", "Be brief."), ("user", "Why?"))}, "turns_before_question"),
+        ({"prompt": chat(("user", "A?"), ("user", "B?"))}, "turns_before_question"),
+        ({"messages": chat(("assistant", "So."))}, "unknown_turns"),
+        ({"conversations": ["Why?"]}, "unknown_turns"),
+        ({"messages": chat(("user", [{"type": "video"}]))}, "unsupported_content"),
+        ({"messages": chat(("user", {"a": 1}))}, "unsupported_content"),
+        ({"messages": chat(("user", [IMAGE, IMAGE, TEXT]))}, "image_mark_mismatch"),
+    ],
+)
+def test_what_would_be_lost_is_rejected_by_name(tmp_path: Path, row: dict, reason: str):
+    path = write_jsonl(tmp_path / "q.jsonl", [json.dumps({"image": BASE64, **row})])
+    (failure,) = read(path)
+    assert failure.reason == reason
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet"])
+def test_columns_under_other_names_are_mapped(tmp_path: Path, name: str):
+    row = {"query": "Why?", "img": BASE64, "uid": 7, "question": "not this"}
+    write = write_jsonl if name.endswith("jsonl") else write_parquet
+    columns = {"question": "query", "image": "img", "idx": "uid"}
+    (sample,) = read(write(tmp_path / name, [row]), columns=columns, text_only="reject")
+    assert (sample.idx, sample.question, len(sample.images)) == ("7", "Why?", 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("query", "write ours=yours"),
+        ("question=", "write ours=yours"),
+        ("qestion=query", "did you mean 'question'"),
+    ],
+)
+def test_a_mapping_that_says_nothing_is_refused(columns: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        RunConfig.create({"columns": columns})
+
+
+def test_a_mapping_is_kept_in_a_run():
+    config = RunConfig.create({"columns": "question=query, image=img"})
+    assert config.columns == {"question": "query", "image": "img"}
+    assert RunConfig.create(config.to_dict()) == config
