@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,19 +13,12 @@ import pytest
 from stream_engine import pipelines
 from stream_engine.config import RunConfig, WorkerConfig
 from stream_engine.errors import DeviceLostError, WorkerDiedError
-from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
-from stream_engine.run_dir.failures import (
-    MAX_DEATHS_ALONE,
-    MAX_DEATHS_TOGETHER,
-    read_failure,
-    record_failure,
-)
+from stream_engine.records import SampleRollouts
+from stream_engine.run_dir.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER, record_failure
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import shard_lease
 from stream_engine.store.leases import list_leases, this_process
-from stream_engine.work.attempts import isolated
 from stream_engine.work.runner import RunReport, run
-from stream_engine.work.shard_work import ShardWork
 from tests.conftest import write_questions
 from tests.echo_pipeline import CALLS, EchoPipeline, echo_config
 from tests.processes import context
@@ -147,41 +139,3 @@ def test_deaths_do_not_put_a_shard_off_for_days(tmp_path: Path) -> None:
     assert failure.num_deaths == 17
     waits = failure.retry_at - failure.time
     assert waits == pytest.approx(config.retry_backoff_s * 2**MAX_DEATHS_TOGETHER)
-
-
-def test_a_record_that_survived_one_stage_begins_the_next_without_deaths(tmp_path: Path) -> None:
-    """And the note of which record is at work names that stage: else a death there is nobody's."""
-    run_dir, noted = RunDir(tmp_path), []
-
-    class Watched(ShardWork):
-        def outcomes(self, inputs: Mapping[str, Any]) -> Iterator[SampleRewards]:
-            noted.append(read_failure(self.run_dir, 0))
-            yield from (SampleRewards(key=key, scores=[]) for key in inputs)
-
-    info = ShardInfo(index=0, num_samples=2, num_bytes=1, sha256="", keys=["a", "b"], ids=["", ""])
-    pipeline: Any = None
-    lease: Any = None
-    prints = {"rollouts": "first", "rewards": "second"}
-    work = Watched(
-        run_dir, pipeline, prints, info, lease=lease, engines={}, tick=lambda records, tokens: None
-    )
-    work.stage = "rewards"
-    failure = record_failure(
-        run_dir,
-        WorkerDiedError("the worker that held this shard died"),
-        shard=0,
-        stage="rollouts",
-        fingerprint="first",
-        worker="w",
-        config=WorkerConfig(),
-        ended_worker=True,
-    )
-    deaths = {"": MAX_DEATHS_TOGETHER, "a": MAX_DEATHS_ALONE}
-    failure = msgspec.structs.replace(failure, deaths=deaths)
-    outcomes = list(isolated(work, {"a": None, "b": None}, failure=failure))
-    assert [type(outcome) for outcome in outcomes] == [SampleRewards] * 2
-    assert [(f.stage, f.fingerprint, f.alone) for f in noted] == [
-        ("rewards", "second", "a"),
-        ("rewards", "second", "b"),
-    ]
-    assert noted[-1].deaths == {"": MAX_DEATHS_TOGETHER}

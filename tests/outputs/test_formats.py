@@ -234,6 +234,15 @@ def test_parts_and_row_groups_are_bounded(
     assert sum(part.rows for part in parts) == len(rows)
 
 
+def test_a_part_has_space_for_the_footer_of_all_its_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream_engine.outputs.parquet.ROW_GROUP_BYTES", 1)
+    parts = export("rlaifv", tmp_path, pair_rows(40, image_bytes=100), max_part_bytes=120_000)
+    assert len(parts) > 1
+    assert max(part.bytes for part in parts) <= 120_000
+
+
 def test_a_row_longer_than_a_part_is_a_part_by_itself(tmp_path: Path) -> None:
     rows = pair_rows(2, image_bytes=5_000)
     parts = export("rlaifv", tmp_path, rows, max_part_bytes=1_000)
@@ -312,6 +321,14 @@ def test_rows_with_images_load_after_megabytes_without(tmp_path: Path, name: str
     with_images = [images for images in dataset["images"][:] if images]
     assert len(with_images) == 6 and all(len(images) == 2 for images in with_images)
     assert sorted(p.name for p in (tmp_path / "d").iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_each_row_lists_its_images_where_some_have_any(tmp_path: Path, name: str) -> None:
+    rows = [pair_rows(1, num_images=count)[0] for count in (0, 2, 0)]
+    (part,) = export(name, tmp_path, rows)
+    lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
+    assert [len(line["images"]) for line in lines] == [2, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])

@@ -186,6 +186,14 @@ def test_wins_are_paired_by_position() -> None:
     assert sorted(indices(pairs)) == [(0, 7), (1, 8), (2, 9)]
 
 
+def test_pairs_of_wins_come_largest_margin_first() -> None:
+    """A later filter keeps the first few of each sample; `compat` keeps the positions' order."""
+    scores = [scored(i, value) for i, value in enumerate([5, 5, 4, 0])]
+    rewards = SampleRewards(key="k", scores=scores)
+    assert indices(rank_by_wins(rewards, rank=2)) == [(1, 3), (0, 2)]
+    assert indices(rank_by_wins(rewards, rank=2, compat="rlaifv")) == [(0, 2), (1, 3)]
+
+
 # The rules of the ancestor, slowly, from their description: text lists, nested loops.
 
 
