@@ -108,6 +108,17 @@ def test_max_new_tokens_ends_a_row_without_end_token(make_engine):
             assert (row.finish_reason, row.end_token_id, row.end_logp) == ("length", None, None)
 
 
+def test_no_row_goes_beyond_the_models_last_position(make_engine):
+    """Its own prompt tokens count as those of the shared prompt do."""
+    engine = make_engine(max_new_tokens=20)
+    engine.runner.stop_token_ids = frozenset()
+    prompt = ask(engine, 1)[0].prompt
+    engine.runner.max_positions = len(prompt) + 9
+    rows = tuple(RowRequest(seed, suffix) for seed, suffix in enumerate([(), (7, 8, 9), (5,)]))
+    (result,) = engine.generate([GenerateRequest("k", prompt, rows)])
+    assert [len(row.token_ids) for row in result.rows] == [9, 6, 8]
+
+
 def test_stop_token_is_kept_apart_with_its_logp(make_engine):
     engine = make_engine(temperature=0.0)
     request = ask(engine, 1, rows=1)[0]

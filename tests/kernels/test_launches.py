@@ -22,6 +22,7 @@ from stream_kernels.gpu import (
 )
 from stream_kernels.gpu.attention import attention_with_lse_cuda
 from stream_kernels.gpu.linear_logp import linear_logp_fused
+from stream_kernels.gpu.prefix_batch import PrefixBatch
 from stream_kernels.gpu.sample import sample_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -160,8 +161,8 @@ def test_attention_fits_the_chip(size: int, dtype: torch.dtype) -> None:
                 dtype=dtype,
             )
             if rows * heads // kv_heads <= prefix_attention._FUSED_ROWS:
-                prefix_fused.attend_fused(*case, 1.0)
-            prefix_split.attend_split(*case, 1.0)
+                prefix_fused.attend_fused(PrefixBatch(*case), 1.0)
+            prefix_split.attend_split(PrefixBatch(*case), 1.0)
     assert {name for name, _ in launched} == {
         "attention_kernel",
         "fused_kernel",

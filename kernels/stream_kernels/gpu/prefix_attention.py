@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from stream_kernels.gpu.launch import num_processors, on_own_device
+from stream_kernels.gpu.prefix_batch import PrefixBatch
 from stream_kernels.gpu.prefix_fused import attend_fused
 from stream_kernels.gpu.prefix_split import attend_split
 
@@ -45,7 +46,7 @@ def prefix_attention_cuda(
     enough = 2 * num_processors(query.device)
     is_fused = rows_in_tile <= _FUSED_ROWS and num_groups * kv_heads >= enough
     form = attend_fused if is_fused else attend_split
-    return form(
+    batch = PrefixBatch(
         query.contiguous(),
         prefix_key.contiguous(),
         prefix_value.contiguous(),
@@ -55,5 +56,5 @@ def prefix_attention_cuda(
         suffix_value,
         row_slots,
         suffix_lengths,
-        scale,
     )
+    return form(batch, scale)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stream_kernels.gpu.launch import tile_options
+from stream_kernels.gpu.prefix_batch import PrefixBatch
 from stream_kernels.gpu.softmax import (
     LOG2_E,
     attend_tile,
@@ -21,40 +22,21 @@ from stream_kernels.gpu.softmax import (
 )
 
 
-def attend_fused(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_spans: Tensor,
-    group_rows: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    row_slots: Tensor,
-    suffix_lengths: Tensor,
-    scale: float,
-) -> Tensor:
+def attend_fused(batch: PrefixBatch, scale: float) -> Tensor:
     """One launch, no merge; for few query rows a group, see `prefix_attention_cuda`."""
-    _, heads, size = query.shape
-    kv_heads = suffix_key.shape[1]
-    num_groups, group_size = group_rows.shape
-    out = torch.empty_like(query)
+    _, heads, size = batch.query.shape
+    kv_heads = batch.suffix_key.shape[1]
+    num_groups, group_size = batch.group_rows.shape
+    out = torch.empty_like(batch.query)
     fused_kernel[(num_groups * kv_heads,)](
-        query,
-        prefix_key,
-        prefix_value,
-        prefix_spans,
-        group_rows,
-        suffix_key,
-        suffix_value,
-        row_slots,
-        suffix_lengths,
+        *batch,
         out,
-        prefix_key.stride(0),
-        suffix_key.stride(0),
-        suffix_key.stride(1),
+        batch.prefix_key.stride(0),
+        batch.suffix_key.stride(0),
+        batch.suffix_key.stride(1),
         scale * LOG2_E,
         group_size,
-        **fused_options(heads, size, kv_heads, group_size, query.element_size()),
+        **fused_options(heads, size, kv_heads, group_size, batch.query.element_size()),
     )
     return out
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stream_kernels.gpu.launch import num_processors, tile_options
+from stream_kernels.gpu.prefix_batch import PrefixBatch
 from stream_kernels.gpu.softmax import (
     LOG2_E,
     attend_tokens,
@@ -23,22 +24,11 @@ from stream_kernels.gpu.softmax import (
 _MAX_SPLITS = 8
 
 
-def attend_split(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_spans: Tensor,
-    group_rows: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    row_slots: Tensor,
-    suffix_lengths: Tensor,
-    scale: float,
-) -> Tensor:
+def attend_split(batch: PrefixBatch, scale: float) -> Tensor:
     """Two launches; for many query rows a group, or few groups, see `prefix_attention_cuda`."""
-    num_rows, heads, size = query.shape
-    kv_heads = suffix_key.shape[1]
-    num_groups, group_size = group_rows.shape
+    query, (num_rows, heads, size) = batch.query, batch.query.shape
+    kv_heads = batch.suffix_key.shape[1]
+    num_groups, group_size = batch.group_rows.shape
     options = prefix_options(heads, size, kv_heads, group_size, query.element_size())
     programs = kv_heads * options["ROW_TILES"] * num_groups
     wanted = triton.next_power_of_2(triton.cdiv(2 * num_processors(query.device), programs))
@@ -46,14 +36,10 @@ def attend_split(
     partial = query.new_empty((splits, num_rows, heads, size), dtype=torch.float32)
     partial_lse = query.new_empty((splits, num_rows, heads), dtype=torch.float32)
     prefix_kernel[(num_groups * kv_heads * options["ROW_TILES"], splits)](
-        query,
-        prefix_key,
-        prefix_value,
-        prefix_spans,
-        group_rows,
+        *batch[:5],  # up to group_rows
         partial,
         partial_lse,
-        prefix_key.stride(0),
+        batch.prefix_key.stride(0),
         scale * LOG2_E,
         num_rows,
         group_size,
@@ -62,15 +48,12 @@ def attend_split(
     out = torch.empty_like(query)
     suffix_kernel[(num_rows * kv_heads,)](
         query,
-        suffix_key,
-        suffix_value,
-        row_slots,
-        suffix_lengths,
+        *batch[5:],  # from suffix_key on
         partial,
         partial_lse,
         out,
-        suffix_key.stride(0),
-        suffix_key.stride(1),
+        batch.suffix_key.stride(0),
+        batch.suffix_key.stride(1),
         scale * LOG2_E,
         num_rows,
         **suffix_options(heads, size, kv_heads, splits, query.element_size()),

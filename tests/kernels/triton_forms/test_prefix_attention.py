@@ -4,6 +4,7 @@ import pytest
 import torch
 from stream_kernels import reference
 from stream_kernels.gpu import prefix_attention
+from stream_kernels.gpu.prefix_batch import PrefixBatch
 from stream_kernels.gpu.prefix_fused import attend_fused
 from stream_kernels.gpu.prefix_split import attend_split, prefix_options
 
@@ -33,7 +34,7 @@ HEADS = pytest.mark.parametrize(
 
 
 def run(form: Any, case: PrefixCase) -> torch.Tensor:
-    return form(*(tensor.to(DEVICE) for tensor in case), 0.25).cpu()
+    return form(PrefixBatch(*(tensor.to(DEVICE) for tensor in case)), 0.25).cpu()
 
 
 @pytest.mark.parametrize("shape", CASES)
