@@ -81,9 +81,10 @@ def full_forward_logps(engine: Engine, prompt, answer: list[int]) -> list[float]
     model = engine.model
     model.set_attention("sdpa")
     features = model.encode_images([prompt])[0]
-    ids = torch.tensor(answer)
+    ids = torch.tensor(answer, device=model.device)
     embeds = torch.cat([model.assemble(prompt, features), model.embed(ids)])
-    logits = model.lm_head(model.forward(embeds, torch.arange(len(embeds)))).double()
+    positions = torch.arange(len(embeds), device=model.device)
+    logits = model.lm_head(model.forward(embeds, positions)).double()
     model.set_attention("stream_engine")
     first = len(prompt) - 1
     logps = torch.log_softmax(logits[first : first + len(answer), : model.vocab_size], dim=-1)

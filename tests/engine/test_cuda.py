@@ -1,81 +1,79 @@
-"""The GPU path: captured decode steps draw what eager ones draw. Runs where there is a GPU."""
+"""The GPU path: captured decode steps draw what eager ones draw, and what the CPU draws."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from stream_engine.config import ModelConfig
-from stream_engine.engine import Engine, ResolvedSampling
+from stream_engine.engine import Engine, GenerateRequest, Generation, ResolvedSampling, ScoreRequest
 from stream_engine.models import load_model
 from tests.engine.conftest import ask, full_forward_logps
+from tests.gpu.device import DEVICE, ON_GPU, needs_device, needs_gpu, torch_forms
+from tests.models import writers_llava as writers
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_device
+
+QUESTIONS, ROWS, TOKENS = (6, 4, 20) if ON_GPU else (2, 2, 3)
+"""A rehearsal in the interpreter takes a second for each step."""
+Drawn = dict[tuple[str, int], tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of an engine, and what it is asked."""
+
+    sampling: dict[str, Any]
+    max_rows: int = 64
+    questions: int = QUESTIONS
+    rows: int = ROWS
+    stops: frozenset[int] = frozenset()
+
+
+CASES = {
+    "plain": Case({}),
+    "one-row": Case({}, max_rows=1, questions=QUESTIONS // 2, rows=1),
+    "refilled": Case({}, max_rows=QUESTIONS - 1),
+    "stops": Case({}, stops=frozenset(range(0, 480, 9))),  # rows finish at different steps
+    "penalty": Case({"repetition_penalty": 1.3}, max_rows=6),
+    "top-k": Case({"top_k": 20}),
+    "top-k-p": Case({"top_k": 50, "top_p": 0.8}),
+    "greedy": Case({"temperature": 0.0}),
+    "hundreds": Case({}, max_rows=320, questions=24, rows=16),
+}
 
 
 @pytest.fixture
-def cuda_engine(checkpoint):
-    def make(*, max_rows: int = 64, **values: object) -> Engine:
+def engine_of() -> Iterator[Callable[..., Engine]]:
+    """Make an engine of a checkpoint, on a device; keywords are sampling values."""
+    made: list[Engine] = []
+
+    def make(folder, device=DEVICE, *, dtype="float32", max_rows=64, **values) -> Engine:
         defaults = {
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,
             "repetition_penalty": 1.0,
-            "max_new_tokens": 20,
+            "max_new_tokens": TOKENS,
         }
-        model = load_model(checkpoint, ModelConfig(device="cuda", dtype="float32"))
-        return Engine(model, ResolvedSampling(**(defaults | values)), max_rows=max_rows)
+        model = load_model(folder, ModelConfig(device=device, dtype=dtype))
+        made.append(Engine(model, ResolvedSampling(**(defaults | values)), max_rows=max_rows))
+        return made[-1]
 
-    return make
-
-
-def rows_of(results) -> dict[str, list[list[int]]]:
-    return {r.key: [row.token_ids for row in r.rows] for r in results}
-
-
-def test_captured_steps_draw_what_eager_steps_draw(cuda_engine):
-    captured, eager = cuda_engine(), cuda_engine()
-    assert captured.decoder.graphs is not None
-    eager.decoder.graphs = None
-    assert rows_of(captured.generate(ask(captured, 6))) == rows_of(eager.generate(ask(eager, 6)))
-    assert captured.decoder.graphs.graphs
+    yield make
+    for engine in made:
+        if hasattr(engine, "model"):
+            engine.close()
 
 
-def test_captured_logps_equal_a_full_forward(cuda_engine):
-    engine = cuda_engine()
-    requests = {r.key: r for r in ask(engine, 5)}
-    for result in engine.generate(requests.values()):
-        for row in result.rows:
-            model = engine.model
-            model.set_attention("sdpa")
-            prompt = requests[result.key].prompt
-            with torch.no_grad():
-                features = model.encode_images([prompt])[0]
-                ids = torch.tensor(row.token_ids, device="cuda")
-                embeds = torch.cat([model.assemble(prompt, features), model.embed(ids)])
-                positions = torch.arange(len(embeds), device="cuda")
-                logits = model.lm_head(model.forward(embeds, positions)).double()
-            model.set_attention("stream_engine")
-            logps = torch.log_softmax(logits[len(prompt) - 1 : -1, : model.vocab_size], dim=-1)
-            expected = logps.gather(1, ids[:, None])[:, 0].tolist()
-            assert row.token_logps == pytest.approx(expected, abs=1e-4)
-
-
-def test_refilled_batches_draw_the_same(cuda_engine):
-    roomy, tight = cuda_engine(), cuda_engine(max_rows=5)
-    assert rows_of(roomy.generate(ask(roomy, 7))) == rows_of(tight.generate(ask(tight, 7)))
-
-
-def test_cpu_and_gpu_score_alike(cuda_engine, make_engine):
-    gpu, cpu = cuda_engine(), make_engine()
-    prompt = ask(cpu, 1)[0].prompt
-    answer = [5, 9, 200, 31]
-    from stream_engine.engine import ScoreRequest
-
-    result = next(gpu.score([ScoreRequest("k", ask(gpu, 1)[0].prompt, (tuple(answer),))]))
-    assert result.token_logps[0] == pytest.approx(full_forward_logps(cpu, prompt, answer), abs=1e-3)
+@pytest.fixture
+def engine_on(engine_of, checkpoint):
+    return partial(engine_of, checkpoint)
 
 
 def eager(engine: Engine) -> Engine:
@@ -83,48 +81,182 @@ def eager(engine: Engine) -> Engine:
     return engine
 
 
-def test_a_single_row_is_drawn(cuda_engine):
-    """Kernels are compiled anew for a count of one."""
-    captured, plain = cuda_engine(max_rows=1), eager(cuda_engine(max_rows=1))
-    expected = rows_of(plain.generate(ask(plain, 3, rows=1)))
-    assert rows_of(captured.generate(ask(captured, 3, rows=1))) == expected
-    assert captured.decoder.graphs is not None, "decode steps could not be captured"
+def drawn(results: Iterator[Any]) -> Drawn:
+    """Tokens and their log-probs, by question and row."""
+    results = list(results)
+    assert all(isinstance(result, Generation) for result in results), results
+    return {
+        (result.key, place): (row.token_ids, row.token_logps)
+        for result in results
+        for place, row in enumerate(result.rows)
+    }
 
 
-def test_a_repetition_penalty_is_captured_too(cuda_engine):
-    captured, plain = (cuda_engine(max_rows=6, repetition_penalty=1.3) for _ in range(2))
-    eager(plain)
-    assert rows_of(captured.generate(ask(captured, 6))) == rows_of(plain.generate(ask(plain, 6)))
-    assert captured.decoder.graphs is not None and captured.decoder.graphs.graphs
+def assert_same(one: Drawn, other: Drawn, tolerance: float = 1e-4) -> None:
+    assert {key: ids for key, (ids, _) in one.items()} == {
+        key: ids for key, (ids, _) in other.items()
+    }
+    for key, (_, logps) in one.items():
+        assert logps == pytest.approx(other[key][1], abs=tolerance)
 
 
-def test_steps_are_captured_again_when_the_cache_grows(cuda_engine):
+def was_captured(engine: Engine) -> bool:
+    graphs = engine.decoder.graphs
+    return graphs is not None and bool(graphs.graphs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captured_steps_draw_what_eager_ones_and_the_cpu_draw(engine_on, name):
+    if name == "hundreds" and not ON_GPU:
+        pytest.skip("hundreds of rows take the interpreter minutes")
+    case = CASES[name]
+
+    def run(engine: Engine) -> Drawn:
+        engine.runner.stop_token_ids |= case.stops
+        return drawn(engine.generate(ask(engine, case.questions, rows=case.rows)))
+
+    captured = engine_on(max_rows=case.max_rows, **case.sampling)
+    got = run(captured)
+    assert was_captured(captured), "decode steps could not be captured"
+    assert_same(got, run(eager(engine_on(max_rows=case.max_rows, **case.sampling))))
+    with torch_forms():
+        assert_same(got, run(engine_on("cpu", max_rows=case.max_rows, **case.sampling)))
+    assert len(got) == case.questions * case.rows
+    lengths = {len(ids) for ids, _ in got.values()}
+    assert lengths == {TOKENS} or (case.stops and len(lengths) > 1)
+
+
+HEADS = {"mha": (4, 4), "gqa": (6, 2)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+@pytest.mark.parametrize("heads", HEADS)
+def test_log_probs_are_as_exact_as_a_full_forward_of_that_dtype(
+    engine_of, tmp_path, heads, size, dtype
+):
+    """Judged by the same weights in float32 on CPU; `naive` is the plain forward on the device."""
+    if not ON_GPU and (heads, size, dtype) != ("gqa", 80, "float16"):
+        pytest.skip("one of these is enough for a rehearsal")
+    query_heads, kv_heads = HEADS[heads]
+    shape = writers.Shape(hidden=query_heads * size, heads=query_heads, kv_heads=kv_heads)
+    writers.write_original(tmp_path / "llava", writers.random_weights(shape, seed=3))
+    engine = engine_of(tmp_path / "llava", dtype=dtype)
+    prompts = {request.key: request.prompt for request in ask(engine, QUESTIONS)}
+    results = drawn(engine.generate(ask(engine, QUESTIONS)))
+    assert was_captured(engine)
+    with torch_forms():
+        exact_engine = engine_of(tmp_path / "llava", "cpu")
+        exact_prompts = {request.key: request.prompt for request in ask(exact_engine, QUESTIONS)}
+    error = naive_error = 0.0
+    for (key, _), (ids, logps) in list(results.items())[:: 1 if ON_GPU else 2]:
+        exact = torch.tensor(full_forward_logps(exact_engine, exact_prompts[key], ids))
+        naive = torch.tensor(full_forward_logps(engine, prompts[key], ids))
+        naive_error = max(naive_error, (naive - exact).abs().max().item())
+        error = max(error, (torch.tensor(logps) - exact).abs().max().item())
+    assert error <= 1.5 * naive_error + {"float32": 1e-4, "float16": 5e-3}.get(dtype, 3e-2)
+
+
+def test_cpu_and_gpu_score_alike(engine_on):
+    gpu = engine_on()
+    with torch_forms():
+        cpu = engine_on("cpu")
+    answers = ((5, 9, 200, 31), (7, 7), (450,))
+    result = next(gpu.score([ScoreRequest("k", ask(gpu, 1)[0].prompt, answers)]))
+    for answer, logps in zip(answers, result.token_logps):
+        expected = full_forward_logps(cpu, ask(cpu, 1)[0].prompt, list(answer))
+        assert logps == pytest.approx(expected, abs=1e-3)
+
+
+def test_steps_are_captured_again_when_the_cache_grows(engine_on):
     """Rows with prompts of their own, longer than what a slot was planned to hold."""
+    own = tuple(range(5, 45))
 
-    def requests(engine: Engine):
-        for request in ask(engine, 6, rows=2):
-            own = tuple(range(5, 45))
-            yield replace(request, rows=tuple(replace(r, suffix_ids=own) for r in request.rows))
+    def long(engine: Engine) -> list[GenerateRequest]:
+        return [
+            replace(request, rows=tuple(replace(row, suffix_ids=own) for row in request.rows))
+            for request in ask(engine, QUESTIONS, rows=2)
+        ]
 
-    captured, plain = cuda_engine(), eager(cuda_engine())
-    for _ in range(2):
-        assert rows_of(captured.generate(ask(captured, 3))) == rows_of(
-            plain.generate(ask(plain, 3))
-        )
-        assert rows_of(captured.generate(requests(captured))) == rows_of(
-            plain.generate(requests(plain))
-        )
-    assert captured.decoder.graphs is not None
+    captured, plain = engine_on(), eager(engine_on())
+    for _ in range(2 if ON_GPU else 1):
+        for requests in (lambda engine: ask(engine, QUESTIONS // 2), long):
+            assert_same(
+                drawn(captured.generate(requests(captured))),
+                drawn(plain.generate(requests(plain))),
+            )
+    assert was_captured(captured)
 
 
-def test_graphs_of_two_engines_take_turns(cuda_engine):
+def test_graphs_of_two_engines_take_turns(engine_on):
     """Each keeps its own stream and pool: dropping one's graphs leaves the other's whole."""
-    one, other, plain = cuda_engine(), cuda_engine(), eager(cuda_engine())
-    expected = rows_of(plain.generate(ask(plain, 5)))
-    for _ in range(3):
-        assert rows_of(one.generate(ask(one, 5))) == expected
-        assert rows_of(other.generate(ask(other, 5))) == expected
-        one.free_memory()  # its graphs are captured anew, into a new pool
+    one, other, plain = engine_on(), engine_on(), eager(engine_on())
+    count = QUESTIONS - 1
+    expected = drawn(plain.generate(ask(plain, count)))
+    for _ in range(3 if ON_GPU else 1):
+        assert_same(drawn(one.generate(ask(one, count))), expected)
+        assert_same(drawn(other.generate(ask(other, count))), expected)
+        one.runner.free_memory()  # its graphs are captured anew, into a new pool
     one.close()
-    assert rows_of(other.generate(ask(other, 5))) == expected
-    assert other.decoder.graphs is not None
+    assert_same(drawn(other.generate(ask(other, count))), expected)
+    assert was_captured(other)
+
+
+def test_what_is_begun_early_in_captured_steps_is_drawn_the_same(engine_on):
+    def make(engine: Engine) -> tuple[Engine, list[GenerateRequest], list[GenerateRequest]]:
+        engine.runner.stop_token_ids |= set(range(100, 160))
+        requests = ask(engine, QUESTIONS)
+        return engine, requests[: QUESTIONS // 2], requests[QUESTIONS // 2 :]
+
+    plain, first, second = make(engine_on(max_rows=8))
+    expected = [drawn(plain.generate(part)) for part in (first, second)]
+    engine, first, second = make(engine_on(max_rows=8))
+    got = [drawn(engine.generate(first, ahead=second))]
+    begun = len(engine.scheduler.early)
+    got.append(drawn(engine.generate(second)))
+    for one, other in zip(got, expected, strict=True):
+        assert_same(one, other)
+    assert begun > 0 or not ON_GPU
+    assert was_captured(engine)
+
+
+@needs_gpu
+def test_a_device_named_by_its_number_is_the_same(engine_on):
+    named = engine_on("cuda:0")
+    assert named.model.device == torch.device("cuda:0")
+    assert_same(drawn(named.generate(ask(named, 3))), drawn((e := engine_on()).generate(ask(e, 3))))
+
+
+@needs_gpu
+def test_memory_that_is_really_out_halves_the_batch_and_loses_nothing(engine_on):
+    """All that is free is taken before a prefill; half a GiB comes back when that is told."""
+    roomy, pressed = engine_on(), engine_on()
+    expected = drawn(roomy.generate(ask(roomy, 12)))
+    list(pressed.generate(ask(pressed, 1)))  # plans its memory, and tries the plan
+    ballast: list[torch.Tensor] = []
+    free_memory, scale = pressed.runner.free_memory, pressed.runner.budget.scale
+
+    def take(module, args, kwargs) -> None:
+        hook.remove()
+        ballast.append(torch.empty(1 << 29, dtype=torch.uint8, device=DEVICE))
+        torch.cuda.empty_cache()
+        for num_bytes in (1 << 30, 1 << 26, 1 << 21, 1 << 18, 1 << 12, 1 << 9):
+            while True:
+                try:
+                    ballast.append(torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE))
+                except torch.OutOfMemoryError:
+                    break
+
+    def give_some_back() -> None:
+        del ballast[:1]
+        free_memory()
+
+    pressed.runner.free_memory = give_some_back
+    hook = pressed.model.backbone.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        assert_same(drawn(pressed.generate(ask(pressed, 12))), expected)
+        assert ballast, "no forward came to take the memory"
+        assert pressed.runner.budget.scale < scale
+    finally:
+        ballast.clear()
+        torch.cuda.empty_cache()

@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS_S = {
     "machine": 30,
+    "suites": 130,
+    "demo": 70,
     "kernels": 70,
 }
 """The steps in order of worth, and their seconds of nine minutes. Time that one leaves goes to the

@@ -16,8 +16,8 @@ from stream_engine.models.base import Prompt
 class ThroughEngine:
     """One engine on a checkpoint, greedy, with no penalty, whatever the checkpoint suggests."""
 
-    def __init__(self, checkpoint: Path, num_tokens: int) -> None:
-        config = ModelConfig(device="cpu", dtype="float32")
+    def __init__(self, checkpoint: Path, num_tokens: int, *, device: str = "cpu") -> None:
+        config = ModelConfig(device=device, dtype="float32")
         sampling = SamplingConfig(
             temperature=0.0, max_new_tokens=num_tokens, repetition_penalty=1.0, top_k=0, top_p=1.0
         )
