@@ -14,11 +14,13 @@ from stream_engine.device_errors import (
     is_device_lost,
     is_out_of_memory,
 )
-from stream_engine.engine import resolve_sampling, row_seed
+from stream_engine.engine import GenerateRequest, resolve_sampling, row_seed
 from stream_engine.engine.batching import RECOVERY_STEPS, TokenBudget, map_ahead
+from stream_engine.engine.in_flight import RequestQueue
 from stream_engine.engine.prefix_cache import CacheFullError, KVCache, SpanAllocator
 from stream_engine.engine.selftest import check_model
 from stream_engine.errors import CheckpointError, RecordError
+from stream_engine.models.base import Prompt
 from stream_engine.pictures import decode_image
 
 
@@ -146,6 +148,20 @@ def test_budget_halves_and_recovers():
     for _ in range(3 * RECOVERY_STEPS):
         budget.succeed()
     assert (budget.tokens, budget.rows) == (1000, 64)
+
+
+def test_requests_that_are_put_back_come_first_and_in_their_order():
+    requests = [GenerateRequest(key, Prompt(ids=(1,), digest=""), ()) for key in "abcd"]
+    queue = RequestQueue(requests, lambda request: request.key == "c")
+    taken = []
+    for _ in range(2):
+        queue.peek()
+        taken.append(queue.pop())
+    queue.put_back(taken)
+    keys = []
+    while queue.peek() is not None:
+        keys.append(queue.pop().key)
+    assert keys == ["a", "b", "d"]
 
 
 def test_sampling_is_the_runs_then_the_checkpoints_then_the_default():
