@@ -123,9 +123,11 @@ def read_picture(data: bytes, max_pixels: int) -> Picture:
     except Image.DecompressionBombError as error:
         raise RecordError("image_too_large", str(error)) from error
     except DECODE_ERRORS as error:
-        is_cut = looks_cut(data, error, is_identified)
+        is_cut, begin = looks_cut(data, error, is_identified), data[:16]
         reason = "truncated_image" if is_cut else "undecodable_image"
-        detail = str(error) if is_identified else f"not a picture in a known format: {error}"
+        detail = (
+            str(error) if is_identified else f"no picture of a known format, it begins {begin!r}"
+        )
         raise RecordError(reason, detail) from error
 
 

@@ -23,6 +23,7 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.remedies import remedy_lines
 from stream_engine.run_dir.requeue import requeue
 from stream_engine.run_dir.run_json import DEMO_DATASET, merged_sources, read_run_file
 from stream_engine.run_dir.state import RunState
@@ -143,6 +144,7 @@ def remedies(report: RunReport) -> list[str]:
         files = list(folder.glob("input-*.jsonl"))
         where = files[0] if len(files) == 1 else folder / "input-*.jsonl"
         lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
+        lines += [f"  {line}" for line in remedy_lines(report.rejected)]
     lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
     return lines
 

@@ -64,6 +64,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     problems: list[str]
     """Every failed shard and quarantined record, one line each; long lists are cut."""
+    rejected: list[str]
+    """The reasons for which records were rejected when they were read."""
     no_pairs: str | None
     """Why the dataset holds no pair though samples were scored."""
     notes: list[str]
@@ -166,6 +168,7 @@ def report_of(
         dataset=str(folder) if has_dataset else None,
         status=collect(state),
         problems=problems(state),
+        rejected=sorted({r for info in state.manifest.inputs.values() for r in info.rejected}),
         no_pairs=no_pairs(state.run_dir) if has_dataset else None,
         notes=[
             f"{printable(source)}: {line}"
