@@ -22,9 +22,13 @@ def describe(error: BaseException) -> str:
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def printable(value: object, *, limit: int = 400) -> str:
-    """Foreign text (an id, a path, a column's name) as it may be shown: on one line, without
-    terminal controls, cut when it is long."""
+MAX_LINE = 4000
+"""Characters of a line that is shown."""
+
+
+def printable(value: object, *, limit: int = MAX_LINE) -> str:
+    """Text with foreign parts (ids, paths, names of columns) as it may be shown: on one line,
+    without terminal controls, cut when it is long."""
     text = str(value)
     if len(text) > limit:
         text = f"{text[:limit]}..."

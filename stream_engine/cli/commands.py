@@ -105,7 +105,7 @@ def finish(args: argparse.Namespace, report: RunReport) -> int:
     """Print how a run ended, from its first worker only; returns the exit status."""
     if Rank.from_environment().rank == 0:
         for line in report_lines(report):
-            print(line)
+            print(printable(line))
     return 0 if args.failures_ok else report.exit_status
 
 
@@ -166,7 +166,7 @@ def status(args: argparse.Namespace) -> int:
     else:
         print("\n".join(status_lines(found)))
         for problem in problems(state):
-            print(f"  {problem}")
+            print(f"  {printable(problem)}")
     if not args.check:
         return 0
     if not found.is_finished:
@@ -223,7 +223,7 @@ def validate(args: argparse.Namespace) -> int:
             args.positional_work_dir = path
             found = [*damaged_parts(open_state(args)), *found]
         for problem in found:
-            print(printable(problem, limit=2000))
+            print(printable(problem))
         num_found = len(found)
     print(f"{printable(path)}: {num_found} problems" if num_found else f"{printable(path)}: ok")
     return 2 if num_found else 0
@@ -264,8 +264,9 @@ def export(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    for line in inspect_lines(open_state(args), args.target):
-        print(line)
+    for text in inspect_lines(open_state(args), args.target):
+        for line in text.split("\n"):
+            print(printable(line))
     return 0
 
 

@@ -8,6 +8,7 @@ only by commands that run a model.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from stream_engine.config import nearest
 from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.ranks import Rank
-from stream_engine.text import describe
+from stream_engine.text import describe, printable
 
 LINGER_S = 3.0
 LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
@@ -204,13 +205,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever its encoding lacks
     try:
         status = dispatch(list(sys.argv[1:] if argv is None else argv))
         linger(status)
         return status
     except StreamEngineError as error:
         linger(1)
-        print(f"stream-engine: {error}", file=sys.stderr)
+        print(f"stream-engine: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stream-engine: interrupted; the same command resumes", file=sys.stderr)
@@ -220,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         linger(1)
-        print(f"stream-engine: {describe(error)}; the same command resumes", file=sys.stderr)
+        shown = printable(describe(error))
+        print(f"stream-engine: {shown}; the same command resumes", file=sys.stderr)
         return 1
 
 

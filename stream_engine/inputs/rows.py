@@ -150,7 +150,9 @@ def metainfos_of(row: Row) -> str:
         return metainfos
     try:
         content = json.loads(metainfos) if metainfos else {}
-    except (ValueError, RecursionError):
+    except RecursionError as error:
+        raise RecordError("invalid_text", f"metainfos: {error}") from error
+    except ValueError:
         content = metainfos
     if not isinstance(content, dict):
         content = {"metainfos": content}

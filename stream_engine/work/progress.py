@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
-from stream_engine.text import duration
+from stream_engine.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -57,6 +57,14 @@ class ScreenHandler(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+class LineFormatter(logging.Formatter):
+    """One line a message, whatever foreign text it quotes; tracebacks follow as they are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger:
     """Log everything of this package to `log_file`, and to stderr when `echo` (else warnings)."""
     logger = logging.getLogger(LOGGER_NAME)
@@ -67,9 +75,9 @@ def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger
         handler.close()
     log_file.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(log_file, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {worker} %(message)s"))
+    to_file.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {worker} %(message)s"))
     to_screen = ScreenHandler()
-    to_screen.setFormatter(logging.Formatter("%(message)s"))
+    to_screen.setFormatter(LineFormatter("%(message)s"))
     to_screen.setLevel(logging.INFO if echo else logging.ERROR)
     logger.addHandler(to_file)
     logger.addHandler(to_screen)

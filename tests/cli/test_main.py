@@ -220,6 +220,25 @@ def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
     assert shown.out.count(line) == shown.err.count(line) == 1
 
 
+def test_no_id_or_path_breaks_a_line_or_an_encoding(tmp_path: Path) -> None:
+    """An id that stdout's encoding lacks ended `validate` in a traceback; an escape in one could
+    have cleared the terminal."""
+    folder = tmp_path / "fol\u00e9der\x1b[2J"
+    folder.mkdir()
+    dataset = write_questions(folder / "q.jsonl", ["what is it for"])
+    first = json.loads(dataset.read_text())
+    rows = [first | {"question_id": "\u56fe\n\x1b[31m", "question": q} for q in ("what", "who")]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words in (["validate", dataset], ["run", "--demo", "--dataset_path", dataset]):
+        words += ["--work_dir", tmp_path / "w", "--sample_k=4", "--rank=1", "--max_new_tokens=4"]
+        done = stream_engine(*words, PYTHONIOENCODING="ascii")
+        assert done.returncode == 2, done.stderr
+        assert r"\u56fe\n\x1b[31m" in done.stdout
+        assert "conflicting_id" in done.stdout
+        assert "\x1b" not in done.stdout + done.stderr
+        assert done.stdout.isascii()
+
+
 def test_a_trials_limit_is_of_its_own_input_alone(
     echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,37 @@ def test_paths_that_leave_the_root_are_rejected(folders, path: str):
     assert reason_of(read, path, folder, root) == "path_outside_root"
 
 
+def test_a_link_out_of_the_root_is_named_with_the_flag_that_allows_it(folders, tmp_path: Path):
+    """`images/coco -> /disk2` was said to be "not inside", where it plainly lies."""
+    folder, root = folders
+    for path, link in (("link.png", "link.png"), ("out/secret.png", "out")):
+        with pytest.raises(RecordError) as caught:
+            read(path, folder, root)
+        assert f"{root}/{link} is a link to {tmp_path}" in caught.value.detail
+        assert "--follow_links" in caught.value.detail
+        assert read_image_file(path, folder, root, 10**6, follow_links=True) == b"secret"
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "out/../secret.png", "/etc/hostname"])
+def test_following_links_opens_no_other_way_out(folders, path: str):
+    folder, root = folders
+    with pytest.raises(RecordError) as caught:
+        read_image_file(path, folder, root, 10**6, follow_links=True)
+    assert caught.value.reason in ("path_outside_root", "missing_image_file")
+
+
+def test_a_path_from_where_one_runs_gets_the_hint(folders, monkeypatch, tmp_path: Path):
+    """RLAIF-V's own example has paths that start from the folder it is run from."""
+    folder, _ = folders
+    (tmp_path / "here/pictures").mkdir(parents=True)
+    (tmp_path / "here/pictures/a.png").write_bytes(b"here")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RecordError) as caught:
+        read("pictures/a.png", folder, None)
+    assert "--image_root ." in caught.value.detail
+    assert read("pictures/a.png", folder, ".") == b"here"
+
+
 def test_without_a_root_paths_may_point_anywhere(folders, tmp_path: Path):
     folder, root = folders
     assert read("secret.png", folder, None) == b"secret"

@@ -13,6 +13,7 @@ from stream_engine.run_dir.shards import write_shard
 from tests.inputs.formats import read
 from tests.samples import (
     Row,
+    make_row,
     picture,
     write_jsonl,
     write_parquet,
@@ -197,3 +198,25 @@ def test_a_sideways_picture_is_read_upright_and_an_upright_one_as_it_is(tmp_path
     write_shard(tmp_path / "000000.tar", 0, [sample])
     (again,) = read(tmp_path / "000000.tar")
     assert (again.key, again.images[0].data) == (sample.key, stored.data)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"metainfos": "[" * 100_000, "ds_question_id": "1"}, id="deep-text"),
+        pytest.param('{"question": "?", "metainfos": ' + "[" * 100_000 + "}", id="deep-json"),
+        pytest.param('{"question": "?", "n": ' + "9" * 5000 + "}", id="huge-integer"),
+        pytest.param('{"question": "?", "ds_name": "\\ud800"}', id="half-a-surrogate"),
+    ],
+)
+def test_no_row_stops_the_others(tmp_path: Path, row):
+    bad = {"question": "?", **row} if isinstance(row, dict) else row
+    first, failure, last = read(write_jsonl(tmp_path / "a.jsonl", [make_row(1), bad, make_row(2)]))
+    assert (first.idx, last.idx) == ("1", "2")
+    assert failure.reason in ("invalid_text", "malformed_json")
+
+
+def test_ten_thousand_columns_are_passed_over(tmp_path: Path):
+    row = make_row(1) | {f"column {i}": i for i in range(10_000)}
+    (sample,) = read(write_parquet(tmp_path / "a.parquet", [row]))
+    assert sample.idx == "1"
