@@ -46,7 +46,7 @@ class InputConfig:
 
     dataset_path: tuple[str, ...] = ()
     """Files, folders, globs or fsspec URLs: parquet, jsonl, json, csv, a `datasets` directory,
-    tars; compressed ones too."""
+    tars; compressed ones too. Or datasets of the Hugging Face hub, as `owner/name[:split]`."""
     columns: dict[str, str] = field(default_factory=dict)
     """How your columns are called, as `question=query,image=img,idx=uid`."""
     text_only: Literal["reject", "allow"] = "reject"

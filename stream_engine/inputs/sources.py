@@ -1,6 +1,7 @@
 """Which files a source is made of, and a fingerprint that tells when they change.
 
-A source is what a user names: a file, a folder, a glob, or any of these as an fsspec URL.
+A source is what a user names: a file, a folder, a glob, any of these as an fsspec URL, or a dataset
+of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stream_engine.errors import ConfigError
 from stream_engine.inputs.compression import CODECS
+from stream_engine.inputs.hub import fetched, parse_hub, split_of
 from stream_engine.inputs.tars import IMAGE_SUFFIXES as PICTURE_SUFFIXES
-from stream_engine.store.locations import folder_of, full_path, open_source, store_errors
+from stream_engine.store.locations import (
+    HUB,
+    canonical_source,
+    folder_of,
+    full_path,
+    open_source,
+    store_errors,
+)
 
 Format = Literal["parquet", "jsonl", "json", "csv", "tsv", "arrow", "tar"]
 
@@ -82,6 +91,8 @@ def find_inputs(source: str) -> FoundInputs:
     Raises:
         ConfigError: when nothing is there, the format is unknown or the URL cannot be opened.
     """
+    if canonical_source(source).startswith(HUB):
+        return find_on_hub(canonical_source(source))
     fs, path = open_source(source)
     try:
         infos = find_files(fs, path)
@@ -123,6 +134,25 @@ def find_inputs(source: str) -> FoundInputs:
             f"dataset_path {source!r} holds no file with a known suffix ({KNOWN_SUFFIXES})"
         )
     return FoundInputs(files, [(name, what) for name, what in sorted(others) if what])
+
+
+def find_on_hub(url: str) -> FoundInputs:
+    """The files of a dataset of the hub, of the split that is asked for.
+
+    A snapshot's path holds its commit, which tells its version.
+    """
+    root, split = fetched(url), parse_hub(url).split
+    found = find_inputs(str(root))
+    names = [os.path.relpath(file.path, root) for file in found.files]
+    files = [
+        msgspec.structs.replace(file, version="")
+        for file, name in zip(found.files, names)
+        if not split or split_of(name) == split
+    ]
+    if not files:
+        there = ", ".join(sorted(set(map(split_of, names))))
+        raise ConfigError(f"dataset_path {url!r} has no split {split!r}; there is {there}")
+    return FoundInputs(files, found.others)
 
 
 def kind_of(name: str) -> str:

@@ -6,6 +6,7 @@ Knows no format and no content.
 from __future__ import annotations
 
 import os
+import re
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -14,11 +15,23 @@ from fsspec.implementations.local import LocalFileSystem
 from stream_engine.errors import ConfigError
 from stream_engine.store.transient import network_errors
 
+HUB = "hf://datasets/"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w-]*(\.\w+)*(:[\w.-]+)?")
+
+FILE = re.compile(r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow|tar|tgz|gz|bz2|xz|zst|lz4)$")
+"""What ends so was meant as a file of this machine."""
+
 
 def canonical_source(source: str) -> str:
-    """The name under which the manifest knows a source: an absolute path, or the URL."""
+    """The name under which the manifest knows a source: an absolute path, or the URL.
+
+    `owner/name` is a dataset of the Hugging Face hub where no such path exists.
+    """
     if is_url(source):
         return source.rstrip("/")
+    is_name = HUB_ID.fullmatch(source) and not FILE.search(source)
+    if is_name and not os.path.exists(source.partition(":")[0]):
+        return f"{HUB}{source}"
     return os.path.abspath(os.path.expanduser(source))
 
 
