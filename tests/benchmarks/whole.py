@@ -214,13 +214,14 @@ def end_to_end(
     questions: int = 1,
     without: Collection[str] = (),
     keep: Keep | None = None,
+    **sizes: int,
 ) -> Results:
     """A whole question, sampling and the log-probs of both models, and its parts alone.
 
     `scoring` is one model's scoring of the ten answers. The engine scores with the reward model
     only, since the instruct model's log-probs fall out of generation; the others score twice.
     """
-    s = set_up(name, questions=questions)
+    s = set_up(name, questions=questions, **sizes)
     checked = check(s)  # warms the engine up
     variants: dict[str, Variant] = {"engine": partial(engine_whole, s)}
     warm_up: dict[str, Variant] = {"engine": lambda: None}

@@ -24,7 +24,9 @@ LIMITS_S = {
     "machine": 30,
     "suites": 130,
     "demo": 70,
+    "models": 195,
     "kernels": 70,
+    "trace": 45,
 }
 """The steps in order of worth, and their seconds of nine minutes. Time that one leaves goes to the
 next, so that a limit says when a step has to be done, counted from the start."""
