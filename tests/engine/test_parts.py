@@ -22,6 +22,7 @@ from stream_engine.engine.selftest import check_model
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt
 from stream_engine.pictures import decode_image
+from stream_engine.records import PromptDigest
 
 
 def test_released_spans_are_merged_and_used_again():
@@ -151,7 +152,7 @@ def test_budget_halves_and_recovers():
 
 
 def test_requests_that_are_put_back_come_first_and_in_their_order():
-    requests = [GenerateRequest(key, Prompt(ids=(1,), digest=""), ()) for key in "abcd"]
+    requests = [GenerateRequest(key, Prompt([1], PromptDigest("", "", "")), ()) for key in "abcd"]
     queue = RequestQueue(requests, lambda request: request.key == "c")
     taken = []
     for _ in range(2):
