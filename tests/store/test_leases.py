@@ -254,6 +254,19 @@ def test_a_contender_that_is_taking_over_is_waited_for(run_dir: RunDir):
     assert acquire(run_dir) is None
 
 
+@pytest.mark.parametrize(("age_s", "is_taken"), [(1, False), (100, True)])
+def test_a_contender_elsewhere_that_fell_silent_while_taking_over_is_passed(
+    run_dir: RunDir, age_s: float, is_taken: bool
+):
+    """Its process cannot be seen from here: the time since its last beat is all there is."""
+    silent = foreign_lease(run_dir, age_s=age_s).read_bytes()
+    path = foreign_lease(run_dir, age_s=100)
+    right = path.with_name(f".{path.stem}.{read_lease(path)[0].token}.0.end")
+    right.write_bytes(silent)
+    os.utime(right, (time.time() - age_s, time.time() - age_s))
+    assert (acquire(run_dir) is not None) == is_taken
+
+
 def test_a_damaged_lease_file_goes_stale_like_any_other(run_dir: RunDir):
     path = foreign_lease(run_dir, age_s=0)
     path.write_bytes(b"\0" * 100)
