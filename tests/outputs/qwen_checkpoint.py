@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Of the same repository's chat_template.json, without its parts for video and numbered pictures."""
+"""Of the same repository's chat_template.json, without video and numbered pictures."""
 
 
 def write_qwen(folder: Path) -> Path:

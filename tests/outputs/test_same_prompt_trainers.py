@@ -1,9 +1,10 @@
-"""The prompt ids that ms-swift and LLaMA-Factory make of exported rows are those that were asked.
+"""The prompt ids that other trainers' own code makes of exported rows are those that were asked.
 
-Each runs in an environment of its own, which a variable names; without it the test is skipped:
+Each is named by a variable; without it its test is skipped:
 
-    python -m venv swift && swift/bin/pip install ms-swift qwen_vl_utils   MS_SWIFT_PYTHON=swift/bin/python
-    python -m venv lf && lf/bin/pip install llamafactory              LLAMA_FACTORY_PYTHON=lf/bin/python
+    RLAIFV_CHECKOUT          git clone https://github.com/RLHF-V/RLAIF-V
+    MS_SWIFT_PYTHON          python -m venv E && E/bin/pip install ms-swift qwen_vl_utils
+    LLAMA_FACTORY_PYTHON     python -m venv E && E/bin/pip install llamafactory
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 from stream_engine.config import ModelConfig
 from stream_engine.models import load_model
+from stream_engine.models.base import IMAGE_SLOT
+from tests.conftest import ROOT
+from tests.models.conftest import GOLDEN
 from tests.outputs.asked import QUESTIONS, ask_all, export_all
 from tests.outputs.qwen_checkpoint import write_qwen
 
@@ -43,3 +49,32 @@ def test_the_trainers_template_makes_the_prompt_that_was_asked(name: str, tmp_pa
     assert len(found) == len(QUESTIONS), done.stderr[-2000:]
     # rows without pictures may come after others
     assert sorted(found) == sorted(question.ids for question in asked)
+
+
+def test_rlaifvs_dataset_class_makes_the_prompt_that_was_asked(tmp_path: Path) -> None:
+    """For LLaVA-1.5; it reads rows of one picture. A mark inside the text is not asked there, and
+    not exported."""
+    checkout = os.environ.get("RLAIFV_CHECKOUT")
+    if not checkout:
+        pytest.skip("RLAIFV_CHECKOUT names no clone of RLHF-V/RLAIF-V")
+    checkpoint = GOLDEN / "llava15" / "checkpoint"
+    model = load_model(checkpoint, ModelConfig(device="cpu"))
+    asked = [question for question in ask_all(model) if len(question.sample.images) == 1]
+    export_all(asked, "rlaifv", tmp_path)
+    done = subprocess.run(
+        [sys.executable, TRAINERS / "rlaifv_ids.py", checkout, checkpoint, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+    )
+    lines = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith("IDS ")]
+    found = {name: json.loads(ids) for _, name, ids in lines}
+    assert found == {question.name: with_one_slot(question.ids) for question in asked}, done.stderr
+    assert {"one", "spaces", "inline", "foreign"} == set(found)
+
+
+def with_one_slot(ids: list[int]) -> list[int]:
+    """Prompt ids with one slot for the picture, as its trainer has them before the model."""
+    return [i for run, all_of in groupby(ids) for i in ([run] if run == IMAGE_SLOT else all_of)]
