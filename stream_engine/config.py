@@ -56,6 +56,7 @@ class InputConfig:
     follow_links: bool = False
     """Allow links inside image_root to lead out of it."""
     samples_per_shard: int = 128
+    """Questions in one shard, the unit of work that a worker takes."""
     max_samples: int | None = None
     """Read at most this many samples of each input (for trials)."""
     max_image_pixels: int = 178_956_970
@@ -68,16 +69,20 @@ class ModelConfig:
     """Which checkpoints, and where they run."""
 
     instruct_model_path: str | None = None
+    """The model whose answers are sampled, and which DPO is to train: a checkpoint folder."""
     instruct_model_name: str | None = None
     """A hint; the family is read from the checkpoint, and a contradiction is an error."""
     reward_model_path: str | None = None
-    """divide_and_conquer: `auto_check,question_change,split`, three paths."""
+    """The model that scores the answers: a checkpoint folder. With divide_and_conquer three:
+    `auto_check,question_change,split`."""
     reward_model_name: str | None = None
+    """A hint, as --instruct_model_name."""
     reward_model_python_path: str | None = None
     """Another interpreter, or a conda environment's name, for the reward stage."""
     vision_tower_path: str | None = None
     """CLIP weights for checkpoints that hold none."""
     device: str = "auto"
+    """auto (a GPU of this rank where there is one, else CPU), cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's own on an accelerator, float32 on CPU."""
     max_batch_tokens: int | None = None
@@ -100,12 +105,21 @@ class SamplingConfig:
     """How answers are drawn. None: the checkpoint's generation_config.json, then the default."""
 
     sample_k: int = 10
+    """Answers sampled for each question."""
     temperature: float = 0.7
+    """Sampling temperature of the answers; 0 is greedy."""
     top_p: float | None = None
+    """Nucleus sampling: tokens up to this cumulative probability. Without it the value of the
+    checkpoint's generation_config.json, else 1."""
     top_k: int | None = None
+    """Sample from this many likeliest tokens; 0: from all. Without it the checkpoint's value, else
+    50."""
     repetition_penalty: float | None = None
+    """As in transformers. Without it the checkpoint's value, else 1 (none)."""
     max_new_tokens: int | None = None
+    """Longest answer in tokens. Without it the checkpoint's value, else 512."""
     seed: int = 0
+    """Same seed, same answers: on any number of workers, in any order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +127,19 @@ class RankingConfig:
     """How scored answers become pairs."""
 
     rank: int = 3
+    """The best answers of a question, this many, are paired with as many of the worst."""
     distance: int = 25
     """A pair's answers differ by fewer words than this."""
     strict_follow_rank: bool = False
     """Pair the i-th best with the i-th worst only."""
     max_pairs_per_sample: int = 3
+    """At most this many pairs of one question, largest margin first."""
     similarity_threshold: float = 0.9
     """Answers whose Jaccard similarity over word n-grams exceeds this count as one."""
     max_length_bias: float = 0.5
     """Length balance stops when mean(words of chosen - words of rejected) is at most this."""
     compat: Literal["rlaifv"] | None = None
-    """rlaifv: the ancestor's selection rules, with words of our own (see README)."""
+    """rlaifv: the selection rules of RLAIF-V's data engine, with words of our own (see README)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +147,9 @@ class OutputConfig:
     """What is written at the end."""
 
     format: tuple[str, ...] = ("rlaifv",)
+    """Schemas of the dataset: rlaifv, trl, ms_swift, llama_factory; the first lies in dataset/."""
     max_part_bytes: int = 400_000_000
+    """Upper bound of one parquet file of the dataset."""
     debug: bool = False
     """Also write readable intermediate files under debug/."""
 
@@ -141,7 +159,9 @@ class WorkerConfig:
     """How workers share shards."""
 
     max_shard_retries: int = 2
+    """How often a shard that raised is tried again; the last time its records go one by one."""
     retry_backoff_s: float = 2.0
+    """Seconds before a shard is tried again, doubled each time."""
     lease_timeout_s: float = 60.0
     """A lease without a heartbeat for this long may be taken over."""
     max_bad_fraction: float = 0.5
@@ -163,7 +183,9 @@ class RunConfig(
     """
 
     pipeline_name: str = "dpo_reward"
+    """How answers are scored: dpo_reward, divide_and_conquer, llava_critic or a plug-in."""
     work_dir: str = "work"
+    """The run directory: everything that the run writes. An existing one is resumed."""
     run_stage: Literal[0, 1, 2] | None = None
     """0 sample, 1 reward, 2 pairs; None runs all."""
     overwrite: bool = False

@@ -40,7 +40,7 @@ class LlavaCriticOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     critic_pairs: int | Literal["all", "swiss"] = "all"
     """Pairs of answers to compare, each in both orders: all, swiss (about k/2 * log2(k)), or N."""
     critic_compat: Literal["rlaifv"] | None = None
-    """rlaifv: the ancestor's sum over ordered pairs, and its reading of replies."""
+    """rlaifv: the sum over ordered pairs of RLAIF-V's data engine, and its reading of replies."""
     critic_temperature: float = 0.7
     """Temperature of the critic."""
     critic_max_new_tokens: int = 512

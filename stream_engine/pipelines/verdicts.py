@@ -49,7 +49,7 @@ def parse_verdict(reply: str) -> Verdict | None:
 
 
 def parse_verdict_rlaifv(reply: str) -> Verdict | None:
-    """The ancestor's rule: the first of these phrases that occurs anywhere, in this order."""
+    """RLAIF-V's rule: the first of these phrases that occurs anywhere, in this order."""
     if "[first]" in reply or "The first response is better" in reply:
         return "first"
     if "[second]" in reply or "The second response is better" in reply:

@@ -152,3 +152,11 @@ def test_help_documents_each_setting(capsys: pytest.CaptureFixture[str]) -> None
     text = " ".join(capsys.readouterr().out.split())
     assert "A lease without a heartbeat for this long may be taken over. (default 60.0)" in text
     assert "only with --pipeline_name llava_critic" in text
+
+
+def test_every_setting_has_words_of_its_own_in_the_help() -> None:
+    parser = LineParser(prog="test")
+    add_settings(parser)
+    assert [a.dest for a in parser._actions if a.help is None or not a.help.strip()] == []
+    bare = [a.dest for a in parser._actions if str(a.help).strip().startswith("(default")]
+    assert bare == []
