@@ -109,16 +109,15 @@ def read_picture(data: bytes, max_pixels: int) -> Picture:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 is_identified = True
                 check_size(*image.size, max_pixels)
-                is_jpeg = image.format in JPEG_FORMATS
+                is_read = image.format in JPEG_FORMATS and check_jpeg(data)
+                if is_read:
+                    changes = changes_of(image)
                 if image.format == "PNG":
                     image.verify()  # checksums and the end chunk, which decoding skips
-            if is_jpeg:
-                check_jpeg(data)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                if is_jpeg:
-                    image.draft("RGB", (1, 1))
-                image.load()
-                changes = changes_of(image)
+            if not is_read:
+                with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                    image.load()
+                    changes = changes_of(image)
             return Picture(encoded_anew(data) if changes else data, changes)
     except Image.DecompressionBombError as error:
         raise RecordError("image_too_large", str(error)) from error
@@ -131,11 +130,12 @@ def read_picture(data: bytes, max_pixels: int) -> Picture:
         raise RecordError(reason, detail) from error
 
 
-def check_jpeg(data: bytes) -> None:
-    """Raise RecordError for a JPEG whose data libjpeg mends by guessing: half of it turns grey.
+def check_jpeg(data: bytes) -> bool:
+    """Whether all data of a JPEG were read; what cannot be converted (CMYK) is left to Pillow.
 
-    Pillow takes such a picture without a word. What libjpeg refuses outright, or cannot convert
-    (CMYK), is left to Pillow.
+    Raises:
+        RecordError: where libjpeg mends by guessing, and half of the picture turns grey. Pillow
+            takes such a one without a word.
     """
     import simplejpeg  # libjpeg-turbo with its warnings as errors
 
@@ -148,6 +148,8 @@ def check_jpeg(data: bytes) -> None:
         surplus = SURPLUS_BYTES.search(message)
         if DAMAGE.search(message) or (surplus and int(surplus[1]) > MAX_SURPLUS_BYTES):
             raise RecordError("damaged_image", message) from error
+        return False
+    return True
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -167,7 +169,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def changes_of(image: Image.Image) -> tuple[str, ...]:
-    """What makes a loaded picture plain, of CHANGES.
+    """What makes a picture plain, of CHANGES; it is loaded, or a JPEG.
 
     Raises:
         RecordError: for pixels whose range nobody but the user knows.
@@ -176,7 +178,7 @@ def changes_of(image: Image.Image) -> tuple[str, ...]:
     if depth:
         check_depth(image)
     is_present = {
-        "first_frame": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",
+        "first_frame": getattr(image, "is_animated", False) and image.format != "MPO",
         "turned": orientation_of(image) in TURNS,
         "depth": bool(depth),
         "colours": image.mode in FOREIGN_COLOURS,

@@ -5,5 +5,5 @@
     rows                a row -> a sample (layouts, questions, picture_values, images)
     ingest, known       samples -> shards, once; validate: the same without writing
 
-Knows no model and no result, and imports no torch. Open readers.py first, then rows.py and ingest.py.
+Knows no model and no result, and imports no torch. Open readers.py first, then rows.py.
 """

@@ -13,7 +13,7 @@ import urllib.parse
 from typing import Any, NamedTuple
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import is_missing, text_of
+from stream_engine.inputs.cells import check_unicode, is_missing, text_of
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 
 DATA_KEYS = ("bytes", "b64_json", "base64", "data")
@@ -65,8 +65,15 @@ def parse_picture(value: Any) -> PictureValue:
     """The one form of a picture's value.
 
     Raises:
-        RecordError: unknown_image_form, bad_base64, remote_image or missing_image_file.
+        RecordError: unknown_image_form, bad_base64, remote_image or invalid_text.
     """
+    found = parse_form(value)
+    check_unicode(found.path, "image")
+    return found
+
+
+def parse_form(value: Any) -> PictureValue:
+    """The same, of whatever path."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return PictureValue(bytes(value), "")
     if isinstance(value, str):
@@ -88,7 +95,7 @@ def parse_dict(value: dict[str, Any]) -> PictureValue:
             return PictureValue(bytes(data), path)
     for key in NESTED_KEYS:
         if isinstance(value.get(key), (str, bytes, dict)) and value[key]:
-            found = parse_picture(value[key])
+            found = parse_form(value[key])
             return found._replace(path=found.path or path)
     if path:
         return parse_text(path) if "://" in path else PictureValue(None, path)

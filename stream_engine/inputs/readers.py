@@ -28,6 +28,7 @@ from stream_engine.inputs.unread import Unread, Unreadable
 from stream_engine.records import Failure, Sample
 from stream_engine.store.locations import folder_of
 from stream_engine.store.transient import WAITS_S, is_transient, network_errors, wait
+from stream_engine.text import printable
 
 UNREADABLE_FILE = "unreadable_file"
 STREAM_READERS = {
@@ -150,6 +151,10 @@ def convert(
         return InputRow(file.path, position, sample, notes)
     except RecordError as error:
         failure = Failure(
-            reason=error.reason, detail=error.detail, source=file.path, row=position, idx=idx
+            reason=error.reason,
+            detail=printable(error.detail),
+            source=file.path,
+            row=position,
+            idx=idx,
         )
         return InputRow(file.path, position, failure)

@@ -43,7 +43,7 @@ def tar_members(stream: BinaryIO) -> Iterator[Member]:
     archive, is_first = 0, True
     while True:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
+            with tarfile.open(fileobj=stream, mode="r:", errors="replace") as tar:
                 while (header := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep every header
                     is_first = False

@@ -33,17 +33,18 @@ class Unread:
         """Take up a row's columns; `mapped` are those that --columns names."""
         for name in names:
             if len(self.seen) < MAX_NAMES:
-                self.seen[name] = None
+                self.seen[printable(name)] = None
             is_read = name in KNOWN_COLUMNS or name in mapped
             if not is_read and len(self.columns) < MAX_NAMES:
-                self.columns[name] = None
+                self.columns[printable(name)] = None
 
     def note_left_out(self, what: str, example: str) -> None:
         """Count a file or member that is not read."""
         if what not in self.left_out and len(self.left_out) >= MAX_NAMES:
             what = "others"
+        what = printable(what)
         self.left_out[what] = self.left_out.get(what, 0) + 1
-        self.examples.setdefault(what, example)
+        self.examples.setdefault(what, printable(example))
 
     def lines(self) -> list[str]:
         """What to tell the user, one line each."""
@@ -55,10 +56,10 @@ def unread_lines(
 ) -> list[str]:
     """What to tell a user whose input has these columns, files and members."""
     lines = [
-        f"{count} {what} not read, the first is {printable(examples.get(what, '?'))}"
+        f"{count} {what} not read, the first is {examples.get(what, '?')}"
         for what, count in left_out.items()
     ]
-    if names := ", ".join(map(printable, columns)):
+    if names := ", ".join(columns):
         lines.append(
             f"columns not read: {names}; pictures come from {', '.join(IMAGE_COLUMNS)}, "
             "others by --columns image=NAME,question=NAME"

@@ -3,8 +3,8 @@
     rows in = samples + rejects by name; no question is asked without a picture that its row names;
     what is kept of a picture decodes, and is seen alike by all
 
-`INPUT_EXAMPLES` is the number of examples of each property (60); `INPUT_SECONDS` runs each for as
-long instead, and prints how many were tried.
+`INPUT_EXAMPLES` is the number of examples of each property (60); with `INPUT_SECONDS` each is run
+again and again for as long, and prints how many were tried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+import msgspec
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -33,12 +34,13 @@ from stream_engine.run_dir.remedies import REMEDIES
 from tests.samples import input_config, picture
 
 SECONDS = float(os.environ.get("INPUT_SECONDS", 0))
-EXAMPLES = 10**9 if SECONDS else int(os.environ.get("INPUT_EXAMPLES", 60))
+EXAMPLES = int(os.environ.get("INPUT_EXAMPLES", 60))
 
 PICTURES = [picture(i, format) for i, format in enumerate(("PNG", "JPEG", "GIF", "WEBP"))]
 BASE64 = [base64.b64encode(data).decode() for data in PICTURES]
 
-texts = st.text(max_size=30) | st.sampled_from(
+letters = st.characters(exclude_categories=())  # half surrogates too
+texts = st.text(letters, max_size=30) | st.sampled_from(
     ["What?", "<image>\nWhat?", "Is <image> so?", "<image>", "</s>", "a\r\nb\n", "\ufeff", "\x00"]
 )
 atoms = (
@@ -63,7 +65,9 @@ turns = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "x"]), "content": values}),
     max_size=3,
 )
-columns = st.sampled_from(["idx", "image", "images", "image_path", "metainfos", "ds_name", "other"])
+columns = st.text(letters, max_size=5) | st.sampled_from(
+    ["idx", "id", "image", "images", "image_path", "metainfos", "ds_name", "ds_question_id"]
+)
 rows = st.dictionaries(columns, values, max_size=5).flatmap(
     lambda row: st.fixed_dictionaries(
         {},
@@ -72,25 +76,23 @@ rows = st.dictionaries(columns, values, max_size=5).flatmap(
 )
 
 
-class Clock:
-    """Counts examples, and passes over them when the time of a property is over."""
-
-    def __init__(self) -> None:
-        self.end = 0.0
-        self.count = 0
-
-    def is_over(self) -> bool:
-        self.end = self.end or time.monotonic() + SECONDS
-        self.count += 1
-        return bool(SECONDS) and time.monotonic() > self.end
-
-
-def checked(property: Callable[..., None]) -> Callable[..., None]:
-    """The settings of every property here."""
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(
+def checked(test: Callable[..., None]) -> Callable[..., None]:
+    """The settings of every property here; with INPUT_SECONDS, again and again with new seeds."""
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    test = settings(
         max_examples=EXAMPLES, deadline=None, suppress_health_check=quiet, database=None
-    )(property)
+    )(test)
+    if not SECONDS:
+        return test
+
+    def repeated() -> None:
+        end, number = time.monotonic() + SECONDS, 0
+        while time.monotonic() < end:
+            seed(number)(test)()
+            number += 1
+        print(f"{test.__name__}: {number * EXAMPLES} examples")
+
+    return repeated
 
 
 def read_all(source: Path, **options: Any) -> tuple[list[InputRow], Unread]:
@@ -103,9 +105,10 @@ def check_rows(found: list[InputRow]) -> None:
     for row in found:
         if isinstance(row.item, Failure):
             assert row.item.reason in REMEDIES, row.item
-            json.dumps(row.item.detail).encode()
+            msgspec.json.encode(row.item)
             continue
         sample = row.item
+        msgspec.json.encode(sample)
         assert sample.question.strip()
         assert prompt_parts(sample.question, len(sample.images)).count(None) == len(sample.images)
         assert sample.question.count("<image>") in (0, len(sample.images))
@@ -122,22 +125,18 @@ def names_a_picture(value: Any) -> bool:
     return not (value is None or value == "" or value != value)
 
 
-ROW_CLOCK, TAR_CLOCK, PICTURE_CLOCK, BYTES_CLOCK = Clock(), Clock(), Clock(), Clock()
-
-
 @checked
 @given(st.lists(rows, min_size=1, max_size=6), st.sampled_from(["q.jsonl", "q.json"]))
 def test_every_row_is_a_sample_or_a_reject(table: list[dict[str, Any]], name: str) -> None:
-    if ROW_CLOCK.is_over():
-        return
     with tempfile.TemporaryDirectory() as folder:
         lines = "".join(json.dumps(row) + "\n" for row in table)
         text = lines if name == "q.jsonl" else json.dumps(table)
         (Path(folder) / name).write_text(text)
         (Path(folder) / "a.png").write_bytes(PICTURES[0])
-        found, _ = read_all(Path(folder) / name)
+        found, unread = read_all(Path(folder) / name)
     assert [row.row for row in found] == list(range(len(table)))
     check_rows(found)
+    msgspec.json.encode([list(unread.columns), unread.left_out, unread.examples])
     for given_row, row in zip(table, found, strict=True):
         named = [given_row.get(name) for name in ("image", "images")]
         if isinstance(row.item, Sample) and not row.item.images:
@@ -178,8 +177,6 @@ def tar_of(content: list[tuple[str, str, bytes, str]]) -> bytes:
 def test_every_member_of_a_tar_is_in_a_sample_or_named(
     archives: list[list[tuple[str, str, bytes, str]]], damage: tuple[float, str] | None
 ) -> None:
-    if TAR_CLOCK.is_over():
-        return
     data = bytearray(b"".join(map(tar_of, archives)))
     if damage is not None:
         place = int(damage[0] * (len(data) - 1))
@@ -207,8 +204,6 @@ formats = st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "
 def test_what_is_kept_of_a_picture_is_seen_alike(
     mode: str, format: str, width: int, height: int, orientation: int, noise: bytes
 ) -> None:
-    if PICTURE_CLOCK.is_over():
-        return
     image = Image.new(mode, (width, height))
     for place, value in enumerate(noise[: width * height]):
         image.putpixel((place % width, place // width), value % (2 if mode == "1" else 256))
@@ -240,8 +235,6 @@ def test_what_is_kept_of_a_picture_is_seen_alike(
 def test_no_bytes_stop_the_reading_of_pictures(
     data: bytes, changes: list[tuple[float, int]], share: float
 ) -> None:
-    if BYTES_CLOCK.is_over():
-        return
     broken = bytearray(data)
     for place, value in changes:
         broken[int(place * (len(broken) - 1))] = value
@@ -251,10 +244,3 @@ def test_no_bytes_stop_the_reading_of_pictures(
         assert error.reason in REMEDIES
     else:
         Image.open(io.BytesIO(stored.data)).convert("RGB")
-
-
-def teardown_module() -> None:
-    if SECONDS:
-        clocks = {"rows": ROW_CLOCK, "tars": TAR_CLOCK, "pictures": PICTURE_CLOCK}
-        clocks["bytes"] = BYTES_CLOCK
-        print({name: clock.count for name, clock in clocks.items()})
