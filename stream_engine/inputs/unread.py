@@ -11,6 +11,9 @@ from stream_engine.text import printable
 MAX_NAMES = 20
 """Names that are kept and told; the others are counted."""
 
+MAX_NOTED = 1000
+"""Columns that are looked at: a file may have any number."""
+
 
 class Unreadable(Exception):
     """A file that cannot be read (on); what was read of it before is kept."""
@@ -28,10 +31,14 @@ class Unread:
     """Files and members of tars: what they are -> how many."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first of each."""
+    noted: set[str] = field(default_factory=set)
 
     def note_columns(self, names: Iterable[str], mapped: Iterable[str]) -> None:
         """Take up a row's columns; `mapped` are those that --columns names."""
         for name in names:
+            if name in self.noted or len(self.noted) >= MAX_NOTED:
+                continue
+            self.noted.add(name)
             if len(self.seen) < MAX_NAMES:
                 self.seen[printable(name)] = None
             is_read = name in KNOWN_COLUMNS or name in mapped
