@@ -18,6 +18,7 @@ NEEDS = [
     "pytest",
     "pytest-timeout",
     "sentencepiece",
+    "simplejpeg",
     "webdataset",
 ]
 

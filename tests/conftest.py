@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from stream_engine import pipelines
-from stream_engine.demo.data import write_dataset
 from stream_engine.records import SampleRollouts
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
@@ -89,6 +88,8 @@ DEMO_FLAGS = ("--demo", "--sample_k=4", "--rank=2", "--max_new_tokens=24", "--sa
 @pytest.fixture(scope="session")
 def demo_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 questions of the drawn world."""
+    from stream_engine.demo.data import write_dataset  # imports pyarrow
+
     path = tmp_path_factory.mktemp("demo") / "questions.parquet"
     return write_dataset(path, count=24, seed=5)
 
