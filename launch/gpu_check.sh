@@ -17,9 +17,12 @@ python="${PYTHON:-python3}"
 if [ -x "$venv/bin/stream-engine" ] || ! "$python" -c 'import torch' 2>/dev/null; then
     source "$root/launch/environment.sh" dev
 elif [ -d "$wheels" ]; then
-    site="${SITE:-$(mktemp -d)}"
-    "$python" "$root/launch/gpu_needs.py" --missing | xargs --no-run-if-empty \
-        "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" --target "$site"
+    site="$(mktemp -d)"
+    for name in $("$python" "$root/launch/gpu_needs.py" --missing); do
+        # One by one: what has no wheel is missed by the step that needs it.
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+            --find-links "$wheels" --target "$site" "$name" || echo "$name: no wheel in $wheels" >&2
+    done
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 cd "$root"

@@ -27,7 +27,9 @@ def score_pairs(work_dir: Path) -> dict[str, float]:
     pairs, won, wrong_chosen, wrong_rejected = 0, 0.0, 0, 0
     for file in files:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(columns=_COLUMNS):
+            # A part without rows has no row group either, which older pyarrow cannot iterate over.
+            batches = parquet.iter_batches(columns=_COLUMNS) if parquet.num_row_groups else ()
+            for batch in batches:
                 for row in batch.to_pylist():
                     scene = scene_of(row["idx"])
                     chosen = count_wrong_facts(scene, row["question"], row["chosen"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,9 @@ from transformers import (
 
 from stream_engine.models.base import IMAGE_SLOT, Prompt
 
+PAGE_SIZE = "page_size"
+if PAGE_SIZE not in signature(ContinuousBatchingConfig).parameters:
+    PAGE_SIZE = "block_size"  # its name in transformers 5.17
 BASELINES = ("ancestor", "nrs", "nrs_best", "continuous")
 
 
@@ -118,7 +122,7 @@ class Continuous:
         pages = sum(-(-len(row) // self.PAGE) for row in ids)
         pages += len(ids) * k * (2 - (-answer_tokens // self.PAGE))
         paged = ContinuousBatchingConfig(
-            page_size=self.PAGE,
+            **{PAGE_SIZE: self.PAGE},
             num_blocks=2 * pages,
             max_batch_tokens=2048,
             return_logprobs=return_logprobs,

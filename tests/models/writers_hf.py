@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -41,8 +42,17 @@ TEXT: dict[str, Any] = {
 
 
 def write_hf(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """The tiny checkpoint called `name`, complete on disk."""
+    """The tiny checkpoint called `name`, complete on disk.
+
+    Skips the test where this transformers makes no image processor of it without torchvision.
+    """
     arch = ARCHITECTURES[name]
+    try:
+        image_processor = arch.image_processor()
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        pytest.skip(f"{name}: this transformers' image processor needs torchvision")
     config_class = type(transformers.AutoConfig.for_model(arch.model_type))
     config = config_class(
         text_config={**TEXT, **_model_type(config_class, "text_config"), **arch.text},
@@ -58,7 +68,7 @@ def write_hf(folder: Path, name: str, *, seed: int = 0) -> Path:
 
     tokenizer = byte_tokenizer(SPECIALS + list(arch.specials), extra=arch.tokenizer)
     tokenizer.save_pretrained(folder)
-    arch.image_processor().save_pretrained(folder)
+    image_processor.save_pretrained(folder)
     stated = {"processor_class": arch.processor, **arch.processor_config}
     (folder / "processor_config.json").write_text(json.dumps(stated))
     (folder / "chat_template.jinja").write_text(TEMPLATE.format(image=arch.image))
