@@ -42,8 +42,9 @@ from stream_engine.errors import ConfigError, ParallelError
 from stream_engine.models import load_model
 from stream_engine.models.base import VisionLanguageModel
 from stream_engine.models.checkpoints import mapped_weights, resolve_device, resolve_dtype
+from stream_engine.models.intact import read_json
 from stream_engine.models.native import one_line
-from stream_engine.models.weight_files import WeightFiles, read_json
+from stream_engine.models.weight_files import WeightFiles
 
 SPLIT = {"colwise": "LinearLayer", "rowwise": "LinearAllreduce"}
 """Style in an architecture's plan -> DeepSpeed's layer for it."""

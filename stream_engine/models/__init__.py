@@ -8,7 +8,6 @@ import torch; `load_model` does.
 from __future__ import annotations
 
 import importlib
-import json
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models.fingerprint import checkpoint_fingerprint
+from stream_engine.models.intact import read_json, refuse_broken_files
 
 if TYPE_CHECKING:
     from stream_engine.models.base import VisionLanguageModel
@@ -125,10 +125,8 @@ def read_checkpoint_config(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if checkpoint.is_dir() else "is not a directory"
         raise CheckpointError(f"{checkpoint} {what}; give the folder of a downloaded checkpoint")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    refuse_broken_files(checkpoint)
+    return read_json(path)
 
 
 def promised_families(hint: str, families: list[str], config: dict[str, Any]) -> list[str]:

@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError
-from stream_engine.models.weight_files import WeightFiles, plural, read_json, some
+from stream_engine.models.intact import read_json
+from stream_engine.models.weight_files import WeightFiles, plural, some
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Rename = Callable[[str], str | None]

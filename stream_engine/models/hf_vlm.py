@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel, cache_argument
+from stream_engine.models.intact import read_json
 from stream_engine.models.native import (
     adopt_own_logits,
     end_token_ids,
@@ -29,7 +30,6 @@ from stream_engine.models.native import (
     load_native,
 )
 from stream_engine.models.processors import load_processor
-from stream_engine.models.weight_files import read_json
 from stream_engine.records import prompt_parts
 
 # Their language model looks at the image by other means than positions of its own sequence, is not

@@ -16,7 +16,8 @@ from transformers import (
 
 from stream_engine.errors import CheckpointError
 from stream_engine.models.checkpoints import Rename, empty_weights, load_into
-from stream_engine.models.weight_files import WeightFiles, read_json
+from stream_engine.models.intact import read_json
+from stream_engine.models.weight_files import WeightFiles
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 

@@ -46,8 +46,9 @@ from stream_engine.models.checkpoints import (
     resolve_dtype,
 )
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
+from stream_engine.models.intact import read_json
 from stream_engine.models.language import language_config
-from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 from stream_engine.records import IMAGE_MARK
 
 SYSTEM = (

@@ -32,13 +32,14 @@ from stream_engine.models.checkpoints import (
     resolve_dtype,
 )
 from stream_engine.models.images import normalise, once_per_image, squared
+from stream_engine.models.intact import read_json
 from stream_engine.models.language import (
     LANGUAGE_NAME,
     load_language_model,
     load_tokenizer,
     stop_token_ids,
 )
-from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 from stream_engine.records import IMAGE_MARK, without_marks
 
 SYSTEM = "You are a helpful assistant."

@@ -49,6 +49,7 @@ from stream_engine.models.checkpoints import (
     resolve_device,
     resolve_dtype,
 )
+from stream_engine.models.intact import read_json
 from stream_engine.models.language import (
     load_language_model,
     load_tokenizer,
@@ -58,7 +59,7 @@ from stream_engine.models.language import (
 from stream_engine.models.placeholders import fill_slots, place_images
 from stream_engine.models.resampler import Resampler, sine_positions
 from stream_engine.models.slices import Size, Slice, Slicing, slice_image
-from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 
 LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
     "2.5": LlamaForCausalLM,

@@ -22,7 +22,8 @@ from stream_engine.device_errors import is_device_lost, is_out_of_memory
 from stream_engine.errors import CheckpointError
 from stream_engine.models.base import VisionLanguageModel
 from stream_engine.models.checkpoints import resolve_device, resolve_dtype
-from stream_engine.models.weight_files import WeightFiles, read_json
+from stream_engine.models.intact import read_json
+from stream_engine.models.weight_files import WeightFiles
 
 CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose past is keys and values, which the engine's attention can share."""

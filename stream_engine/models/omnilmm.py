@@ -31,6 +31,7 @@ from stream_engine.models.checkpoints import (
 )
 from stream_engine.models.eva import EvaTower
 from stream_engine.models.images import CLIP_MEAN, CLIP_STD, normalise_single, once_per_image
+from stream_engine.models.intact import read_json
 from stream_engine.models.language import (
     LANGUAGE_NAME,
     load_language_model,
@@ -40,7 +41,7 @@ from stream_engine.models.language import (
 )
 from stream_engine.models.placeholders import fill_slots, place_images
 from stream_engine.models.resampler import Resampler, resized_positions
-from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles, read_json
+from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from stream_engine.errors import CheckpointError
+from stream_engine.models.intact import read_json
 from stream_engine.models.native import LOAD_ERRORS, load_tokenizer, one_line
-from stream_engine.models.weight_files import read_json
 
 
 def load_processor(checkpoint: Path, model_type: str) -> ProcessorMixin:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel
+from stream_engine.models.intact import read_json
 from stream_engine.models.native import (
     adopt_own_logits,
     end_token_ids,
@@ -24,7 +25,6 @@ from stream_engine.models.native import (
     load_native,
     load_tokenizer,
 )
-from stream_engine.models.weight_files import read_json
 
 END_OF_TURN = "<|eot_id|>"
 """Llama 3 ends an answer with it, whatever its config.json says."""

@@ -5,7 +5,6 @@ Knows no model.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stream_engine.errors import CheckpointError
+from stream_engine.models.intact import read_json, refuse_broken_files
 
 LEGACY_BUFFERS = r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$"
 """Buffers that old transformers stored; every constructor computes them."""
@@ -43,6 +43,7 @@ class WeightFiles:
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         self._used: set[str] = set()
+        refuse_broken_files(self.checkpoint)
         index = _find_files(self.checkpoint)
         for file, indexed_names in index.items():
             shapes = _table_of_contents(file)
@@ -99,20 +100,6 @@ class WeightFiles:
         """The floating-point type of the largest stored tensor."""
         largest = max(self._file_of, key=lambda name: torch.Size(self._shape_of[name]).numel())
         return next(tensor.dtype for _, tensor in _tensors(self._file_of[largest], [largest]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file of a checkpoint as a dict; {} where there is none.
-
-    Raises:
-        CheckpointError: when it cannot be read as JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
 def _find_files(checkpoint: Path) -> dict[Path, list[str]]:

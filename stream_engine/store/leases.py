@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -81,14 +81,17 @@ class Lease:
         path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = this_process(worker_id, timeout_s)
-        with claim_file(path, holder) as claim:
-            # Touched through its own inode: a successor's file is never refreshed by mistake.
-            descriptor = os.open(claim, os.O_RDONLY)
-            is_ours, taken_from = claim_name(path, claim, timeout_s)
-            if is_ours:
-                return cls(path, holder, descriptor, taken_from)
-            os.close(descriptor)
-            return None
+        with ExitStack() as stack:
+            with claim_file(path, holder) as claim:
+                # Touched through its own inode: a successor's file is never refreshed by mistake.
+                descriptor = os.open(claim, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                is_ours, taken_from = claim_name(path, claim, timeout_s)
+            if not is_ours:
+                return None
+            # Its heart beats only now: a lease whose taking failed half way falls silent.
+            stack.pop_all()
+            return cls(path, holder, descriptor, taken_from)
 
     def verify(self) -> None:
         """Check that the lease is still held.

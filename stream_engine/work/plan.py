@@ -203,7 +203,7 @@ def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
 def _resolved(role: ModelRole, config: RunConfig) -> ResolvedSampling:
     """A role's sampling as its engine will resolve it."""
     from stream_engine.engine.sampling import resolve_sampling
-    from stream_engine.models.weight_files import read_json
+    from stream_engine.models.intact import read_json
 
     defaults = read_json(Path(role.path) / "generation_config.json")
     return resolve_sampling(role.sampling or config.part(SamplingConfig), defaults)

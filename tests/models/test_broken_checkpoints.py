@@ -18,6 +18,7 @@ from tests.models import writers_llava as writers
 CPU = ModelConfig(device="cpu")
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NORM = "model.norm.weight"
+INDEX = "model.safetensors.index.json"
 
 
 class Payload:
@@ -130,7 +131,7 @@ def stale_index(folder: Path) -> str:
 
 def broken_index(folder: Path) -> str:
     (folder / "model.safetensors.index.json").write_text("{")
-    return r"cannot read .*index\.json"
+    return r"index\.json is not JSON"
 
 
 def no_weights(folder: Path) -> str:
@@ -212,3 +213,41 @@ def test_a_broken_checkpoint_is_refused_in_one_line(tmp_path, break_it):
         load_model(folder, CPU)
     assert "\n" not in str(error.value)
     assert not (folder / "touched").exists()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+BROKEN_FILES = {
+    "pointer": (POINTER.encode(), "is a Git LFS pointer, .* run `git lfs pull`"),
+    "empty": (b"", "is empty; download it again"),
+    "zeros": (bytes(1000), "holds zeros"),
+}
+BROKEN_OBJECTS = {
+    "null": b"null",
+    "list": b"[]",
+    "deep": b"[" * 100_000,
+    "deep-object": b'{"a":' * 100_000,
+    "cut": b'{"a": 1',
+}
+
+
+@pytest.mark.parametrize("name", [FIRST, "tokenizer.model", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("fault", BROKEN_FILES)
+def test_a_file_that_is_not_what_its_name_says_is_named_with_the_remedy(
+    tmp_path: Path, name: str, fault: str
+) -> None:
+    folder = writers.write_original(tmp_path / "m", writers.random_weights(writers.Shape()))
+    content, words = BROKEN_FILES[fault]
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name} {words}"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
+@pytest.mark.parametrize("fault", BROKEN_OBJECTS)
+def test_json_of_another_kind_is_named_with_the_remedy(
+    tmp_path: Path, name: str, fault: str
+) -> None:
+    folder = writers.write_original(tmp_path / "m", writers.random_weights(writers.Shape()))
+    (folder / name).write_bytes(BROKEN_OBJECTS[fault])
+    with pytest.raises(CheckpointError, match=rf"{name} (does not hold a|is not) JSON"):
+        load_model(folder, CPU)

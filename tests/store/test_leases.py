@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -306,3 +307,26 @@ def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
 
 def test_no_leases_folder_means_no_leases(run_dir: RunDir):
     assert list_leases(run_dir.leases_dir) == []
+
+
+def test_a_lease_whose_taking_failed_half_way_falls_silent(run_dir: RunDir, monkeypatch):
+    """One EIO when the claim was unlinked: the lease's heart beat on, and all workers waited."""
+    unlink, failures = Path.unlink, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith(".tmp") and failures:
+            raise failures.pop()
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="Input/output"):
+        Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
+    assert threading.active_count() == before
+    deadline = time.monotonic() + 30
+    lease = None
+    while lease is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        lease = Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
+    assert lease is not None, "nobody got the lease again"
+    lease.release()
