@@ -19,9 +19,14 @@ def run(kit: Kit) -> None:
 
 
 def benchmark(kit: Kit, name: str) -> list[dict[str, Any]]:
-    """One benchmark's rows; those measured before it failed or ran out of time stay in the log."""
+    """One benchmark's rows; those measured before it failed or ran out of time are kept."""
     out = kit.scratch / f"benchmark_{name}.json"
     command = [sys.executable, "kernels/benchmarks", name, "--device", kit.device, "--out", out]
     command += ["--rounds", "1", "--tiny"] if kit.rehearse else ["--rounds", "5", "--quick"]
-    subprocess.run([*map(str, command)], cwd=ROOT, check=True, timeout=max(5.0, kit.seconds_left))
-    return json.loads(out.read_text())[name]
+    timeout_s = max(5.0, kit.seconds_left - 2)
+    try:
+        subprocess.run([*map(str, command)], cwd=ROOT, check=True, timeout=timeout_s)
+    finally:
+        if out.exists():
+            kit.keep(**{name: json.loads(out.read_text())[name]})
+    return kit.results[name]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,23 @@ def test_every_step_runs_in_a_rehearsal(tmp_path):
         assert not {"failures", "not_run"} & step["results"].keys(), step["results"]
     files = sorted(path.name for path in (tmp_path / "out").rglob("*"))
     assert len(files) <= 8 and {f"{name}.log" for name in LIMITS_S} < set(files)
+
+
+def test_a_run_that_is_cut_off_leaves_a_summary_and_no_process(tmp_path):
+    seconds = f"{3700 + os.getpid() / 1e7:.7f}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu", str(tmp_path), "--rehearse", "--only", "machine"],
+        cwd=ROOT,
+        env=os.environ | {HANG_VARIABLE: f"machine {seconds}"},
+    )
+    while process.poll() is None and not running(seconds):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "cut off"
+    assert summary["steps"]["machine"]["status"] == "running"
+    assert running(seconds) == []
 
 
 def test_a_step_that_hangs_is_cut_at_its_limit_and_the_rest_runs(tmp_path):
