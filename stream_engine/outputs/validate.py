@@ -17,6 +17,7 @@ from stream_engine.errors import RecordError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.formats.base import ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
+from stream_engine.outputs.published import file_problems, is_ours
 from stream_engine.run_dir.paths import RunDir
 
 MAX_PROBLEMS = 100
@@ -52,7 +53,12 @@ def at_most(found: Iterator[str]) -> list[str]:
 
 def is_dataset(path: str | Path) -> bool:
     """Whether a path is a run directory or a dataset of ours: what `validate` checks."""
-    return is_run(Path(path)) or format_of(Path(path)) is not None
+    return is_run(Path(path)) or holds_dataset(Path(path))
+
+
+def holds_dataset(path: Path) -> bool:
+    """Whether a folder or file is a dataset of ours, damaged or not."""
+    return format_of(path) is not None or is_ours(path)
 
 
 def find_problems(folder: Path) -> Iterator[str]:
@@ -60,7 +66,7 @@ def find_problems(folder: Path) -> Iterator[str]:
     if not is_run(folder):
         yield from dataset_problems(folder)
         return
-    datasets = [p for p in sorted(folder.glob("dataset*")) if format_of(p) is not None]
+    datasets = [p for p in sorted(folder.glob("dataset*")) if holds_dataset(p)]
     if not datasets:
         yield f"{folder}: the run has no dataset yet"
     for dataset in datasets:
@@ -99,14 +105,16 @@ def column_names(part: Path) -> list[str]:
 
     try:
         return list(pyarrow.parquet.read_schema(part).names)
-    except (pyarrow.ArrowInvalid, OSError):
+    except (pyarrow.ArrowException, OSError, ValueError):
         return []
 
 
 def dataset_problems(folder: Path) -> Iterator[str]:
     """The problems of one dataset: files, schema, every row, and the number of rows."""
     name = format_of(folder)
-    assert name is not None, f"{folder} is no dataset"
+    if name is None:  # too damaged to tell
+        yield from file_problems(folder)
+        return
     rows = parquet_rows if issubclass(EXPORTS[name], ParquetExport) else jsonl_rows
     num_rows = 0
     for where, row in rows(folder, name):
@@ -116,6 +124,7 @@ def dataset_problems(folder: Path) -> Iterator[str]:
         num_rows += 1
         yield from (f"{where}: {problem}" for problem in row_problems(row, folder, CHECKS[name]))
     yield from count_problems(folder, num_rows)
+    yield from file_problems(folder)
 
 
 def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
@@ -131,7 +140,7 @@ def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows):
                 yield f"{part}, row {number}", row
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield str(part), f"cannot be read on: {error}"
 
 
@@ -309,7 +318,6 @@ def count_problems(folder: Path, num_rows: int) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         return
     except (ValueError, KeyError, TypeError):
-        yield f"{folder / 'stats.json'}: cannot be read"
-        return
+        return  # told with the files
     if written != num_rows:
         yield f"{folder}: {num_rows} rows, stats.json says {written}"

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from stream_engine.outputs.parquet import Part
+from stream_engine.outputs.published import RECORD, is_intact
 from stream_engine.pairs.merge_inputs import MergeInputs
+from stream_engine.run_dir.sealed import read_sealed
 
 MAX_NAMED = 10  # shards named in a message
 
@@ -62,19 +64,14 @@ def is_current(folder: Path, inputs: MergeInputs, made_from: str) -> bool:
     stats = read_stats(folder)
     if stats is None or stats.get("fingerprint") != made_from:
         return False
-    for part in msgspec.convert(stats["parts"], list[Part]):
-        path = folder / part.name
-        if not path.is_file() or path.stat().st_size != part.bytes:
-            return False
-    return inputs.newest_mtime_ns <= (folder / "stats.json").stat().st_mtime_ns
+    if not is_intact(folder, stats):
+        return False
+    return inputs.newest_mtime_ns <= (folder / RECORD).stat().st_mtime_ns
 
 
 def read_stats(folder: Path) -> dict[str, Any] | None:
-    """The stats.json of a dataset; None when there is none."""
-    try:
-        return msgspec.json.decode((folder / "stats.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
-        return None
+    """The stats.json of a dataset; None when there is none, or it is damaged."""
+    return read_sealed(folder / RECORD)
 
 
 def read_report(folders: Mapping[str, Path], *, is_new: bool) -> MergeReport:

@@ -27,6 +27,7 @@ from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.outputs.card import content_hash, dataset_card
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import PairRow
+from stream_engine.outputs.published import RECORD, is_ours, record_of
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.merge_debug import DebugFiles
@@ -43,6 +44,7 @@ from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import Sample, SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.sealed import sealed
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.store.atomic import write_atomic
 from stream_engine.store.folders import FolderSwap
@@ -138,7 +140,7 @@ def write_formats(
     if stale:
         with ExitStack() as stack:
             outputs = [
-                Output(name, stack.enter_context(FolderSwap(folders[name])), config)
+                Output(name, stack.enter_context(FolderSwap(folders[name], is_ours)), config)
                 for name in stale
             ]
             common = build(run_dir, config, pipeline, inputs, outputs)
@@ -169,7 +171,10 @@ class Output:
         return reason
 
     def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
-        """Close the files, check the counts, and write card and statistics, the latter last."""
+        """Close the files, check the counts, and write card and statistics, the latter last.
+
+        They record every file, for `validate` and for the next merge to hold it against.
+        """
         parts = self.export.close()
         dropped = Counter(common["pairs"]["dropped"]) + self.dropped
         candidates, written = common["pairs"]["candidates"], self.statistics.num_pairs
@@ -201,8 +206,8 @@ class Output:
             resolved_sampling=common["resolved_sampling"],
         )
         write_atomic(self.swap.new / "README.md", card.encode())
-        encoded = msgspec.json.format(msgspec.json.encode(stats), indent=2)
-        write_atomic(self.swap.new / "stats.json", encoded + b"\n")
+        stats["files"] = msgspec.to_builtins(record_of(self.swap.new))
+        write_atomic(self.swap.new / RECORD, sealed(stats))
 
 
 def build(

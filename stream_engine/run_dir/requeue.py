@@ -22,7 +22,7 @@ from stream_engine.errors import ConfigError, ShardReadError
 from stream_engine.run_dir.damage import set_aside
 from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.manifest import Manifest
-from stream_engine.run_dir.results import RECORD_TYPES, read_results, write_results
+from stream_engine.run_dir.results import RECORD_TYPES, read_results, verify_result, write_results
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store.leases import Lease
 
@@ -48,7 +48,8 @@ def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
     for shard in state.refresh().shards:
         failed = state.failure(shard) is not None
         headers = [header for stage in STAGES if (header := state.header(stage, shard))]
-        if not failed and not any(header.num_quarantined for header in headers):
+        has_more = failed or any(header.num_quarantined for header in headers)
+        if not has_more and not is_damaged(state, shard):
             continue
         name = shard_lease(shard.index)
         lease = Lease.acquire(state.run_dir.leases_dir, name, worker_id=worker, timeout_s=timeout_s)
@@ -61,6 +62,17 @@ def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
         num_shards += failed or put_back is None
         num_records += put_back or 0
     return Requeued(num_shards, num_records, state.num_rejected())
+
+
+def is_damaged(state: RunState, shard: Shard) -> bool:
+    """Whether a result of the shard is not what was written, though its header and size are."""
+    try:
+        for stage in STAGES:
+            if state.header(stage, shard) is not None:
+                verify_result(state.run_dir.result(stage, shard.index))
+    except ShardReadError:
+        return True
+    return False
 
 
 def requeue_results(state: RunState, shard: Shard) -> int | None:

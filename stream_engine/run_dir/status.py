@@ -19,6 +19,7 @@ from stream_engine.records import Failure
 from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
+from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.run_dir.state import SHARD_LEASE, RunState
 
 MAX_NAMED = 20
@@ -138,11 +139,8 @@ def collect(state: RunState) -> Status:
 
 
 def read_stats(run_dir: RunDir) -> dict[str, Any]:
-    """stats.json of the last merge; {} before one."""
-    try:
-        return msgspec.json.decode(run_dir.stats_json.read_bytes())
-    except (FileNotFoundError, msgspec.DecodeError):
-        return {}
+    """stats.json of the last merge; {} before one, and when it is damaged."""
+    return read_sealed(run_dir.stats_json) or {}
 
 
 def read_pairs(run_dir: RunDir) -> PairCounts:

@@ -8,13 +8,13 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from stream_engine.errors import ConfigError
 from stream_engine.store.atomic import fsync_folder
 
-OURS = "stats.json"  # a folder with this file is one of ours
 ABANDONED_AFTER_S = 3600.0
 
 
@@ -28,8 +28,10 @@ class FolderSwap:
         ConfigError: when `folder` holds files that are not ours.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, is_ours: Callable[[Path], bool]) -> None:
+        """`is_ours` says of a folder with files whether it may be replaced."""
         self.folder = folder
+        self.is_ours = is_ours
         self.new = self._name("new")
 
     def _name(self, kind: str) -> Path:
@@ -37,7 +39,7 @@ class FolderSwap:
         return self.folder.with_name(f".{self.folder.name}.{owner}.{kind}.tmp")
 
     def __enter__(self) -> FolderSwap:
-        if holds_other_files(self.folder):
+        if holds_other_files(self.folder) and not self.is_ours(self.folder):
             raise ConfigError(f"{self.folder} holds other files; name a new or empty folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.folder)
@@ -65,9 +67,7 @@ class FolderSwap:
 
 def holds_other_files(folder: Path) -> bool:
     """Whether something is there that a swap would destroy."""
-    if not folder.exists() or (folder / OURS).is_file():
-        return False
-    return not folder.is_dir() or any(folder.iterdir())
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def remove_abandoned(folder: Path) -> None:

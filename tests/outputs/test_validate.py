@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,11 @@ def test_what_a_merge_writes_has_no_problems(good_run: RunDir) -> None:
     assert validate(good_run.dataset_dir / "train-00000-of-00001.parquet") == []
 
 
+def row_problems(folder: Path) -> list[str]:
+    """The problems of the rows, which a test has rewritten: the files are told, too."""
+    return [p for p in validate(folder) if not p.endswith(("was written", "were written"))]
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the first row of a parquet dataset; the rest stays."""
     path = folder / "train-00000-of-00001.parquet"
@@ -82,7 +89,7 @@ RLAIFV_FAULTS = {
 @pytest.mark.parametrize("problem", TRL_FAULTS)
 def test_a_bad_trl_row_is_named(run_dir: RunDir, problem: str) -> None:
     rewrite(folder_of(run_dir, "trl"), TRL_FAULTS[problem])
-    (found,) = validate(folder_of(run_dir, "trl"))
+    (found,) = row_problems(folder_of(run_dir, "trl"))
     assert "train-00000-of-00001.parquet, row 0: " in found
     assert problem in found
 
@@ -90,7 +97,7 @@ def test_a_bad_trl_row_is_named(run_dir: RunDir, problem: str) -> None:
 @pytest.mark.parametrize("problem", RLAIFV_FAULTS)
 def test_a_bad_rlaifv_row_is_named(run_dir: RunDir, problem: str) -> None:
     rewrite(run_dir.dataset_dir, RLAIFV_FAULTS[problem])
-    (found,) = validate(run_dir.dataset_dir)
+    (found,) = row_problems(run_dir.dataset_dir)
     assert "train-00000-of-00001.parquet, row 0: " in found
     assert problem in found
 
@@ -137,7 +144,7 @@ def test_a_bad_jsonl_row_is_named(
 ) -> None:
     folder = folder_of(run_dir, name)
     change_jsonl(folder, change)
-    (found,) = validate(folder)
+    (found,) = row_problems(folder)
     assert "train.jsonl, row 0: " in found
     assert problem in found
 
@@ -152,7 +159,7 @@ def test_a_row_with_images_after_one_without_is_a_problem_where_none_leads(
     lines.sort(key=lambda line: len(json.loads(line)["images"]))
     assert json.loads(lines[0])["images"] == []
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (found,) = validate(folder)
+    (found,) = row_problems(folder)
     assert "the first row with images is not the first of all" in found
 
 
@@ -160,7 +167,7 @@ def test_parquet_without_image_metadata_is_a_problem(run_dir: RunDir) -> None:
     """As pandas writes it: images would load as dicts, and TRL refuse them."""
     path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
-    (found,) = validate(path.parent)
+    (found,) = row_problems(path.parent)
     assert "they load as dicts" in found
 
 
@@ -172,7 +179,7 @@ def test_missing_reserved_and_mistyped_columns_are_problems(run_dir: RunDir) -> 
     position = table.column_names.index("idx")
     table = table.set_column(position, "idx", pa.array(range(table.num_rows)))
     pq.write_table(table, path)
-    found = "\n".join(validate(path.parent))
+    found = "\n".join(row_problems(path.parent))
     assert "column 'images' is missing" in found
     assert "margin" not in found, "a column that a trainer does not need"
     assert "column 'label' makes TRL" in found
@@ -183,13 +190,55 @@ def test_lost_rows_and_torn_parts_are_problems(run_dir: RunDir) -> None:
     path = run_dir.dataset_dir / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
-    (found,) = validate(run_dir.dataset_dir)
+    (found,) = row_problems(run_dir.dataset_dir)
     assert f"{table.num_rows - 1} rows, stats.json says {table.num_rows}" in found
     path.write_bytes(path.read_bytes()[:-100])
-    assert any("cannot be read on" in problem for problem in validate(run_dir.dataset_dir))
+    assert any("cannot be read on" in problem for problem in row_problems(run_dir.dataset_dir))
 
 
 def test_a_run_without_a_dataset_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     write_run(run_dir, [synthetic_sample(0)])
     assert validate(tmp_path) == [f"{tmp_path}: the run has no dataset yet"]
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "says"),
+    [
+        ("trl", "train-00000-of-00001.parquet", zeros, "its content is not what was written"),
+        ("llama_factory", "dataset_info.json", Path.unlink, "is lost"),
+        ("llama_factory", "images", shutil.rmtree, "is lost"),
+        ("ms_swift", "train.jsonl", lambda path: path.write_text(""), "0 bytes, "),
+        ("rlaifv", "README.md", Path.unlink, "is lost"),
+        ("rlaifv", "stats.json", Path.unlink, "is lost; the next merge makes"),
+        ("rlaifv", "stats.json", zeros, "is not what was written; the next merge makes"),
+    ],
+)
+def test_a_damaged_or_lost_file_is_named_and_the_next_merge_mends_it(
+    run_dir: RunDir, name: str, file: str, damage: Callable[[Path], object], says: str
+) -> None:
+    """Zeros over a parquet file, or a lost dataset_info.json, passed as "ok", and a run left them.
+    A lost stats.json made each later merge refuse its own folder."""
+    folder = run_dir.dataset_dir if name == "rlaifv" else run_dir.export_dir(name)
+    time.sleep(0.01)  # the record is older than what is written now
+    damage(folder / file)
+    assert any(f"{folder / file}" in p and says in p for p in validate(folder)), validate(folder)
+    run_merge(run_dir, format=tuple(EXPORTS))
+    assert validate(folder) == []
+
+
+def test_one_changed_byte_anywhere_in_a_dataset_is_told(run_dir: RunDir) -> None:
+    folder, rng = run_dir.dataset_dir, random.Random(0)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(10):
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+            assert validate(folder), path
+        path.write_bytes(whole)
+    assert validate(folder) == []

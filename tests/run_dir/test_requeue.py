@@ -71,6 +71,26 @@ def test_what_fails_again_is_set_aside_again_alone(finished: Path) -> None:
     assert quarantined.count("\n") == 3
 
 
+@pytest.mark.parametrize("stage", ["rollouts", "rewards"])
+def test_a_damaged_result_that_no_run_has_noticed_is_made_again(
+    finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """`validate` named it, and `retry-failed` put nothing back."""
+    mend(monkeypatch)
+    assert main(["retry-failed", str(finished)]) == 0
+    path = RunDir(finished).result(stage, 0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert main(["validate", str(finished)]) == 2
+    assert str(path) in capsys.readouterr().out
+    CALLS.clear()
+    assert main(["retry-failed", str(finished)]) == 0
+    assert CALLS
+    capsys.readouterr()
+    assert main(["validate", str(finished)]) == 0, capsys.readouterr().out
+
+
 def test_requeue_only_leaves_the_work_to_the_next_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

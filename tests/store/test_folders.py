@@ -13,8 +13,12 @@ from stream_engine.errors import ConfigError
 from stream_engine.store.folders import FolderSwap, this_host
 
 
+def has_stats(folder: Path) -> bool:
+    return (folder / "stats.json").is_file()
+
+
 def fill(folder: Path, text: str) -> None:
-    with FolderSwap(folder) as swap:
+    with FolderSwap(folder, has_stats) as swap:
         (swap.new / "stats.json").write_text(text)
         swap.commit()
 
@@ -22,7 +26,7 @@ def fill(folder: Path, text: str) -> None:
 def test_the_old_folder_stays_until_the_commit(tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     fill(folder, "old")
-    with FolderSwap(folder) as swap:
+    with FolderSwap(folder, has_stats) as swap:
         (swap.new / "stats.json").write_text("new")
         assert (folder / "stats.json").read_text() == "old"
         swap.commit()
@@ -31,7 +35,7 @@ def test_the_old_folder_stays_until_the_commit(tmp_path: Path) -> None:
 
 
 def test_without_a_commit_nothing_is_left_behind(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), FolderSwap(tmp_path / "dataset") as swap:
+    with pytest.raises(KeyError), FolderSwap(tmp_path / "dataset", has_stats) as swap:
         (swap.new / "stats.json").write_text("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
@@ -39,7 +43,7 @@ def test_without_a_commit_nothing_is_left_behind(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds other files"), FolderSwap(tmp_path):
+    with pytest.raises(ConfigError, match="holds other files"), FolderSwap(tmp_path, has_stats):
         pass
     (tmp_path / "empty").mkdir()
     fill(tmp_path / "empty", "an empty folder may be used")

@@ -1,0 +1,32 @@
+"""JSON files that carry their own checksum: a byte that changed is told from the file alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+CHECKSUM = "checksum"
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """An object as such a file holds it."""
+    body = {name: value for name, value in content.items() if name != CHECKSUM}
+    checksum = hashlib.sha256(msgspec.json.encode(body)).hexdigest()
+    encoded = msgspec.json.encode({**body, CHECKSUM: checksum})
+    return msgspec.json.format(encoded, indent=2) + b"\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The object that a file holds; None when it is missing, or not what was written."""
+    try:
+        data = path.read_bytes()
+        content = msgspec.json.decode(data)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(content, dict) or sealed(content) != data:
+        return None
+    return content
