@@ -16,8 +16,9 @@ from typing import TypeVar
 from stream_engine.config import STAGES, RunConfig, Stage, WorkerConfig
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.failures import record_failure
+from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.state import RunState, shard_lease
+from stream_engine.run_dir.state import RunState, numbered, shard_lease
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,24 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
             remedy=remedy,
         )
     logger.warning("shard %d is left out: %s", index, failure.error)
+
+
+def refuse_cut_manifest(run_dir: RunDir) -> None:
+    """Raise ShardReadError when shards or results lie there that the manifest does not list.
+
+    Only the last tar may: that of an ingest that was killed before its line. What is listed is read
+    after what lies there, so that workers who add to both are no fault.
+    """
+    tars = [index for index, _ in numbered(run_dir.shards_dir)]
+    results = [i for stage in STAGES for i, _ in numbered(run_dir.results_dir(stage))]
+    num_listed = len(Manifest.load(run_dir).shards)
+    lost = max([index - 1 for index in tars] + results, default=-1)
+    if lost >= num_listed:
+        raise ShardReadError(
+            run_dir.manifest,
+            f"lists {num_listed} shards, but files of shard {lost} are there: it was cut or lost. "
+            "Put a copy of it back, or give the inputs to another --work_dir",
+        )
 
 
 def set_aside(run_dir: RunDir, stage: Stage, index: int) -> Path:

@@ -20,6 +20,7 @@ from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank
+from stream_engine.run_dir.damage import refuse_cut_manifest
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import (
@@ -204,6 +205,7 @@ def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) ->
         export_class(name)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
+    refuse_cut_manifest(run_dir)
     refuse_unreadable_input(run_dir, config)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
     run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)

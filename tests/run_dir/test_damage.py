@@ -131,3 +131,24 @@ def test_a_retry_mends_damage_that_rewards_ran_into(run_dir: RunDir) -> None:
     run_dir.result("rewards", 1).unlink()
     assert append(run_dir).status.shards.failed == 1
     assert main(["retry-failed", str(run_dir.root)]) == 0
+
+
+@pytest.mark.parametrize("kept", ["nothing", "the first line", "no file"])
+def test_a_manifest_that_was_cut_is_told(echo: None, tmp_path: Path, capsys, kept: str) -> None:
+    """`status --check` of a run whose manifest was emptied said that all is done."""
+    dataset = write_questions(tmp_path / "q.jsonl", [f"what is {i} for" for i in range(12)])
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    assert main([*words, "--samples_per_shard=3", "--sample_k=4", "--rank=1"]) == 0
+    manifest = RunDir(tmp_path / "w").manifest
+    whole = manifest.read_bytes()
+    first = whole.partition(b"\n")[0] + b"\n"
+    manifest.write_bytes(first if kept == "the first line" else b"")
+    if kept == "no file":
+        manifest.unlink()
+    for command in (["status", "--check"], ["validate"], ["retry-failed"]):
+        capsys.readouterr()
+        assert main([command[0], str(tmp_path / "w"), *command[1:]]) == 1, command
+        assert "it was cut or lost. Put a copy of it back" in capsys.readouterr().err
+    assert main([*words, "--samples_per_shard=3", "--sample_k=4", "--rank=1"]) == 1
+    manifest.write_bytes(whole)
+    assert main(["status", str(tmp_path / "w"), "--check"]) == 0
