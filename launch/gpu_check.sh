@@ -11,6 +11,8 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-$root/.venv}"
+out="$(realpath -m "${1:?OUT, a folder for what is found}")"
+shift
 wheels="${WHEELS:-$root/.wheels}"
 python="${PYTHON:-python3}"
 
@@ -27,4 +29,4 @@ elif [ -d "$wheels" ]; then
 fi
 cd "$root"
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m tests.gpu "$@"
+exec "$python" -m tests.gpu "$out" "$@"

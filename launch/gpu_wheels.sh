@@ -2,9 +2,10 @@
 # bash launch/gpu_wheels.sh
 #
 # Fetches into .wheels/, which git ignores, what launch/gpu_check.sh needs on a GPU machine that has no
-# package index: all but torch, triton, transformers, what these bring along, and pyarrow, which the
-# demo step alone needs and which weighs 40 MiB and more (`also=pyarrow` fetches it too). A machine
-# installs of it what it lacks. Ends with the size of all that travels, and fails above most_mib.
+# package index: all but torch, triton, transformers, what these bring along, and pyarrow, which weighs
+# 40 MiB and more, and without which whole runs, but no tests or figures of the engine, are missing
+# (`also=pyarrow` fetches it too). A machine installs of these what it lacks. Ends with the size of all
+# that travels, and fails above most_mib.
 
 set -euo pipefail
 

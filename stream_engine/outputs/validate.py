@@ -136,7 +136,8 @@ def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
         try:
             file = pyarrow.parquet.ParquetFile(part)
             yield from ((str(part), problem) for problem in schema_problems(file, name))
-            batches = file.iter_batches(batch_size=ROWS_PER_BATCH)
+            # A part without rows has no row group either, which older pyarrow cannot iterate over.
+            batches = file.iter_batches(batch_size=ROWS_PER_BATCH) if file.num_row_groups else ()
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows):
                 yield f"{part}, row {number}", row
