@@ -20,13 +20,19 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="for all steps together (9; a rehearsal: 45)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on CPU, interpreted")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS_S), metavar="STEP")
-    arguments = parser.parse_args()
-    return run_steps(
-        arguments.out.resolve(),
-        arguments.only or list(LIMITS_S),
-        minutes=arguments.minutes or (45 if arguments.rehearse else 9),
-        rehearse=arguments.rehearse,
+    parser.add_argument(
+        "--limit", nargs="+", default=[], metavar="STEP=S", help="seconds in place of its share"
     )
+    arguments = parser.parse_args()
+    minutes = arguments.minutes or (45 if arguments.rehearse else 9)
+    share = 60 * minutes / sum(LIMITS_S.values())
+    limits = {name: share * LIMITS_S[name] for name in arguments.only or LIMITS_S}
+    for pair in arguments.limit:
+        name, _, seconds = pair.partition("=")
+        if name not in limits:
+            parser.error(f"--limit {pair}: {name!r} is not among {[*limits]}")
+        limits[name] = float(seconds)
+    return run_steps(arguments.out.resolve(), limits, rehearse=arguments.rehearse)
 
 
 if __name__ == "__main__":

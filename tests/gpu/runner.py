@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,15 +37,15 @@ SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 class Summary:
     """What is known so far, and the file that says it."""
 
-    def __init__(self, path: Path, steps: Sequence[str], *, minutes: float, rehearse: bool) -> None:
+    def __init__(self, path: Path, limits_s: Mapping[str, float], *, rehearse: bool) -> None:
         self.path = path
         self.values: dict[str, Any] = {
             "status": "running",
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "minutes": minutes,
+            "minutes": round(sum(limits_s.values()) / 60, 2),
             "rehearsal": rehearse,
             "seconds": 0.0,
-            "steps": {name: {"status": "waiting", "results": {}} for name in steps},
+            "steps": {name: {"status": "waiting", "results": {}} for name in limits_s},
         }
         self.begun = time.monotonic()
 
@@ -62,20 +62,19 @@ class Summary:
         self.write()
 
 
-def run_steps(out: Path, steps: Sequence[str], *, minutes: float, rehearse: bool) -> int:
-    """Run `steps`; 0 when all passed, else 1."""
+def run_steps(out: Path, limits_s: Mapping[str, float], *, rehearse: bool) -> int:
+    """Run steps, each with its seconds and those that others left; 0 when all passed, else 1."""
     out.mkdir(parents=True, exist_ok=True)
     # What a step leaves behind when it dies becomes this process's child, and can be found.
     ctypes.CDLL(None, use_errno=True).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    summary = Summary(out / "summary.json", steps, minutes=minutes, rehearse=rehearse)
+    summary = Summary(out / "summary.json", limits_s, rehearse=rehearse)
     summary.write()
-    scale = 60 * minutes / sum(LIMITS_S.values())
     due = summary.begun
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
         try:
-            for name in steps:
-                due += scale * LIMITS_S[name]
+            for name, limit_s in limits_s.items():
+                due += limit_s
                 run_step(name, summary, out=out, scratch=Path(scratch), due=due)
         except BaseException:
             summary.close("cut off")
