@@ -19,6 +19,8 @@ SUITES = {
     "memory": ["tests/engine/test_cuda.py", "-k", "really_out"],
     "kernels": ["tests/kernels/triton_forms"],
 }
+SHARES = {"engine": 0.65, "memory": 0.4, "kernels": 1.0}
+"""Of the time that is left, what a suite may take."""
 ALONE = ("memory",)
 """Not beside other tests: it takes all of the card's memory."""
 QUICK = {
@@ -40,8 +42,10 @@ def suite(kit: Kit, name: str, words: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.tally", "-p", "no:cacheprovider"]
     command += ["--tb=short", "-W", "ignore", *words]
     if importlib.util.find_spec("xdist") and not kit.rehearse and name not in ALONE:
-        command += ["--numprocesses", str(AT_ONCE)]
-    timeout_s = max(5.0, kit.seconds_left - 3)
+        # A test that hangs in a kernel ends its process, which is replaced, and is told by name.
+        command += ["--numprocesses", str(AT_ONCE), "-o", "timeout=60"]
+        command += ["-o", "timeout_method=thread"]
+    timeout_s = max(5.0, SHARES[name] * (kit.seconds_left - 3))
     variables = os.environ | {tally.VARIABLE: str(path)}
     try:
         rc: int | None = subprocess.run(
