@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DEMO_FLAGS, ROOT, answers
-from tests.gpu.device import DEVICE, needs_device
+from tests.gpu.device import ON_GPU, needs_device
 
 pytestmark = needs_device
 
@@ -38,7 +38,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def words(dataset: Path, work_dir: Path, *more: str) -> list[str]:
-    flags = [*DEMO_FLAGS, f"--device={DEVICE}", "--dtype=float32", "--look_ahead=never", *more]
+    device = "cuda:0" if ON_GPU else "cpu"
+    flags = [*DEMO_FLAGS, f"--device={device}", "--dtype=float32", "--look_ahead=never", *more]
     return ["run", *flags, "--dataset_path", str(dataset), "--work_dir", str(work_dir)]
 
 
