@@ -32,6 +32,8 @@ from stream_engine.models.base import IMAGE_SLOT, Prompt
 PAGE_SIZE = "page_size"
 if PAGE_SIZE not in signature(ContinuousBatchingConfig).parameters:
     PAGE_SIZE = "block_size"  # its name in transformers 5.17
+RETURNS_ALL_ROWS = PAGE_SIZE == "page_size"
+"""Whether `generate_batch` returns every answer to a question; 5.17 draws all and returns one."""
 BASELINES = ("ancestor", "nrs", "nrs_best", "continuous")
 
 

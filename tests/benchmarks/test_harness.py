@@ -87,7 +87,9 @@ def test_end_to_end_measures_every_part_in_one_run() -> None:
         "perf_counter",
     }
     names = {"ancestor", "nrs", "nrs_best", "continuous"}
-    assert results["not_measured"] == {}
+    missing = set() if baselines.RETURNS_ALL_ROWS else {"continuous"}
+    assert set(results["not_measured"]) == missing
+    names -= missing
     for table in (results, results["parts"]["sampling"], results["parts"]["scoring"]):
         assert set(table["times_slower_than_engine"]) == names
         assert set(table["times_slower_than_engine_single"]) == names
@@ -111,6 +113,9 @@ def test_counts_are_exact_for_one_question() -> None:
     assert results["instruct"]["language_model_tokens"] == 630 + K * (TOKENS - 1)
 
 
+@pytest.mark.skipif(
+    not baselines.RETURNS_ALL_ROWS, reason="this transformers returns one answer to a question"
+)
 def test_continuous_batching_sees_the_images() -> None:
     """At temperature 1 its log-probs are those of the whole model on the same ids."""
     setting = whole.set_up("tiny", k=3, answer_tokens=5, questions=2)
