@@ -81,14 +81,16 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
 def refuse_cut_manifest(run_dir: RunDir) -> None:
     """Raise ShardReadError when shards or results lie there that the manifest does not list.
 
-    Only the last tar may: that of an ingest that was killed before its line. What is listed is read
-    after what lies there, so that workers who add to both are no fault.
+    Only the last tar may: that of an ingest that was killed before its line; and the shard whose
+    line is torn, which is read again. What is listed is read after what lies there, so that workers
+    who add to both are no fault.
     """
     tars = [index for index, _ in numbered(run_dir.shards_dir)]
     results = [i for stage in STAGES for i, _ in numbered(run_dir.results_dir(stage))]
-    num_listed = len(Manifest.load(run_dir).shards)
+    manifest = Manifest.load(run_dir)
+    num_listed, is_torn = len(manifest.shards), manifest.end < manifest.size
     lost = max([index - 1 for index in tars] + results, default=-1)
-    if lost >= num_listed:
+    if lost >= num_listed + is_torn:
         raise ShardReadError(
             run_dir.manifest,
             f"lists {num_listed} shards, but files of shard {lost} are there: it was cut or lost. "
