@@ -55,10 +55,16 @@ DPOTrainer(model="your/instruct-model", args=args, train_dataset=pairs).train()
 ROOT_IMAGE_DIR=path/to/this/folder swift rlhf --rlhf_type dpo --dataset \\
     path/to/this/folder/train.jsonl --model your/instruct-model
 ```
+
+ms-swift's own template for LLaVA-1.5 has no system prompt and breaks the line before `ASSISTANT:`:
+it trains on other words than the model was asked. Qwen2.5-VL's is the one that was asked.
 """,
     "llama_factory": """\
 In the training YAML: `dataset_dir: path/to/this/folder`, `media_dir: path/to/this/folder`,
 `dataset: stream_engine`, `stage: dpo`.
+
+`template: llava` says "a curious user" where LLaVA-1.5 was asked as "a curious human"; `qwen2_vl` is the
+prompt that Qwen2.5-VL was asked.
 """,
 }
 
