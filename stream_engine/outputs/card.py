@@ -63,8 +63,8 @@ it trains on other words than the model was asked. Qwen2.5-VL's is the one that 
 In the training YAML: `dataset_dir: path/to/this/folder`, `media_dir: path/to/this/folder`,
 `dataset: stream_engine`, `stage: dpo`.
 
-`template: llava` says "a curious user" where LLaVA-1.5 was asked as "a curious human"; `qwen2_vl` is the
-prompt that Qwen2.5-VL was asked.
+`template: llava` says "a curious user" where LLaVA-1.5 was asked as "a curious human"; `qwen2_vl`
+is the prompt that Qwen2.5-VL was asked.
 """,
 }
 
