@@ -20,7 +20,7 @@ from stream_engine.pairs.merge_step import wait_for_lease
 from stream_engine.pairs.merger import export as export_format
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.damage import around_damage, refuse_cut_manifest
+from stream_engine.run_dir.damage import around_damage, whole_manifest
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.paths import RunDir, folder_on_disk
 from stream_engine.run_dir.remedies import remedy_lines
@@ -366,5 +366,5 @@ def open_state(args: argparse.Namespace) -> RunState:
     run_dir = RunDir(work_dir_of(args) or RunConfig().work_dir)
     run_file = read_run_file(run_dir)
     retries = run_file.config().max_shard_retries
-    refuse_cut_manifest(run_dir)
+    whole_manifest(run_dir)
     return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()

@@ -243,8 +243,8 @@ class InputReading:
             state = "rejected"
         else:
             state = self.known.classify(item.idx, item.key, self.source)
-            if state == "conflict" or state == "changed":
-                item = (conflict if state == "conflict" else changed)(row, item)
+            if state in TAKEN_IDS:
+                item = taken_id(state, row, item)
             else:
                 self.notes.update(row.notes)
         if row.source != self.file:
@@ -340,25 +340,27 @@ def note_lines(notes: Mapping[str, int]) -> list[str]:
     return [f"{count} {NOTES[name]}" for name, count in notes.items() if count]
 
 
-def changed(row: InputRow, sample: Sample) -> Failure:
-    """The reject of a row whose earlier content the run holds under the same id."""
-    return Failure(
-        reason="changed_row",
-        detail=f"the row of id {sample.idx!r} has changed since it was read; the run keeps what "
-        "it read then. Give the new one another id, or read all in a new work_dir",
-        source=row.source,
-        row=row.row,
-        key=sample.key,
-        idx=sample.idx,
-    )
+TAKEN_IDS = {
+    "changed": (
+        "changed_row",
+        "the row of id {!r} has changed since it was read; the run keeps what it read then. Give "
+        "the new one another id, or read all in a new work_dir",
+    ),
+    "conflict": (
+        "conflicting_id",
+        "another sample of this input has the id {!r}; the first one is kept. Make the ids unique, "
+        "or drop their column: ids are then made from the content",
+    ),
+}
+"""What `KnownSamples.classify` says of a row whose id stands for another sample -> its reject."""
 
 
-def conflict(row: InputRow, sample: Sample) -> Failure:
+def taken_id(state: str, row: InputRow, sample: Sample) -> Failure:
     """The reject of a row whose id belongs to another sample of its source already."""
+    reason, detail = TAKEN_IDS[state]
     return Failure(
-        reason="conflicting_id",
-        detail=f"another sample of this input has the id {sample.idx!r}; the first one is kept. "
-        "Make the ids unique, or drop their column: ids are then made from the content",
+        reason=reason,
+        detail=detail.format(sample.idx),
         source=row.source,
         row=row.row,
         key=sample.key,

@@ -151,7 +151,7 @@ class TextWindow:
                     continue
                 return self.skipped(str(error))
             if end < len(self.text) or not self.more():  # a number may go on
-                self.start = end if end <= len(self.text) else len(self.text)
+                self.start = end
                 return as_row(value)
 
     def is_unfinished(self) -> bool:

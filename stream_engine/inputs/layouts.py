@@ -27,14 +27,12 @@ PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "source")
 """Where a content part of type image keeps its picture, if it brings one."""
 
 
-def in_our_columns(row: Row, columns: Mapping[str, str]) -> tuple[Row, list[str]]:
-    """A row under our names, and notes on what of it is left out.
+def with_question(row: Row) -> tuple[Row, list[str]]:
+    """A row with the question that a chat column asks, and notes on what of that is left out.
 
     Raises:
         RecordError: turns_before_question, unknown_turns or unsupported_content.
     """
-    if columns:
-        row = mapped(row, columns)
     if not is_missing(row.get("question")):
         return row, []
     for name in CHAT_COLUMNS:
@@ -52,6 +50,8 @@ def in_our_columns(row: Row, columns: Mapping[str, str]) -> tuple[Row, list[str]
 
 def mapped(row: Row, columns: Mapping[str, str]) -> Row:
     """A row with the user's columns under our names; what these hid is gone."""
+    if not columns:
+        return row
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
 

@@ -112,9 +112,10 @@ def parse_text(text: str) -> PictureValue:
         return PictureValue(None, path_of_url(text))
     if len(text) > MAX_PATH:
         return PictureValue(decode_base64(text), "")
-    if NOT_BASE64.search(text) or "\n" in text.strip():
-        is_lines = "\n" in text.strip() and not NOT_BASE64.search(text)
-        return PictureValue(decode_base64(text), "") if is_lines else PictureValue(None, text)
+    if NOT_BASE64.search(text):
+        return PictureValue(None, text)
+    if "\n" in text.strip():
+        return PictureValue(decode_base64(text), "")
     try:
         data = decode_base64(text)
     except RecordError:

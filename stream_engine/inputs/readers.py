@@ -19,7 +19,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs.compression import codec_of, decompressed
 from stream_engine.inputs.json_files import json_rows, jsonl_rows
-from stream_engine.inputs.layouts import Row
+from stream_engine.inputs.layouts import Row, mapped
 from stream_engine.inputs.rows import idx_of, to_sample
 from stream_engine.inputs.sources import InputFile, find_inputs
 from stream_engine.inputs.tables import arrow_rows, csv_rows, parquet_rows, tsv_rows
@@ -146,7 +146,8 @@ def convert(
     try:
         if isinstance(row, RecordError):
             raise row
-        idx = idx_of({**row, **{k: row.get(v) for k, v in config.columns.items() if k == "idx"}})
+        row = mapped(row, config.columns)
+        idx = idx_of(row)
         sample, notes = to_sample(row, folder, config)
         return InputRow(file.path, position, sample, notes)
     except RecordError as error:

@@ -20,7 +20,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs.cells import is_missing, text_of
 from stream_engine.inputs.images import read_image_file
-from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, in_our_columns
+from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, with_question
 from stream_engine.inputs.picture_values import parse_picture, pictures_in
 from stream_engine.inputs.questions import question_of, with_pictures_placed
 from stream_engine.pictures import read_picture
@@ -42,12 +42,12 @@ class ReadRow(NamedTuple):
 
 
 def to_sample(row: Row, folder: str, config: InputConfig) -> ReadRow:
-    """Convert a row of a file in `folder`.
+    """Convert a row of a file in `folder`, under our names.
 
     Raises:
         RecordError: with the reason, when the row cannot become a sample.
     """
-    row, notes = in_our_columns(row, config.columns)
+    row, notes = with_question(row)
     question = question_of(row.get("question"))
     images = images_of(row, folder, config, notes)
     question = with_pictures_placed(question, len(images))

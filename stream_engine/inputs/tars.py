@@ -13,7 +13,6 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import groupby
 from typing import BinaryIO
 
@@ -43,7 +42,8 @@ Key = tuple[int, str]
 class TarScan:
     """What the headers of a tar tell."""
 
-    keys: Callable[[Member], Key]
+    key_of: Callable[[int, str], Key]
+    """What tells a member's key from its archive and its name."""
     num_whole: int = 0
     """Samples that are there to their last member."""
     faults: dict[Key, RecordError] = field(default_factory=dict)
@@ -64,7 +64,8 @@ def webdataset_rows(
         scan = scan_tar(stream)
     with open_stream() as stream:
         position = 0
-        for key, members in groupby(files_of(stream), scan.keys):
+        files = files_of(stream)
+        for key, members in groupby(files, lambda file: scan.key_of(file.archive, file.name)):
             if key in scan.stray and key not in scan.faults:
                 unread.note_left_out(scan.stray[key], next(members).name)
                 continue
@@ -90,17 +91,17 @@ def files_of(stream: BinaryIO) -> Iterator[Member]:
 def scan_tar(stream: BinaryIO) -> TarScan:
     """Read the headers of a tar; its keys are in memory meanwhile."""
     stems: set[Key] = set()
-    headers: list[tuple[Member, bool]] = []
+    headers: list[tuple[int, str | None]] = []  # archive and name; None: a damaged header
     cut: Unreadable | None = None
     try:
         for member in tar_members(stream):
             if member.header is None:
-                headers.append((member, True))
+                headers.append((member.archive, None))
             elif member.is_file or member.is_link:
                 stem, suffix = split_suffix(member.name)
                 if suffix in TEXT_SUFFIXES:
                     stems.add((member.archive, stem))
-                headers.append((member._replace(header=None), False))
+                headers.append((member.archive, member.name))
     except CutError as error:
         cut = error
     scan = TarScan(key_finder(stems), cut=cut)
@@ -108,7 +109,7 @@ def scan_tar(stream: BinaryIO) -> TarScan:
     return scan
 
 
-def key_finder(stems: set[Key]) -> Callable[[Member], Key]:
+def key_finder(stems: set[Key]) -> Callable[[int, str], Key]:
     """What tells a member's key, from the stems of all text members.
 
     A caption beside a sample ("a.caption.txt" beside "a.json") is no sample of its own.
@@ -116,8 +117,7 @@ def key_finder(stems: set[Key]) -> Callable[[Member], Key]:
     texts = {stem for stem in stems if (stem[0], webdataset_key(stem[1])) not in stems}
     texts |= {stem for stem in stems if webdataset_key(stem[1]) == stem[1]}
 
-    @cache
-    def of_name(archive: int, name: str) -> Key:
+    def key_of(archive: int, name: str) -> Key:
         stem = name
         while True:
             stem, suffix = split_suffix(stem)
@@ -126,37 +126,35 @@ def key_finder(stems: set[Key]) -> Callable[[Member], Key]:
             if not suffix:
                 return archive, webdataset_key(name)
 
-    return lambda member: of_name(member.archive, member.name)
+    return key_of
 
 
-def note_groups(scan: TarScan, headers: list[tuple[Member, bool]]) -> None:
+def note_groups(scan: TarScan, headers: list[tuple[int, str | None]]) -> None:
     """Count the samples, and find what is wrong with some."""
-    seen: set[Key] = set()
     suffixes: dict[Key, set[str]] = {}
-    last: Key | None = None
+    groups: list[Key] = []
     after_damage = False
-    for member, is_damage in headers:
-        if is_damage:
+    for archive, name in headers:
+        if name is None:
             fault = RecordError("damaged_header", "a header beside this sample is damaged")
-            if last is not None:
-                scan.faults.setdefault(last, fault)
+            if groups:
+                scan.faults.setdefault(groups[-1], fault)
             after_damage = True
             continue
-        key = scan.keys(member)
-        if key != last and key in seen:
-            detail = f"members of {key[1]} do not follow each other"
-            scan.faults[key] = RecordError("scattered_members", detail)
+        key = scan.key_of(archive, name)
+        if not groups or key != groups[-1]:
+            if key in suffixes:
+                detail = f"members of {key[1]} do not follow each other"
+                scan.faults[key] = RecordError("scattered_members", detail)
+            groups.append(key)
         if after_damage:
-            scan.faults.setdefault(key, RecordError("damaged_header", f"before {member.name}"))
+            scan.faults.setdefault(key, RecordError("damaged_header", f"before {name}"))
             after_damage = False
-        seen.add(key)
-        last = key
-        suffixes.setdefault(key, set()).add(split_suffix(member.name)[1])
+        suffixes.setdefault(key, set()).add(split_suffix(name)[1])
     note_missing_halves(scan, suffixes)
-    groups = [key for key, _ in groupby(scan.keys(m) for m, is_damage in headers if not is_damage)]
     rows = [key for key in groups if key not in scan.stray or key in scan.faults]
     scan.num_whole = len(rows)
-    if scan.cut is not None and rows and rows[-1] == last:
+    if scan.cut is not None and rows and rows[-1] == groups[-1]:
         scan.num_whole -= 1
 
 

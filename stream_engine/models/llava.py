@@ -46,7 +46,7 @@ from stream_engine.models.checkpoints import (
     resolve_dtype,
 )
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
-from stream_engine.models.intact import read_json
+from stream_engine.models.intact import read_json, refuse_broken_files
 from stream_engine.models.language import language_config
 from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 from stream_engine.records import IMAGE_MARK
@@ -281,6 +281,7 @@ def _tower_dir(
         candidates = [Path(config.vision_tower_path)]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
+            refuse_broken_files(candidate)
             return candidate
     if inside:
         return None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stream_engine.errors import CheckpointError
-from stream_engine.models.intact import read_json, refuse_broken_files
+from stream_engine.models.intact import read_json
 
 LEGACY_BUFFERS = r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$"
 """Buffers that old transformers stored; every constructor computes them."""
@@ -43,7 +43,6 @@ class WeightFiles:
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         self._used: set[str] = set()
-        refuse_broken_files(self.checkpoint)
         index = _find_files(self.checkpoint)
         for file, indexed_names in index.items():
             shapes = _table_of_contents(file)

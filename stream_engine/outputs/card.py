@@ -6,16 +6,13 @@ have equal cards.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from stream_engine.config import ModelConfig, RankingConfig, RunConfig, SamplingConfig
 
-CHUNK_BYTES = 1 << 20
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 USAGE = {
@@ -82,7 +79,7 @@ def dataset_card(
     Args:
         stats: the content of stats.json.
         data_files: which files of the folder hold the rows.
-        content: their hash, from `content_hash`.
+        content: their hash, from `published.content_hash`.
         resolved_sampling: the sampling values that the engine used, where they are known.
     """
     sampling = {**msgspec.to_builtins(config.part(SamplingConfig)), **(resolved_sampling or {})}
@@ -132,17 +129,6 @@ tags:
 - preference
 - stream_engine
 ---"""
-
-
-def content_hash(files: Iterable[Path]) -> str:
-    """Hash of the files' names, lengths and bytes: 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def counts(stats: Mapping[str, Any]) -> str:

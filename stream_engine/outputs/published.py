@@ -38,8 +38,21 @@ def record_of(folder: Path) -> dict[str, FileRecord]:
         if path.is_dir():
             records[f"{path.name}/"] = record_of_folder(path)
         elif path.name != RECORD:
-            records[path.name] = FileRecord(path.stat().st_size, sha256_of(path).hexdigest())
+            records[path.name] = record_of_file(path)
     return records
+
+
+def record_of_file(path: Path) -> FileRecord:
+    """One file."""
+    return FileRecord(path.stat().st_size, sha256_of(path).hexdigest())
+
+
+def content_hash(records: Mapping[str, FileRecord]) -> str:
+    """Hash of files by their names and contents: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, record in records.items():
+        digest.update(f"{name}\0{record.sha256}\0".encode())
+    return digest.hexdigest()
 
 
 def record_of_folder(folder: Path) -> FileRecord:

@@ -17,8 +17,9 @@ from stream_engine.errors import RecordError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.formats.base import ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
-from stream_engine.outputs.published import file_problems, is_ours
+from stream_engine.outputs.published import RECORD, file_problems, is_ours
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.sealed import read_sealed
 
 MAX_PROBLEMS = 100
 ROWS_PER_BATCH = 16
@@ -312,13 +313,7 @@ CHECKS: dict[str, Check] = {
 
 
 def count_problems(folder: Path, num_rows: int) -> Iterator[str]:
-    """Whether the rows are as many as stats.json says, where there is one."""
-    try:
-        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
-        written = stats["pairs"]["written"]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (ValueError, KeyError, TypeError):
-        return  # told with the files
-    if written != num_rows:
-        yield f"{folder}: {num_rows} rows, stats.json says {written}"
+    """Whether the rows are as many as stats.json says, which is checked with the files."""
+    stats = read_sealed(folder / RECORD)
+    if stats is not None and stats["pairs"]["written"] != num_rows:
+        yield f"{folder}: {num_rows} rows, stats.json says {stats['pairs']['written']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from stream_engine.errors import ConservationError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
-from stream_engine.run_dir.manifest import Manifest, count_pictures
+from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, is_done, read_header, verify_result
 from stream_engine.run_dir.state import RunState, numbered
@@ -37,6 +38,7 @@ class MergeInputs:
         self.missing: list[int] = []
         self.num_missing_samples = 0
         self.digest: list[tuple[int, str, ShardCounts | None]] = []
+        self.images: Counter[int] = Counter()
         self.newest_mtime_ns = 0
 
     @property
@@ -60,9 +62,7 @@ class MergeInputs:
                 "rewards": sum(one.failed_rewards for one in counts),
             },
             "missing": self.num_missing_samples,
-            "with_images": {
-                str(k): count for k, count in count_pictures(self.manifest.shards).items()
-            },
+            "with_images": {str(k): count for k, count in sorted(self.images.items())},
             "rejected": sum(sum(i.rejected.values()) for i in self.manifest.inputs.values()),
         }
 
@@ -99,6 +99,7 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
         if info.index not in without_tar:
             counts = complete_counts(run_dir, info, fingerprints)
         inputs.digest.append((info.index, info.sha256, counts))
+        inputs.images.update(info.images)
         if counts is None:
             inputs.missing.append(info.index)
             inputs.num_missing_samples += info.num_samples
@@ -133,6 +134,7 @@ def seen_inputs(state: RunState) -> MergeInputs:
             assert rollouts is not None and rewards is not None
             counts = counts_of(shard.num_samples, rollouts, rewards)
         inputs.digest.append((shard.index, shard.sha256, counts))
+        inputs.images.update(shard.images)
         if counts is None:
             inputs.missing.append(shard.index)
             inputs.num_missing_samples += shard.num_samples

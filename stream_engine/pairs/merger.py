@@ -24,10 +24,17 @@ import msgspec
 
 from stream_engine.config import RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError, MissingStageError
-from stream_engine.outputs.card import content_hash, dataset_card
+from stream_engine.outputs.card import dataset_card
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import PairRow
-from stream_engine.outputs.published import RECORD, is_ours, record_of
+from stream_engine.outputs.published import (
+    CARD,
+    RECORD,
+    content_hash,
+    is_ours,
+    record_of,
+    record_of_file,
+)
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.merge_debug import DebugFiles
@@ -198,15 +205,17 @@ class Output:
             },
             "parts": msgspec.to_builtins(parts),
         }
+        files = record_of(self.swap.new)
         card = dataset_card(
             config,
             stats,
             data_files=self.export.data_files,
-            content=content_hash(self.swap.new / part.name for part in parts),
+            content=content_hash({part.name: files[part.name] for part in parts}),
             resolved_sampling=common["resolved_sampling"],
         )
-        write_atomic(self.swap.new / "README.md", card.encode())
-        stats["files"] = msgspec.to_builtins(record_of(self.swap.new))
+        write_atomic(self.swap.new / CARD, card.encode())
+        files[CARD] = record_of_file(self.swap.new / CARD)
+        stats["files"] = msgspec.to_builtins(files)
         write_atomic(self.swap.new / RECORD, sealed(stats))
 
 

@@ -78,12 +78,15 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
     logger.warning("shard %d is left out: %s", index, failure.error)
 
 
-def refuse_cut_manifest(run_dir: RunDir) -> None:
-    """Raise ShardReadError when shards or results lie there that the manifest does not list.
+def whole_manifest(run_dir: RunDir) -> Manifest:
+    """The manifest of a run, which lists all shards and results that lie there.
 
-    Only the last tar may: that of an ingest that was killed before its line; and the shard whose
-    line is torn, which is read again. What is listed is read after what lies there, so that workers
-    who add to both are no fault.
+    Only the last tar need not be listed: that of an ingest that was killed before its line; and the
+    shard whose line is torn, which is read again. What is listed is read after what lies there, so
+    that workers who add to both are no fault.
+
+    Raises:
+        ShardReadError: when others are not.
     """
     tars = [index for index, _ in numbered(run_dir.shards_dir)]
     results = [i for stage in STAGES for i, _ in numbered(run_dir.results_dir(stage))]
@@ -96,6 +99,7 @@ def refuse_cut_manifest(run_dir: RunDir) -> None:
             f"lists {num_listed} shards, but files of shard {lost} are there: it was cut or lost. "
             "Put a copy of it back, or give the inputs to another --work_dir",
         )
+    return manifest
 
 
 def set_aside(run_dir: RunDir, stage: Stage, index: int) -> Path:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import msgspec
 
@@ -267,18 +267,11 @@ class Manifest:
         self.size = self.end
 
 
-class HasImages(Protocol):
-    """A shard, or what is kept of one."""
-
-    @property
-    def images(self) -> dict[int, int]: ...
-
-
-def count_pictures(shards: Iterable[HasImages]) -> dict[int, int]:
-    """Number of pictures -> number of samples with as many."""
+def count_pictures(of_shards: Iterable[dict[int, int]]) -> dict[int, int]:
+    """Number of pictures -> number of samples with as many, from the `images` of shards."""
     total: Counter[int] = Counter()
-    for shard in shards:
-        total.update(shard.images)
+    for images in of_shards:
+        total.update(images)
     return dict(sorted(total.items()))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tarfile import TarError
 from typing import Any, BinaryIO
@@ -90,7 +90,7 @@ def read_shard(path: str | Path, info: ShardInfo, *, verify: bool = True) -> Ite
 def checked_samples(path: Path, info: ShardInfo) -> Iterator[Sample]:
     """The samples in a tar, after comparing their keys with the manifest's."""
     num_read = 0
-    for members in tar_samples(path, lambda detail, member: ShardReadError(path, detail, member)):
+    for members in tar_samples(path):
         key = members["__key__"]
         if num_read >= len(info.keys) or key != info.keys[num_read]:
             raise ShardReadError(path, "unexpected sample", f"{key}.json")
@@ -104,12 +104,11 @@ def checked_samples(path: Path, info: ShardInfo) -> Iterator[Sample]:
         )
 
 
-def tar_samples(
-    source: Path | BinaryIO, error_at: Callable[[str, str], Exception]
-) -> Iterator[dict[str, Any]]:
+def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
     """WebDataset samples (`__key__` and suffix -> bytes) of one tar, streaming.
 
-    Whatever goes wrong with the tar raises `error_at(detail, the member it happened in)`.
+    Raises:
+        ShardReadError: for whatever goes wrong with the tar, naming the member it happened in.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -122,19 +121,16 @@ def tar_samples(
 
     def members(file: BinaryIO) -> Iterator[dict[str, Any]]:
         for content in tar_file_iterator(file, select_files=notice):
-            yield {**content, "__url__": str(source)}
+            yield {**content, "__url__": str(path)}
 
     try:
-        if isinstance(source, Path):
-            with open(source, "rb") as file:
-                yield from group_by_keys(members(file))
-        else:
-            yield from group_by_keys(members(source))
+        with open(path, "rb") as file:
+            yield from group_by_keys(members(file))
     except (TarError, OSError, EOFError, ValueError) as error:
         detail = str(error.args[0]) if error.args else type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             detail = error.strerror
-        raise error_at(detail.partition(" @ ")[0], member) from error
+        raise ShardReadError(path, detail.partition(" @ ")[0], member) from error
 
 
 def sample_members(sample: Sample) -> dict[str, Any]:

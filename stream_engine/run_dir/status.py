@@ -122,7 +122,7 @@ def collect(state: RunState) -> Status:
         shards=ShardCounts(total=len(state.shards), **kinds),
         stages=stages,
         pairs=read_pairs(state.run_dir),
-        pictures=count_pictures(state.shards),
+        pictures=count_pictures(shard.images for shard in state.shards),
         workers=[
             WorkerStatus(
                 worker=lease.worker_id,

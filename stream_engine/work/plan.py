@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from stream_engine.config import STAGES, ModelRole, RunConfig, SamplingConfig
 from stream_engine.errors import CheckpointError, ConfigError
-from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import detect_family, read_checkpoint_config
 from stream_engine.outputs.formats import export_class
 from stream_engine.pipelines import pipeline_class
@@ -26,6 +25,7 @@ from stream_engine.run_dir.run_json import (
     refuse_unwritable,
 )
 from stream_engine.run_dir.state import RunState
+from stream_engine.store.locations import canonical_source
 from stream_engine.work.loaded_engines import EngineKey, engine_key
 from stream_engine.work.other_python import find_python
 from stream_engine.work.placement import (
@@ -35,6 +35,7 @@ from stream_engine.work.placement import (
     human_bytes,
     worker_memory,
 )
+from stream_engine.work.reading import check_inputs
 from stream_engine.work.stage_inputs import stage_inputs
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
         export_class(name)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
-    check_inputs(config)
+    demo = canonical_source(str(run_dir.root / DEMO_DATASET))  # yet to be made
+    check_inputs(config, known={demo})
     elsewhere = find_python(config.reward_model_python_path) is not None
     for role in pipeline.roles():
         if not (elsewhere and role.stage == "rewards"):  # there it may be of a family of its own
@@ -102,14 +104,6 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     for stage in STAGES:
         done = sum(state.is_complete(stage, shard) for shard in state.shards)
         yield f"state     {stage}: {done} of {len(state.shards)} shards done"
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Raise ConfigError for an input that the run could not read; the demo's is yet to be made."""
-    if config.run_stage in (None, 0):
-        for source in config.dataset_path:
-            if source != str(Path(config.work_dir) / DEMO_DATASET):
-                list_inputs(source)
 
 
 def sampling_lines(pipeline: Pipeline, config: RunConfig) -> Iterator[str]:

@@ -13,15 +13,13 @@ import msgspec
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import MissingStageError
 from stream_engine.inputs.ingest import note_lines
-from stream_engine.inputs.sources import list_inputs
 from stream_engine.inputs.unread import unread_lines
 from stream_engine.outputs.formats import export_class
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.damage import refuse_cut_manifest
-from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import (
     RunFile,
@@ -33,12 +31,12 @@ from stream_engine.run_dir.run_json import (
 )
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
-from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.follower import follow
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.work.progress import ProgressView, set_up_logging
+from stream_engine.work.reading import check_inputs
 from stream_engine.work.signals import exit_on_sigterm
 from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.work.team import Team
@@ -205,22 +203,12 @@ def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) ->
         export_class(name)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
-    refuse_cut_manifest(run_dir)
-    refuse_unreadable_input(run_dir, config)
+    check_inputs(config, known=whole_manifest(run_dir).inputs)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
     run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)
     for note in notes:
         logger.info("%s", note)
     return run_file
-
-
-def refuse_unreadable_input(run_dir: RunDir, config: RunConfig) -> None:
-    """Raise ConfigError for an input that cannot be read, before the run remembers it."""
-    if config.run_stage in (None, 0):
-        known = Manifest.load(run_dir).inputs
-        for source in config.dataset_path:
-            if canonical_source(source) not in known:
-                list_inputs(source)
 
 
 def retry_shard(config: RunConfig, index: int) -> None:

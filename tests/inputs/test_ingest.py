@@ -1,55 +1,21 @@
-import base64
-import io
 import json
 import os
 from pathlib import Path
 
 import msgspec
 import pytest
-from PIL import Image
 
 from stream_engine.config import InputConfig
-from stream_engine.errors import ConservationError, NoPicturesError
+from stream_engine.errors import ConservationError
 from stream_engine.inputs import ingest as ingest_module
 from stream_engine.inputs import readers as readers_module
 from stream_engine.inputs.ingest import IngestReport, ingest
 from stream_engine.inputs.sources import input_fingerprint
-from stream_engine.records import Failure, Sample
-from stream_engine.run_dir.manifest import Manifest, count_pictures
+from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import read_quarantine
-from stream_engine.run_dir.shards import read_shard, write_shard
-from tests.samples import make_row, make_sample, picture, tree, write_jsonl, write_parquet
-
-CONFIG = InputConfig(samples_per_shard=4)
-
-
-def samples_of(run_dir: RunDir) -> list[Sample]:
-    return [
-        sample
-        for info in Manifest.load(run_dir).shards
-        for sample in read_shard(run_dir.shard(info.index), info)
-    ]
-
-
-def ids_of(run_dir: RunDir) -> list[str]:
-    return [sample.idx for sample in samples_of(run_dir)]
-
-
-def quarantined(run_dir: RunDir) -> list[Failure]:
-    return [
-        failure
-        for path in sorted(run_dir.quarantine_dir.iterdir())
-        for failure in read_quarantine(path)
-    ]
-
-
-def counts(report: IngestReport) -> tuple[int, int, int, dict[str, int]]:
-    return report.read, report.added, report.known, report.rejected
-
-
-def numbers(first: int, last: int) -> list[dict]:
-    return [make_row(i) for i in range(first, last)]
+from stream_engine.run_dir.shards import write_shard
+from tests.inputs.ingested import CONFIG, counts, ids_of, numbers, quarantined, samples_of
+from tests.samples import make_row, make_sample, tree, write_jsonl, write_parquet
 
 
 def test_samples_are_cut_into_shards_in_order(run_dir: RunDir, tmp_path: Path):
@@ -360,44 +326,3 @@ def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Pat
     assert len(manifest.shards) == 10_001
     assert manifest.shards[9_999].ids[-1] == "9999-7"
     assert msgspec.json.decode(run_dir.manifest.read_bytes().splitlines()[-1])["added"] == 1
-
-
-def test_rows_that_are_gone_stay_in_the_run_and_are_counted(run_dir: RunDir, tmp_path: Path):
-    path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 4))
-    ingest(run_dir, [str(path)], CONFIG)
-    assert Manifest.load(run_dir).inputs[str(path)].notes == {}
-    write_jsonl(path, [make_row(1), {**make_row(2), "question": "edited?"}, make_row(9)])
-    assert counts(ingest(run_dir, [str(path)], CONFIG)) == (3, 1, 1, {"changed_row": 1})
-    assert ids_of(run_dir) == ["0", "1", "2", "3", "9"]
-    assert Manifest.load(run_dir).inputs[str(path)].notes == {"gone": 2}
-    (failure,) = quarantined(run_dir)
-    assert "has changed since it was read" in failure.detail
-
-
-def test_what_was_done_to_rows_and_how_many_pictures_they_have_is_kept(
-    run_dir: RunDir, tmp_path: Path
-):
-    glass = io.BytesIO()
-    Image.new("RGBA", (4, 4), (255, 0, 0, 9)).save(glass, "PNG")
-    two = {"question": "?", "images": [{"bytes": glass.getvalue()}, {"bytes": picture(2)}]}
-    path = write_parquet(tmp_path / "a.parquet", [two, {"question": "Why?", "images": []}])
-    ingest(run_dir, [str(path)], InputConfig(samples_per_shard=2, text_only="allow"))
-    manifest = Manifest.load(run_dir)
-    assert manifest.inputs[str(path)].notes == {"transparency": 1}
-    assert count_pictures(manifest.shards) == {0: 1, 2: 1}
-
-
-def test_an_input_without_any_picture_is_refused_before_it_is_remembered(
-    run_dir: RunDir, tmp_path: Path
-):
-    rows = [{"idx": i, "query": "Why?", "question": "?", "img": "a.png"} for i in range(300)]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    config = InputConfig(samples_per_shard=2)
-    with pytest.raises(NoPicturesError, match=r"Columns: idx, query, question, img; .*--columns"):
-        ingest(run_dir, [str(path)], config)
-    assert Manifest.load(run_dir).inputs == {}
-    rows[250]["image"] = base64.b64encode(picture(1)).decode()
-    with pytest.raises(NoPicturesError):  # after 200 rows it is plain
-        ingest(run_dir, [str(write_jsonl(path, rows))], config)
-    report = ingest(run_dir, [str(write_jsonl(path, rows[200:]))], config)
-    assert (report.added, report.rejected) == (1, {"no_image": 99})

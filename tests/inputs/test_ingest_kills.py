@@ -11,7 +11,7 @@ import pytest
 from stream_engine.inputs.ingest import ingest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.atomic import is_temporary
-from tests.inputs.test_ingest import CONFIG, numbers
+from tests.inputs.ingested import CONFIG, numbers
 from tests.samples import make_row, tree, write_jsonl
 
 
