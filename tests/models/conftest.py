@@ -9,6 +9,14 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+FAMILIES = {
+    "llava": GOLDEN / "llava15" / "checkpoint",
+    "llava_critic": GOLDEN / "llava_critic",
+    "minicpmv25": GOLDEN / "minicpmv25",
+    "minicpmv26": GOLDEN / "minicpmv26",
+    "omnilmm": GOLDEN / "omnilmm" / "checkpoint",
+}
+"""A tiny checkpoint of each family with a front end of ours."""
 
 
 @pytest.fixture

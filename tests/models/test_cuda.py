@@ -10,21 +10,14 @@ from PIL import Image
 
 from stream_engine.demo import checkpoint_path
 from tests.gpu.device import DEVICE, ON_GPU, needs_device, torch_forms
-from tests.models.conftest import GOLDEN
+from tests.models.conftest import FAMILIES
 from tests.models.hf_architectures import ARCHITECTURES
 from tests.models.through_engine import ThroughEngine
 from tests.models.writers_hf import write_hf
 
 pytestmark = needs_device
 
-OWN = {
-    "llava": GOLDEN / "llava15" / "checkpoint",
-    "llava_critic": GOLDEN / "llava_critic",
-    "minicpmv25": GOLDEN / "minicpmv25",
-    "minicpmv26": GOLDEN / "minicpmv26",
-    "omnilmm": GOLDEN / "omnilmm" / "checkpoint",
-    "text": checkpoint_path("text"),
-}
+OWN = FAMILIES | {"text": checkpoint_path("text")}
 SHARED = [name for name, architecture in ARCHITECTURES.items() if architecture.shares_prefix]
 TOKENS = 12 if ON_GPU else 2
 # The features of a tower and the states of the language model: float32 on both, summed in

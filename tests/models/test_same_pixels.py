@@ -13,16 +13,8 @@ import pytest
 from stream_engine.config import ModelConfig
 from stream_engine.models import load_model
 from stream_engine.models.base import VisionLanguageModel
-from tests.models.conftest import GOLDEN
+from tests.models.conftest import FAMILIES
 from tests.stored_pictures import STORED, seen_by_model, seen_by_trainer
-
-FAMILIES = {
-    "llava": GOLDEN / "llava15" / "checkpoint",
-    "llava_onevision": GOLDEN / "llava_critic",
-    "minicpmv25": GOLDEN / "minicpmv25",
-    "minicpmv26": GOLDEN / "minicpmv26",
-    "omnilmm": GOLDEN / "omnilmm" / "checkpoint",
-}
 
 
 @cache

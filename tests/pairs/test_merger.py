@@ -20,9 +20,8 @@ from stream_engine.errors import (
     ShardReadError,
 )
 from stream_engine.outputs.formats.rlaifv import RlaifvExport
-from stream_engine.outputs.validate import validate
 from stream_engine.pairs import merger
-from stream_engine.pairs.merger import as_asked, export, merge, merge_is_current
+from stream_engine.pairs.merger import export, merge, merge_is_current
 from stream_engine.records import PreferencePair, Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
@@ -372,29 +371,6 @@ def test_statistics_sum_over_the_run(run_dir: RunDir) -> None:
     for number, count in stats["samples"]["with_images"].items():
         noun = "picture" if number == "1" else "pictures"
         assert f"| ... with {number} {noun} | {count} |" in card
-
-
-def test_the_row_says_what_the_model_was_asked(tmp_path: Path) -> None:
-    """A model that sees its picture first was asked "Is  so?": so the trainer asks it, too."""
-    sample = msgspec.structs.replace(synthetic_sample(0), question="Is <image> so?")
-    rollouts = msgspec.structs.replace(synthetic_rollouts(sample), asked="Is  so?")
-    assert as_asked(sample, rollouts).question == "Is  so?"
-    assert as_asked(sample, synthetic_rollouts(sample)) == sample
-
-
-def test_rows_that_spell_marks_of_media_are_dropped_for_trainers_that_work_by_marks(
-    tmp_path: Path,
-) -> None:
-    run_dir = RunDir(tmp_path)
-    samples = [synthetic_sample(i) for i in range(2)]
-    samples[0] = msgspec.structs.replace(samples[0], question="What does <video> show?")
-    write_run(run_dir, samples)
-    report = run_merge(run_dir, format=("trl", "ms_swift", "llama_factory"))
-    written = {name: one.written for name, one in report.formats.items()}
-    for name in ("ms_swift", "llama_factory"):
-        stats = json.loads((run_dir.export_dir(name) / "stats.json").read_text())
-        assert stats["pairs"]["dropped"]["media_mark"] == written["trl"] - written[name] > 0
-        assert validate(run_dir.export_dir(name)) == []
 
 
 def test_a_run_in_which_no_pair_survives_is_an_empty_dataset(tmp_path: Path) -> None:
