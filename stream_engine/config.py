@@ -147,7 +147,16 @@ class OutputConfig:
     """What is written at the end."""
 
     format: tuple[str, ...] = ("rlaifv",)
-    """Schemas of the dataset: rlaifv, trl, ms_swift, llama_factory; the first lies in dataset/."""
+    """Schemas of the dataset: rlaifv, trl, ms_swift, llama_factory (parquet, the pictures inside),
+    ms_swift_jsonl, llama_factory_jsonl; the first lies in dataset/."""
+    test_fraction: float = 0.0
+    """Share of the questions whose pairs go into a split `test` of every format, 0 to below 1."""
+    license: str = "unknown"
+    """The license that the dataset's card states, by the hub's identifier (cc-by-4.0 ...)."""
+    language: tuple[str, ...] = ()
+    """The languages of questions and answers that the card states: en, zh ..."""
+    pretty_name: str = ""
+    """The dataset's title on its card."""
     max_part_bytes: int = 400_000_000
     """Upper bound of one parquet file of the dataset."""
     debug: bool = False
@@ -205,7 +214,7 @@ class RunConfig(
             if name not in names_of(cls):
                 raise ConfigError(f"unknown setting {name!r}{nearest(name, names_of(cls))}")
         settings = dict(settings)
-        for name in ("dataset_path", "format"):
+        for name in ("dataset_path", "format", "language"):
             if isinstance(settings.get(name), str):
                 settings[name] = tuple(part for part in settings[name].split(",") if part)
         if isinstance(settings.get("columns"), str):
@@ -263,6 +272,8 @@ class RunConfig(
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        if not 0 <= self.test_fraction < 1:
+            raise ConfigError(f"test_fraction must be in [0, 1), it is {self.test_fraction}")
         if self.beta <= 0:
             raise ConfigError(f"beta must be positive, it is {self.beta}")
 

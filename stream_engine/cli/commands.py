@@ -242,6 +242,9 @@ def export(args: argparse.Namespace) -> int:
     if args.max_part_bytes is not None:
         most = convert_flag("max_part_bytes", args.max_part_bytes, int)
         config = RunConfig.create(config.to_dict() | {"max_part_bytes": most})
+    if args.test_fraction is not None:
+        share = convert_flag("test_fraction", args.test_fraction, float)
+        config = RunConfig.create(config.to_dict() | {"test_fraction": share})
     pipeline = pipeline_class(config.pipeline_name)(config)
     rank = Rank.from_environment()
     for name in formats:

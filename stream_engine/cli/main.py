@@ -101,6 +101,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_part_bytes", metavar="N", help="of a parquet file; default: the run's setting"
     )
+    parser.add_argument(
+        "--test_fraction",
+        metavar="X",
+        help="share of the questions for a split `test`; default: the run's setting",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where to; default: in the work_dir")
 
 

@@ -1,134 +1,203 @@
 """The dataset card: README.md beside the parts, for people and for `datasets.load_dataset`.
 
 Everything in it comes from the settings, from stats.json and from the parts, so that equal datasets
-have equal cards.
+have equal cards. It names no folder of the machine that made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stream_engine.config import ModelConfig, RankingConfig, RunConfig, SamplingConfig
+from stream_engine import DISTRIBUTION, __version__
+from stream_engine.config import ModelConfig, OutputConfig, RankingConfig, RunConfig, SamplingConfig
+from stream_engine.outputs.columns import column_rows, yaml_features
+from stream_engine.outputs.formats.base import SPLITS, Export, PairRow, ParquetExport
+from stream_engine.outputs.made_by import citation, command_line, model_name
+from stream_engine.outputs.usage import usage
+from stream_engine.text import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCardData
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
-
-USAGE = {
-    "rlaifv": """\
-```python
-from datasets import load_dataset
-
-pairs = load_dataset("path/to/this/folder")["train"]
-```
-
-RLAIF-V's trainer: `--data_dir path/to/this/folder`. The column `logps` holds the reference
-model's log-probs, so the trainer skips its own pass; the empty file `train-logps.parquet` is how
-it knows. `logps` is `{"logps": [chosen sum, chosen mean, chosen per token, rejected sum, rejected
-mean, rejected per token]}`: of the instruct model's untempered distribution, over the answer's
-tokens and the end token where the model generated it. The lists per token cover prompt and answer:
-entry t belongs to token t + 1, and prompt positions are 0. An answer that was cut off has no end
-token, while the trainer appends one: drop `logps` if such pairs (see below) are many.
-
-The log-probs are of the picture as the model saw it when it answered: LLaVA models see it padded to
-a square, while RLAIF-V's `train_llava15.py` crops it. Where pictures are not square, let its
-`image_processor` pad them too (`expand2square` with the mean colour), or the reference's log-probs
-and the policy's are of two pictures.
-""",
-    "trl": """\
-```python
-from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer
-
-pairs = load_dataset("path/to/this/folder")["train"]
-# max_length=None: the default cuts image tokens off
-args = DPOConfig(output_dir="dpo", max_length=None)
-DPOTrainer(model="your/instruct-model", args=args, train_dataset=pairs).train()
-```
-""",
-    "ms_swift": """\
-```bash
-ROOT_IMAGE_DIR=path/to/this/folder swift rlhf --rlhf_type dpo --dataset \\
-    path/to/this/folder/train.jsonl --model your/instruct-model
-```
-
-ms-swift's own template for LLaVA-1.5 has no system prompt and breaks the line before `ASSISTANT:`:
-it trains on other words than the model was asked. Qwen2.5-VL's is the one that was asked.
-""",
-    "llama_factory": """\
-In the training YAML: `dataset_dir: path/to/this/folder`, `media_dir: path/to/this/folder`,
-`dataset: stream_engine`, `stage: dpo`.
-
-`template: llava` says "a curious user" where LLaVA-1.5 was asked as "a curious human"; `qwen2_vl`
-is the prompt that Qwen2.5-VL was asked.
-""",
-}
+TAGS = ("dpo", "rlaif", "preference", "image", "stream_engine")
+EXAMPLE = "assets/example.jpg"
+EXAMPLE_SIDE = 512  # pixels of the example's longer side at most
+EXAMPLE_TEXT = 2000  # characters of each text of the example
 
 
 def dataset_card(
     config: RunConfig,
     stats: Mapping[str, Any],
     *,
-    data_files: str,
+    export: type[Export],
     content: str,
+    example: PairRow | None = None,
+    picture: str | None = None,
     resolved_sampling: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md.
 
     Args:
         stats: the content of stats.json.
-        data_files: which files of the folder hold the rows.
-        content: their hash, from `published.content_hash`.
+        export: the format's class.
+        content: the hash of the files that hold rows, from `published.content_hash`.
+        example: a pair to show, and `picture` its picture's file in the folder.
         resolved_sampling: the sampling values that the engine used, where they are known.
     """
+    from huggingface_hub import DatasetCard
+
+    title = config.pretty_name or "Preference pairs"
     sampling = {**msgspec.to_builtins(config.part(SamplingConfig)), **(resolved_sampling or {})}
     models = msgspec.to_builtins(config.part(ModelConfig))
+    named = {name: models[name] for name in models if name.endswith("model_path") and models[name]}
+    header = card_data(config, stats, export, content).to_yaml()
     sections = [
-        front_matter(stats["pairs"]["written"], data_files, content),
-        "# Preference pairs\n\n"
+        f"---\n{header}\n---",
+        f"# {printable(title)}\n\n"
         f"{stats['pairs']['written']} pairs (question, images, chosen and rejected answer) made "
         f"by stream_engine's pipeline `{stats['pipeline']}` for direct preference "
         "optimization (DPO) of a vision-language model.",
-        "## Use\n\n" + USAGE[stats["format"]].rstrip(),
-        "## How it was made",
-        table(
-            "model",
-            {name: models[name] for name in models if name.endswith("_path") and models[name]},
-        ),
-        table("sampling", sampling),
-        table("selection", msgspec.to_builtins(config.part(RankingConfig))),
+        example_section(example, picture),
+        "## Columns\n\n"
+        + table(("column", "type", "what it holds"), column_rows(export, stats["format"])),
+        "## Use\n\n" + usage(stats["format"], files_by_split(stats["parts"])),
+        f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
+        f"{fenced(command_line(config), 'bash')}",
+        two_columns("model", {name: model_name(path) for name, path in named.items()}),
+        two_columns("sampling", sampling),
+        two_columns("selection", msgspec.to_builtins(config.part(RankingConfig))),
         "## Counts",
         counts(stats),
         "## Bias\n\n" + bias(stats),
+        "## Citation\n\n" + fenced(citation(stats["pipeline"]), "bibtex"),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    return str(DatasetCard(text, ignore_metadata_errors=False))
 
 
-def front_matter(num_pairs: int, data_files: str, content: str) -> str:
-    """The YAML that the Hub and `load_dataset` read.
+def card_data(
+    config: RunConfig, stats: Mapping[str, Any], export: type[Export], content: str
+) -> DatasetCardData:
+    """What the Hub and `load_dataset` read.
 
     `load_dataset` caches a dataset under a hash of these lines, and sees of the files no more than
     the pattern: the description is what tells the datasets of two runs apart there.
     """
-    size = next((name for limit, name in SIZES.items() if num_pairs < limit), "n>1M")
-    return f"""\
----
-configs:
-- config_name: default
-  description: "content {content}"
-  data_files:
-  - split: train
-    path: "{data_files}"
-size_categories:
-- {size}
-task_categories:
-- visual-question-answering
-tags:
-- dpo
-- preference
-- stream_engine
----"""
+    from huggingface_hub import DatasetCardData
+
+    num_pairs = stats["pairs"]["written"]
+    files = files_by_split(stats["parts"])
+    data_files = [
+        {"split": split, "path": export.data_files.format(split=split)} for split in files
+    ]
+    own = {"trl": ["trl"]}.get(stats["format"], [])
+    output = config.part(OutputConfig)
+    return DatasetCardData(
+        license=output.license,
+        language=list(output.language) or None,
+        pretty_name=output.pretty_name or None,
+        size_categories=[next((n for limit, n in SIZES.items() if num_pairs < limit), "n>1M")],
+        task_categories=["image-text-to-text", "visual-question-answering"],
+        tags=[*own, *TAGS],
+        configs=[
+            {
+                "config_name": "default",
+                "description": f"content {content}",
+                "data_files": data_files,
+            }
+        ],
+        dataset_info=dataset_info(stats, export),
+    )
+
+
+def dataset_info(stats: Mapping[str, Any], export: type[Export]) -> dict[str, Any] | None:
+    """Features and sizes of a parquet dataset; JSON lines are typed as they are read."""
+    if not issubclass(export, ParquetExport):
+        return None
+    splits = [
+        {
+            "name": split,
+            "num_bytes": sum(part["bytes"] for part in parts),
+            "num_examples": sum(part["rows"] for part in parts),
+        }
+        for split in SPLITS
+        if (parts := [p for p in stats["parts"] if split_named(p["name"]) == split])
+    ]
+    num_bytes = sum(split["num_bytes"] for split in splits)
+    return {
+        "features": yaml_features(export.features),
+        "splits": splits,
+        "download_size": num_bytes,
+        "dataset_size": num_bytes,
+    }
+
+
+def files_by_split(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The names of the files that hold rows."""
+    names = [part["name"] for part in parts]
+    found = {split: [n for n in names if split_named(n) == split] for split in SPLITS}
+    return {split: files for split, files in found.items() if files}
+
+
+def split_named(name: str) -> str:
+    """The split of a part, which its name begins with."""
+    return re.split(r"[-./]", name, maxsplit=1)[0]
+
+
+def write_example(folder: Path, example: PairRow | None) -> str | None:
+    """Write the example's first picture, made small, into a dataset's folder; returns its name."""
+    if example is None or not example.sample.images:
+        return None
+    from stream_engine.errors import RecordError
+    from stream_engine.pictures import decode_image
+
+    image = example.sample.images[0]
+    try:
+        decoded = decode_image(image.data, image.path)
+    except RecordError:  # the card is no place to fail for it
+        return None
+    decoded.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+    buffer = io.BytesIO()
+    decoded.convert("RGB").save(buffer, "JPEG", quality=90)
+    path = folder / EXAMPLE
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return EXAMPLE
+
+
+def example_section(example: PairRow | None, picture: str | None) -> str:
+    """One pair as a person reads it; foreign text stands in blocks that nothing in it can end."""
+    if example is None:
+        return ""
+    lines = ["## Example"]
+    if picture:
+        lines.append(f"![the example's picture]({picture})")
+    for name, text in (
+        ("Question", example.sample.question),
+        ("Chosen", example.chosen.text),
+        ("Rejected", example.rejected.text),
+    ):
+        shown = "\n".join(printable(line) for line in text[:EXAMPLE_TEXT].split("\n"))
+        lines.append(f"{name}:\n\n{fenced(shown, 'text')}")
+    lines.append(
+        f"Scores: {example.pair.chosen_score:.4g} (chosen), "
+        f"{example.pair.rejected_score:.4g} (rejected)."
+    )
+    return "\n\n".join(lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """Text as a block of code, whose fence is longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def counts(stats: Mapping[str, Any]) -> str:
@@ -152,8 +221,9 @@ def counts(stats: Mapping[str, Any]) -> str:
         "candidate pairs": pairs["candidates"],
         **{f"... dropped: {why}": n for why, n in pairs["dropped"].items()},
         "... written": pairs["written"],
+        **{f"... ... split {name}": n for name, n in stats["splits"].items()},
     }
-    return table("count of", rows)
+    return two_columns("count of", rows)
 
 
 def bias(stats: Mapping[str, Any]) -> str:
@@ -175,16 +245,19 @@ def bias(stats: Mapping[str, Any]) -> str:
     }
     return (
         "Judges favour longer answers; half of the pairs of unequal length should be won by the "
-        "longer one.\n\n" + table("measure", rows)
+        "longer one.\n\n" + two_columns("measure", rows)
     )
 
 
-def table(heading: str, rows: Mapping[str, Any]) -> str:
-    """A two-column Markdown table; empty when there are no rows."""
-    if not rows:
-        return ""
-    lines = [f"| {heading} | |", "| --- | --- |"]
-    lines += [f"| {name} | {shown(value)} |" for name, value in rows.items()]
+def two_columns(heading: str, rows: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values; empty when there are no rows."""
+    return table((heading, ""), list(rows.items())) if rows else ""
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
+    lines += [f"| {' | '.join(map(shown, row))} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -37,15 +37,18 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParquetParts:
-    """Writes rows to `train-00000-of-000NN.parquet`, holding one row group at a time.
+    """Writes rows to `{split}-00000-of-000NN.parquet`, holding one row group at a time.
 
     A part is at most `max_part_bytes` long, unless one row alone is longer. Columns are
     dictionary-encoded up to a whole row group, so that an image that several rows share is stored
     once.
     """
 
-    def __init__(self, folder: Path, schema: pyarrow.Schema, *, max_part_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, schema: pyarrow.Schema, *, max_part_bytes: int, split: str = "train"
+    ) -> None:
         self.folder = folder
+        self.split = split
         self.schema = schema
         self.max_part_bytes = max_part_bytes
         self.row_group_bytes = min(ROW_GROUP_BYTES, max(1, max_part_bytes // 2))
@@ -77,14 +80,14 @@ class ParquetParts:
         total = len(self.part_rows)
         parts = []
         for number, rows in enumerate(self.part_rows):
-            path = self.folder / f"train-{number:05d}-of-{total:05d}.parquet"
+            path = self.folder / f"{self.split}-{number:05d}-of-{total:05d}.parquet"
             self._unfinished(number).rename(path)
             parts.append(Part(name=path.name, rows=rows, bytes=path.stat().st_size))
         fsync_folder(self.folder)
         return parts
 
     def _unfinished(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.unfinished"
+        return self.folder / f"{self.split}-{number:05d}.unfinished"
 
     def _write_row_group(self) -> None:
         import pyarrow

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from stream_engine.outputs.formats.base import SPLITS
 from stream_engine.run_dir.sealed import read_sealed
 
 RECORD = "stats.json"
@@ -33,9 +34,11 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 def record_of(folder: Path) -> dict[str, FileRecord]:
     """Every file of a dataset's folder but its record, by name."""
-    records = {}
+    records: dict[str, FileRecord] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
+        if path.is_dir() and path.name in SPLITS:
+            records |= {f"{path.name}/{f.name}": record_of_file(f) for f in sorted(path.iterdir())}
+        elif path.is_dir():
             records[f"{path.name}/"] = record_of_folder(path)
         elif path.name != RECORD:
             records[path.name] = record_of_file(path)

@@ -15,7 +15,7 @@ from typing import Any
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.outputs.formats import EXPORTS
-from stream_engine.outputs.formats.base import ParquetExport
+from stream_engine.outputs.formats.base import EXTRAS, SPLITS, ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
 from stream_engine.outputs.published import RECORD, file_problems, is_ours
 from stream_engine.run_dir.paths import RunDir
@@ -24,12 +24,20 @@ from stream_engine.run_dir.sealed import read_sealed
 MAX_PROBLEMS = 100
 ROWS_PER_BATCH = 16
 RESERVED_TRL_COLUMNS = frozenset(("image", "label", "messages", "completion"))
-OPTIONAL_COLUMNS = frozenset(("logps", "chosen_score", "rejected_score", "margin"))
+OPTIONAL_COLUMNS = frozenset(("logps", *EXTRAS)) - {"idx"}
 ROLES = frozenset(("user", "assistant", "system"))
 
 FEATURES = {
     name: kind.features for name, kind in EXPORTS.items() if issubclass(kind, ParquetExport)
 }
+
+OWN_COLUMNS = {
+    "trl": {"prompt", "chosen", "rejected"},
+    "llama_factory": {"conversations", "chosen", "rejected"},
+    "ms_swift": {"messages", "rejected_response"},
+    "rlaifv": {"question", "chosen", "rejected"},
+}
+"""By which a parquet file is known."""
 
 Row = dict[str, Any]
 Check = Callable[[Row, Path], Iterator[str]]
@@ -84,19 +92,20 @@ def format_of(path: Path) -> str | None:
     """The format of a dataset, as its columns or files say; None when it is none of ours."""
     for part in parts_of(path):
         columns = set(column_names(part))
-        if {"chosen", "rejected"} <= columns:
-            return "trl" if "prompt" in columns else "rlaifv"
+        if found := next((name for name, own in OWN_COLUMNS.items() if own <= columns), None):
+            return found
     if (path / "dataset_info.json").is_file():
-        return "llama_factory" if (path / "train.jsonl").is_file() else None
+        return "llama_factory_jsonl" if (path / "train.jsonl").is_file() else None
     first = next(iter(lines_of(path / "train.jsonl")), None)
-    return "ms_swift" if first is not None and "rejected_response" in first else None
+    return "ms_swift_jsonl" if first is not None and "rejected_response" in first else None
 
 
 def parts_of(path: Path) -> list[Path]:
     """The parquet files of a dataset; of a single file, that one."""
-    return (
-        [path] if path.suffix == ".parquet" and path.is_file() else sorted(path.glob("*.parquet"))
-    )
+    if path.suffix == ".parquet" and path.is_file():
+        return [path]
+    folders = (path, *(path / split for split in SPLITS))
+    return [part for folder in folders for part in sorted(folder.glob("*.parquet"))]
 
 
 def column_names(part: Path) -> list[str]:
@@ -147,20 +156,23 @@ def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
 
 
 def jsonl_rows(folder: Path, _name: str) -> Iterator[tuple[str, Row | str]]:
-    """Every row of train.jsonl, or a problem instead, each with its place."""
-    path = folder / "train.jsonl"
-    begins_with_image = True
-    for number, row in enumerate(lines_of(path)):
-        where = f"{path}, row {number}"
-        if row is None:
-            yield where, "not a JSON object"
-            continue
-        if number == 0:
-            begins_with_image = bool(row.get("images"))
-        elif row.get("images") and not begins_with_image:
-            begins_with_image = True  # said once
-            yield where, "the first row with images is not the first of all; `images` may not load"
-        yield where, row
+    """Every row of the splits' files, or a problem instead, each with its place."""
+    for path in (folder / f"{split}.jsonl" for split in SPLITS):
+        begins_with_image = True
+        for number, row in enumerate(lines_of(path)):
+            where = f"{path}, row {number}"
+            if row is None:
+                yield where, "not a JSON object"
+                continue
+            if number == 0:
+                begins_with_image = bool(row.get("images"))
+            elif row.get("images") and not begins_with_image:
+                begins_with_image = True  # said once
+                yield (
+                    where,
+                    "the first row with images is not the first of all; `images` may not load",
+                )
+            yield where, row
 
 
 def schema_problems(file: Any, name: str) -> Iterator[str]:
@@ -291,11 +303,14 @@ def llama_factory_problems(row: Row, folder: Path) -> Iterator[str]:
     yield from text_problems(question, row["chosen"]["value"], row["rejected"]["value"])
 
 
-def mark_problems(prompt: str, images: list[str], folder: Path) -> Iterator[str]:
-    """Image marks and images match in number, and the images are there."""
+def mark_problems(prompt: str, images: list[str | dict[str, Any]], folder: Path) -> Iterator[str]:
+    """Image marks and images match in number, and the images are there: inside, or as files."""
     if prompt.count("<image>") != len(images):
         yield f"{prompt.count('<image>')} image marks in the prompt, {len(images)} images"
     for image in images:
+        if isinstance(image, dict):
+            yield from image_problems(image["bytes"])
+            continue
         try:
             data = (folder / image).read_bytes()
         except OSError as error:
@@ -309,6 +324,8 @@ CHECKS: dict[str, Check] = {
     "trl": trl_problems,
     "ms_swift": ms_swift_problems,
     "llama_factory": llama_factory_problems,
+    "ms_swift_jsonl": ms_swift_problems,
+    "llama_factory_jsonl": llama_factory_problems,
 }
 
 

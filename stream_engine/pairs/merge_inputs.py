@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
 
 from stream_engine import __version__
-from stream_engine.config import STAGES, RankingConfig, RunConfig, Stage, fingerprint
+from stream_engine.config import (
+    STAGES,
+    OutputConfig,
+    RankingConfig,
+    RunConfig,
+    Stage,
+    fingerprint,
+)
 from stream_engine.errors import ConservationError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
@@ -76,8 +84,7 @@ class MergeInputs:
                 "seed": config.seed,
                 "ranking": msgspec.to_builtins(config.part(RankingConfig)),
                 "format": format,
-                "max_part_bytes": config.max_part_bytes,
-                "debug": config.debug,
+                "output": msgspec.to_builtins(replace(config.part(OutputConfig), format=())),
                 "stages": self.stages,
                 "shards": self.digest,
                 "rejected": self.samples["rejected"],

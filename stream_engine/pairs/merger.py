@@ -24,9 +24,9 @@ import msgspec
 
 from stream_engine.config import RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError, MissingStageError
-from stream_engine.outputs.card import dataset_card
+from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.formats.base import PairRow
+from stream_engine.outputs.formats.base import SPLITS, PairRow, split_of
 from stream_engine.outputs.published import (
     CARD,
     RECORD,
@@ -167,12 +167,16 @@ class Output:
         self.export = export_class(name)(swap.new, max_part_bytes=config.max_part_bytes)
         self.dropped: Counter[str] = Counter()
         self.statistics = PairStatistics()
+        self.splits: Counter[str] = Counter()
+        self.example: PairRow | None = None
 
     def write(self, row: PairRow, candidate: Candidate) -> str | None:
         """Write a row; returns the reason when this format cannot express it."""
         reason = self.export.write(row)
         if reason is None:
             self.statistics.add_pair(candidate)
+            self.splits[row.split] += 1
+            self.example = self.example or row
         else:
             self.dropped[reason] += 1
         return reason
@@ -203,14 +207,18 @@ class Output:
                 "written": written,
                 "dropped": dict(sorted(dropped.items())),
             },
+            "splits": {split: self.splits[split] for split in SPLITS if self.splits[split]},
             "parts": msgspec.to_builtins(parts),
         }
+        picture = write_example(self.swap.new, self.example)
         files = record_of(self.swap.new)
         card = dataset_card(
             config,
             stats,
-            data_files=self.export.data_files,
+            export=type(self.export),
             content=content_hash({part.name: files[part.name] for part in parts}),
+            example=self.example,
+            picture=picture,
             resolved_sampling=common["resolved_sampling"],
         )
         write_atomic(self.swap.new / CARD, card.encode())
@@ -234,7 +242,7 @@ def build(
     for output in outputs:
         output.statistics.set_margin_bounds(statistics.least_margin, statistics.greatest_margin)
     with DebugFiles(run_dir.debug_dir if config.debug else None) as debug:
-        dropped = write_pairs(run_dir, pipeline, ranking, inputs, balance, outputs, debug)
+        dropped = write_pairs(run_dir, pipeline, config, inputs, balance, outputs, debug)
     if statistics.num_samples != inputs.samples["scored"]:
         raise ConservationError(
             f"{statistics.num_samples} samples were read, the results' headers say "
@@ -275,7 +283,7 @@ def count_pairs(
 def write_pairs(
     run_dir: RunDir,
     pipeline: Pipeline,
-    ranking: RankingConfig,
+    config: RunConfig,
     inputs: MergeInputs,
     balance: Balance,
     outputs: list[Output],
@@ -283,11 +291,13 @@ def write_pairs(
 ) -> Counter[str]:
     """Second pass: write what is kept; returns the reasons of what no format gets."""
     all_dropped: Counter[str] = Counter()
+    ranking = config.part(RankingConfig)
     for info in inputs.shards():
         for sample, rollouts, rewards in scored_samples(run_dir, info):
             candidates = rank(pipeline, rollouts, rewards)
             debug.ranked(sample, rollouts, rewards)
             kept, dropped = split_candidates(candidates, ranking)
+            split = split_of(sample.key, config.test_fraction)
             for candidate in kept:
                 reason = balance.reason_to_drop(candidate)
                 if reason is not None:
@@ -299,6 +309,7 @@ def write_pairs(
                     candidate.rejected,
                     candidate.pair,
                     rollouts.num_prompt_tokens,
+                    split,
                 )
                 refusals = {output.name: output.write(row, candidate) for output in outputs}
                 debug.written(sample, candidate, refusals)

@@ -167,11 +167,11 @@ def test_the_steps_alone_make_a_run(
     assert main(["status", run_dir, "--check"]) == 0
     more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)
     assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
-    assert main(["export", run_dir, "--format", "trl,ms_swift"]) == 0
+    assert main(["export", run_dir, "--format", "trl,ms_swift_jsonl"]) == 0
     capsys.readouterr()
     assert main(["status", run_dir, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"]["done"] == 7
-    assert (tmp_path / "w/dataset_ms_swift/train.jsonl").stat().st_size > 0
+    assert (tmp_path / "w/dataset_ms_swift_jsonl/train.jsonl").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,8 @@ def test_export_lists_only_what_shapes_an_export(capsys: pytest.CaptureFixture[s
         main(["export", "--help"])
     flags = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert flags == {
-        *("--help", "--work_dir", "--output_dir", "--format", "--max_part_bytes", "--out")
+        *("--help", "--work_dir", "--output_dir", "--format", "--max_part_bytes", "--out"),
+        "--test_fraction",
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +14,14 @@ from PIL import Image
 
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import EXPORTS, export_class
-from stream_engine.outputs.formats.base import Export, PairRow
+from stream_engine.outputs.formats.base import (
+    EXTRAS,
+    SCORES,
+    SPLITS,
+    Export,
+    PairRow,
+    split_of,
+)
 from stream_engine.outputs.parquet import Part, arrow_schema
 from stream_engine.records import PreferencePair
 from tests.synthetic import (
@@ -57,6 +66,14 @@ def export(
     return writer.close()
 
 
+def first_row(folder: Path) -> dict[str, Any]:
+    """Of a dataset as parquet or as JSON lines."""
+    for part in folder.rglob("train-*-of-*.parquet"):
+        return pq.read_table(part).to_pylist()[0]
+    first, *_ = (folder / "train.jsonl").read_text().splitlines()
+    return json.loads(first)
+
+
 def load(folder: Path, tmp_path: Path, data_files: str) -> object:
     datasets = pytest.importorskip("datasets")
     return datasets.load_dataset(
@@ -71,11 +88,12 @@ def test_rlaifv_columns_are_in_order_and_of_the_right_type(tmp_path: Path) -> No
     table = pq.read_table(tmp_path / "d" / parts[0].name)
     assert ", ".join(table.column_names) == (
         "ds_name, image, question, chosen, rejected, origin_dataset, origin_split, idx, "
-        "image_path, logps"
+        "image_path, logps, chosen_score, rejected_score, margin"
     )
     assert str(table.schema.field("image").type) == "struct<bytes: binary, path: string>"
-    others = [field for field in table.schema if field.name != "image"]
+    others = [field for field in table.schema if field.name not in ("image", *SCORES)]
     assert {str(field.type) for field in others} == {"string"}
+    assert {str(table.schema.field(name).type) for name in SCORES} == {"double"}
     row = table.to_pylist()[0]
     assert row["image"]["bytes"] == rows[0].sample.images[0].data
     assert (row["ds_name"], row["idx"]) == ("stream_engine", "idx-0")
@@ -98,7 +116,10 @@ def test_trl_loads_as_images_in_datasets(tmp_path: Path) -> None:
     assert [part["type"] for part in dataset[0]["prompt"][0]["content"]] == ["image", "text"]
 
 
-@pytest.mark.parametrize("name", ["rlaifv", "trl"])
+PARQUET = ["rlaifv", "trl", "ms_swift", "llama_factory"]
+
+
+@pytest.mark.parametrize("name", PARQUET)
 def test_schema_is_the_one_that_datasets_itself_would_write(name: str) -> None:
     datasets = pytest.importorskip("datasets")
     ours = arrow_schema(EXPORTS[name].features)
@@ -188,17 +209,17 @@ def test_marks_inside_a_question_stay_where_they_are(
     """They were gathered in front: "<image><image>Is  older than ?" asks nothing."""
     rows = pair_rows(1, num_images=num_images, question=question)
     marked = "".join("<image>" if part is None else part for part in parts)
-    for name in ("trl", "ms_swift", "llama_factory"):
+    for name in ("trl", "ms_swift", "llama_factory", "ms_swift_jsonl", "llama_factory_jsonl"):
         export(name, tmp_path / name, rows)
     (part,) = (tmp_path / "trl").glob("*.parquet")
     (turn,) = pq.read_table(part).to_pylist()[0]["prompt"]
     assert [(content["type"], content["text"]) for content in turn["content"]] == [
         ("image" if part is None else "text", part) for part in parts
     ]
-    first, *_ = (tmp_path / "ms_swift/train.jsonl").read_text().splitlines()
-    assert json.loads(first)["messages"][0]["content"] == marked
-    first, *_ = (tmp_path / "llama_factory/train.jsonl").read_text().splitlines()
-    assert json.loads(first)["conversations"][0]["value"] == marked
+    for name in ("ms_swift", "ms_swift_jsonl"):
+        assert first_row(tmp_path / name)["messages"][0]["content"] == marked
+    for name in ("llama_factory", "llama_factory_jsonl"):
+        assert first_row(tmp_path / name)["conversations"][0]["value"] == marked
 
 
 def test_rlaifv_refuses_a_mark_inside_the_question(tmp_path: Path) -> None:
@@ -212,7 +233,7 @@ def test_rlaifv_refuses_a_mark_inside_the_question(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / part.name)["question"].to_pylist() == ["Old?"]
 
 
-@pytest.mark.parametrize("name", ["rlaifv", "trl"])
+@pytest.mark.parametrize("name", ["rlaifv", "trl", "ms_swift"])
 def test_parts_and_row_groups_are_bounded(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +296,7 @@ def test_same_rows_give_the_same_bytes(tmp_path: Path, name: str) -> None:
 
 def test_ms_swift_rows_name_images_that_exist(tmp_path: Path) -> None:
     rows = pair_rows(2, num_images=2)
-    (part,) = export("ms_swift", tmp_path, rows)
+    (part,) = export("ms_swift_jsonl", tmp_path, rows)
     lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
     assert part.rows == len(lines) == len(rows)
     user, assistant = lines[0]["messages"]
@@ -289,18 +310,18 @@ def test_ms_swift_rows_name_images_that_exist(tmp_path: Path) -> None:
 
 def test_llama_factory_rows_fit_their_dataset_info(tmp_path: Path) -> None:
     rows = pair_rows(2)
-    export("llama_factory", tmp_path, rows)
+    export("llama_factory_jsonl", tmp_path, rows)
     (info,) = json.loads((tmp_path / "dataset_info.json").read_text()).values()
     assert (info["ranking"], info["formatting"]) == (True, "sharegpt")
     lines = [json.loads(li) for li in (tmp_path / info["file_name"]).read_text().splitlines()]
-    assert set(info["columns"].values()) == set(lines[0])
+    assert set(info["columns"].values()) == set(lines[0]) - set(EXTRAS)
     assert lines[0]["conversations"] == [{"from": "human", "value": "<image>What is in picture 0?"}]
     assert lines[0]["chosen"] == {"from": "gpt", "value": rows[0].chosen.text}
     image = Image.open(io.BytesIO((tmp_path / lines[0]["images"][0]).read_bytes()))
     assert image.size == (8, 8)
 
 
-@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+@pytest.mark.parametrize("name", ["ms_swift_jsonl", "llama_factory_jsonl"])
 def test_rows_with_images_load_after_megabytes_without(tmp_path: Path, name: str) -> None:
     """`datasets` took the empty lists of its first 10 MB for lists of nulls, and failed at the
     first row with an image."""
@@ -323,7 +344,7 @@ def test_rows_with_images_load_after_megabytes_without(tmp_path: Path, name: str
     assert sorted(p.name for p in (tmp_path / "d").iterdir() if p.name.startswith(".")) == []
 
 
-@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+@pytest.mark.parametrize("name", ["ms_swift_jsonl", "llama_factory_jsonl"])
 def test_each_row_lists_its_images_where_some_have_any(tmp_path: Path, name: str) -> None:
     rows = [pair_rows(1, num_images=count)[0] for count in (0, 2, 0)]
     (part,) = export(name, tmp_path, rows)
@@ -331,18 +352,73 @@ def test_each_row_lists_its_images_where_some_have_any(tmp_path: Path, name: str
     assert [len(line["images"]) for line in lines] == [2, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+@pytest.mark.parametrize("name", ["ms_swift_jsonl", "llama_factory_jsonl"])
 def test_a_dataset_without_any_image_has_no_column_of_them(tmp_path: Path, name: str) -> None:
     rows = pair_rows(2, num_images=0)
     (part,) = export(name, tmp_path, rows)
     lines = [json.loads(line) for line in (tmp_path / part.name).read_text().splitlines()]
     assert part.rows == len(lines) == len(rows)
     assert not any("images" in line for line in lines)
-    if name == "llama_factory":
+    if name == "llama_factory_jsonl":
         (info,) = json.loads((tmp_path / "dataset_info.json").read_text()).values()
-        assert set(info["columns"].values()) == set(lines[0])
+        assert set(info["columns"].values()) == set(lines[0]) - set(EXTRAS)
 
 
 def test_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'trl'.*rlaifv, trl"):
         export_class("tlr")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("TRL", "did you mean 'trl'"),
+        ("ms-swift", "did you mean 'ms_swift'"),
+        ("axolotl", "axolotl reads the rows of `trl`"),
+        ("OpenRLHF", "pictures would be lost"),
+        ("verl", "would lose them"),
+    ],
+)
+def test_a_name_that_is_nearly_one_or_another_trainers_is_answered(name: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        export_class(name)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_every_format_says_where_a_row_comes_from_and_its_scores(tmp_path: Path, name: str) -> None:
+    (row, *_) = pair_rows(1)
+    export(name, tmp_path, [row])
+    found = first_row(tmp_path)
+    assert (found["chosen_score"], found["rejected_score"], found["margin"]) == (2.5, -1.0, 3.5)
+    assert (found["idx"], found["origin_dataset"]) == (row.sample.idx, "synthetic")
+
+
+@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+def test_pictures_are_inside_and_load_as_images(tmp_path: Path, name: str) -> None:
+    rows = [*pair_rows(1, num_images=2), *pair_rows(1, num_images=0)]
+    (part,) = export(name, tmp_path / "d", rows)
+    dataset = load(tmp_path / "d", tmp_path, part.name)
+    assert [len(images) for images in dataset["images"][:]] == [2, 2, 2, 0, 0, 0]
+    stored = pq.read_table(tmp_path / "d" / part.name)["images"].to_pylist()[0]
+    assert [image["bytes"] for image in stored] == [i.data for i in rows[0].sample.images]
+    assert isinstance(dataset[0]["images"][0], Image.Image)
+
+
+def test_a_question_is_in_one_split_alone_whatever_else_is_there() -> None:
+    keys = [synthetic_sample(i).key for i in range(400)]
+    test = {key for key in keys if split_of(key, 0.25) == "test"}
+    assert 60 < len(test) < 140
+    assert test > {key for key in keys if split_of(key, 0.1) == "test"}
+    assert not any(split_of(key, 0.0) == "test" for key in keys)
+
+
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_each_split_has_files_of_its_own(tmp_path: Path, name: str) -> None:
+    rows = [dataclasses.replace(row, split=split_of(row.sample.key, 0.5)) for row in pair_rows(8)]
+    parts = export(name, tmp_path, rows)
+    count = {
+        split: sum(part.rows for part in parts if part.name.startswith(split)) for split in SPLITS
+    }
+    assert count == {split: sum(row.split == split for row in rows) for split in SPLITS}
+    assert min(count.values()) > 0

@@ -16,11 +16,14 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from stream_engine.config import ModelConfig
 from stream_engine.models import load_model
 from stream_engine.models.base import IMAGE_SLOT
+from stream_engine.outputs.formats.rlaifv import RlaifvExport
+from stream_engine.outputs.parquet import write_empty
 from tests.conftest import ROOT
 from tests.models.conftest import GOLDEN
 from tests.outputs.asked import QUESTIONS, ask_all, export_all
@@ -78,3 +81,35 @@ def test_rlaifvs_dataset_class_makes_the_prompt_that_was_asked(tmp_path: Path) -
 def with_one_slot(ids: list[int]) -> list[int]:
     """Prompt ids with one slot for the picture, as its trainer has them before the model."""
     return [i for run, all_of in groupby(ids) for i in ([run] if run == IMAGE_SLOT else all_of)]
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [("column", "KeyError: 'logps'"), ("file", "`reference_model` is mandatory")],
+)
+def test_rlaifvs_dataset_class_needs_the_stored_log_probs(
+    lost: str, says: str, tmp_path: Path
+) -> None:
+    """A card's advice to drop them was a trap: see what it says now."""
+    checkout = os.environ.get("RLAIFV_CHECKOUT")
+    if not checkout:
+        pytest.skip("RLAIFV_CHECKOUT names no clone of RLHF-V/RLAIF-V")
+    checkpoint = GOLDEN / "llava15" / "checkpoint"
+    asked = ask_all(load_model(checkpoint, ModelConfig(device="cpu")))[:1]
+    export_all(asked, "rlaifv", tmp_path)
+    if lost == "file":
+        (tmp_path / RlaifvExport.marker).unlink()
+    else:
+        (part,) = tmp_path.glob("train-*-of-*.parquet")
+        rows = pq.read_table(part).drop_columns(["logps"]).replace_schema_metadata(None)
+        pq.write_table(rows, part)
+        write_empty(tmp_path / RlaifvExport.marker, rows.schema)
+    done = subprocess.run(
+        [sys.executable, TRAINERS / "rlaifv_ids.py", checkout, checkpoint, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+    )
+    assert done.returncode != 0 and says in done.stderr

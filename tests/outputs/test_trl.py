@@ -23,6 +23,9 @@ CHAT_TEMPLATE = """\
 """
 
 
+VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:", *WORDS)
+
+
 def tiny_configs(vocab_size: int) -> dict[str, Any]:
     """The text model's and the tower's configuration, by their names in LlavaConfig."""
     from transformers import CLIPVisionConfig, LlamaConfig
@@ -62,10 +65,8 @@ def save_tiny_llava(folder: Path) -> None:
         PreTrainedTokenizerFast,
     )
 
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocabulary = [*specials, "user:", "assistant:", *WORDS]
     core = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")
     )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -89,7 +90,7 @@ def save_tiny_llava(folder: Path) -> None:
     )
     torch.manual_seed(0)
     config = LlavaConfig(
-        **tiny_configs(len(vocabulary)), image_token_index=specials.index("<image>")
+        **tiny_configs(len(VOCABULARY)), image_token_index=VOCABULARY.index("<image>")
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -114,25 +114,25 @@ def change_jsonl(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     ("name", "problem", "change"),
     [
         pytest.param(
-            "ms_swift",
+            "ms_swift_jsonl",
             "2 image marks in the prompt, 1 images",
             lambda row: row["messages"][0].update(content="<image><image>what?"),
             id="marks",
         ),
         pytest.param(
-            "ms_swift",
+            "ms_swift_jsonl",
             "No such file",
             lambda row: row.update(images=["images/none.png"]),
             id="missing-image",
         ),
         pytest.param(
-            "llama_factory",
+            "llama_factory_jsonl",
             "turns are from human, bot, gpt",
             lambda row: row["chosen"].update({"from": "bot"}),
             id="roles",
         ),
         pytest.param(
-            "llama_factory",
+            "llama_factory_jsonl",
             "not of the expected shape",
             lambda row: row.pop("rejected"),
             id="missing-key",
@@ -149,7 +149,7 @@ def test_a_bad_jsonl_row_is_named(
     assert problem in found
 
 
-@pytest.mark.parametrize("name", ["ms_swift", "llama_factory"])
+@pytest.mark.parametrize("name", ["ms_swift_jsonl", "llama_factory_jsonl"])
 def test_a_row_with_images_after_one_without_is_a_problem_where_none_leads(
     run_dir: RunDir, name: str
 ) -> None:
@@ -211,8 +211,9 @@ def zeros(path: Path) -> None:
     [
         ("trl", "train-00000-of-00001.parquet", zeros, "its content is not what was written"),
         ("llama_factory", "dataset_info.json", Path.unlink, "is lost"),
-        ("llama_factory", "images", shutil.rmtree, "is lost"),
-        ("ms_swift", "train.jsonl", lambda path: path.write_text(""), "0 bytes, "),
+        ("llama_factory", "train/train-00000-of-00001.parquet", zeros, "its content is not what"),
+        ("llama_factory_jsonl", "images", shutil.rmtree, "is lost"),
+        ("ms_swift_jsonl", "train.jsonl", lambda path: path.write_text(""), "0 bytes, "),
         ("rlaifv", "README.md", Path.unlink, "is lost"),
         ("rlaifv", "stats.json", Path.unlink, "is lost; the next merge makes"),
         ("rlaifv", "stats.json", zeros, "is not what was written; the next merge makes"),
@@ -233,7 +234,7 @@ def test_a_damaged_or_lost_file_is_named_and_the_next_merge_mends_it(
 
 def test_one_changed_byte_anywhere_in_a_dataset_is_told(run_dir: RunDir) -> None:
     folder, rng = run_dir.dataset_dir, random.Random(0)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         whole = path.read_bytes()
         for _ in range(10):
             data = bytearray(whole)

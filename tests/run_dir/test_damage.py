@@ -119,8 +119,8 @@ def test_a_damaged_tar_leaves_its_shard_out_and_says_what_mends_it(run_dir: RunD
 
 def test_an_export_leaves_a_damaged_shard_out_too(run_dir: RunDir) -> None:
     flip_a_bit(run_dir.result("rewards", 1))
-    assert main(["export", str(run_dir.root), "--format", "ms_swift"]) == 0
-    rows = (run_dir.export_dir("ms_swift") / "train.jsonl").read_text()
+    assert main(["export", str(run_dir.root), "--format", "ms_swift_jsonl"]) == 0
+    rows = (run_dir.export_dir("ms_swift_jsonl") / "train.jsonl").read_text()
     assert "number 3" in rows and "number 5" not in rows
     assert main(["status", str(run_dir.root), "--check"]) == 2
 

@@ -145,7 +145,7 @@ def test_inspect_of_something_unknown_is_one_line(
 
 def test_validate_finds_a_run_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = write_questions(tmp_path / "questions.jsonl", TEN)
-    formats = "rlaifv,trl,ms_swift,llama_factory"
+    formats = "rlaifv,trl,ms_swift,llama_factory,ms_swift_jsonl,llama_factory_jsonl"
     run(echo_config(tmp_path / "run", dataset, format=formats), show_progress=False)
     assert main(["validate", str(tmp_path / "run")]) == 0, capsys.readouterr().out
 

@@ -9,32 +9,30 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from stream_engine.outputs.formats.base import Export, PairRow
+from stream_engine.outputs.formats.base import Export, PairRow, Split
 from stream_engine.outputs.parquet import Part
 from stream_engine.run_dir.shards import image_extension
 from stream_engine.store.atomic import fsync_folder
 
 
 class JsonlExport(Export):
-    """Rows to `train.jsonl`, images to files beside it, named by the sample's key.
+    """Rows to a file of JSON lines for each split, images to files beside it, named by the
+    sample's key."""
 
-    `datasets` types the column `images` by the file's first 10 MB, and takes lists that are all
-    empty there for lists of nulls, which no later row with an image fits. So the first row has an
-    image: rows without one that come before it wait in a file of their own. When no row has an
-    image there is no column.
-    """
-
-    data_files = "train.jsonl"
+    data_files = "{split}.jsonl"
 
     def __init__(self, folder: Path, *, max_part_bytes: int) -> None:
         super().__init__(folder, max_part_bytes=max_part_bytes)
         (folder / "images").mkdir(exist_ok=True)
-        self.path = folder / self.data_files
-        self.waiting_path = folder / ".waiting.jsonl"
-        self.file: BinaryIO = open(self.waiting_path, "w+b")  # noqa: SIM115  closed in close()
-        self.has_images = False
-        self.num_rows = 0
+        self.files: dict[Split, JsonlFile] = {}
+        self.file_of("train")
         self.last_key = ""
+
+    def file_of(self, split: Split) -> JsonlFile:
+        """The file of a split, begun when its first row comes."""
+        if split not in self.files:
+            self.files[split] = JsonlFile(self.folder / self.data_files.format(split=split))
+        return self.files[split]
 
     @abstractmethod
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
@@ -52,12 +50,39 @@ class JsonlExport(Export):
             for name, image in zip(names, row.sample.images):
                 (self.folder / name).write_bytes(image.data)
             self.last_key = row.sample.key
-        if names and not self.has_images:
-            self.begin_with({**columns, "images": names})
-        else:
-            self.write_line({**columns, "images": names} if self.has_images else columns)
-        self.num_rows += 1
+        self.file_of(row.split).write(columns, names)
         return None
+
+    def close(self) -> list[Part]:
+        parts = [file.close() for file in self.files.values()]
+        fsync_folder(self.folder / "images")
+        fsync_folder(self.folder)
+        return parts
+
+
+class JsonlFile:
+    """One file of rows.
+
+    `datasets` types the column `images` by the file's first 10 MB, and takes lists that are all
+    empty there for lists of nulls, which no later row with an image fits. So the first row has an
+    image: rows without one that come before it wait in a file of their own. When no row has an
+    image there is no column.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting_path = path.parent / f".waiting-{path.name}"
+        self.file: BinaryIO = open(self.waiting_path, "w+b")  # noqa: SIM115  closed in close()
+        self.has_images = False
+        self.num_rows = 0
+
+    def write(self, columns: dict[str, Any], images: list[str]) -> None:
+        """Take a row, its images by their files."""
+        if images and not self.has_images:
+            self.begin_with({**columns, "images": images})
+        else:
+            self.write_line({**columns, "images": images} if self.has_images else columns)
+        self.num_rows += 1
 
     def begin_with(self, first: dict[str, Any]) -> None:
         """Begin the file with the first row that has an image; those that waited follow."""
@@ -73,12 +98,11 @@ class JsonlExport(Export):
     def write_line(self, columns: dict[str, Any]) -> None:
         self.file.write(msgspec.json.encode(columns) + b"\n")
 
-    def close(self) -> list[Part]:
+    def close(self) -> Part:
+        """Finish the file, durably."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         if not self.has_images:
             self.waiting_path.rename(self.path)
-        fsync_folder(self.folder / "images")
-        fsync_folder(self.folder)
-        return [Part(name=self.path.name, rows=self.num_rows, bytes=self.path.stat().st_size)]
+        return Part(name=self.path.name, rows=self.num_rows, bytes=self.path.stat().st_size)

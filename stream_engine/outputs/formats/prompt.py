@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stream_engine.outputs.formats.base import PairRow
 from stream_engine.records import IMAGE_MARK, Sample, prompt_parts
 
@@ -23,3 +25,8 @@ def has_media_mark(row: PairRow) -> bool:
     """Whether one of the row's texts spells a mark of a video or a sound."""
     texts = (row.sample.question, row.chosen.text, row.rejected.text)
     return any(mark in text for mark in MEDIA_MARKS for text in texts)
+
+
+def embedded_images(sample: Sample) -> list[dict[str, Any]]:
+    """The pictures as values of an image column."""
+    return [{"bytes": image.data, "path": image.path} for image in sample.images]

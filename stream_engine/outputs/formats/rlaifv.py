@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from stream_engine.outputs.formats.base import PairRow, ParquetExport
+from stream_engine.outputs.formats.base import SCORES, PairRow, ParquetExport, scores
 from stream_engine.outputs.formats.prompt import question_parts
 from stream_engine.outputs.parquet import IMAGE, STRING, Part, write_empty
 from stream_engine.records import Answer, without_marks
@@ -15,7 +15,7 @@ LOGP_DIGITS = 6  # of the per-token log-probs in the logps column
 
 
 class RlaifvExport(ParquetExport):
-    """RLAIF-V's columns, and `logps`. Its trainer reads exactly one image a row.
+    """RLAIF-V's columns, `logps` and the scores. Its trainer reads exactly one image a row.
 
     `logps` is a JSON string {"logps": [chosen sum, chosen mean, chosen per token, the same three
     of rejected]}: log-probs of the instruct model, untempered, over the answer's tokens and the
@@ -36,6 +36,7 @@ class RlaifvExport(ParquetExport):
         "idx": STRING,
         "image_path": STRING,
         "logps": STRING,
+        **SCORES,
     }
     marker = "train-logps.parquet"
     """A file without rows: the trainer uses stored log-probs if a file name has `logp` in it."""
@@ -58,6 +59,7 @@ class RlaifvExport(ParquetExport):
             "idx": row.sample.idx,
             "image_path": row.sample.image_path or image.path,
             "logps": logps_json(row),
+            **scores(row),
         }
 
     def close(self) -> list[Part]:

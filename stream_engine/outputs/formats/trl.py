@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from stream_engine.outputs.formats.base import PairRow, ParquetExport
-from stream_engine.outputs.formats.prompt import question_parts
-from stream_engine.outputs.parquet import FLOAT, IMAGE, STRING
+from stream_engine.outputs.formats.base import EXTRAS, PairRow, ParquetExport, extras
+from stream_engine.outputs.formats.prompt import embedded_images, question_parts
+from stream_engine.outputs.parquet import IMAGE, STRING
 from stream_engine.records import Answer
 
 
@@ -18,27 +18,20 @@ class TrlExport(ParquetExport):
         "prompt": [{"role": STRING, "content": [{"type": STRING, "text": STRING}]}],
         "chosen": [{"role": STRING, "content": [{"type": STRING, "text": STRING}]}],
         "rejected": [{"role": STRING, "content": [{"type": STRING, "text": STRING}]}],
-        "idx": STRING,
-        "chosen_score": FLOAT,
-        "rejected_score": FLOAT,
-        "margin": FLOAT,
+        **EXTRAS,
     }
 
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
-        images = [{"bytes": image.data, "path": image.path} for image in row.sample.images]
         content = [
             {"type": "image" if part is None else "text", "text": part}
             for part in question_parts(row.sample)
         ]
         return {
-            "images": images,
+            "images": embedded_images(row.sample),
             "prompt": [{"role": "user", "content": content}],
             "chosen": self.reply(row.chosen),
             "rejected": self.reply(row.rejected),
-            "idx": row.sample.idx,
-            "chosen_score": row.pair.chosen_score,
-            "rejected_score": row.pair.rejected_score,
-            "margin": row.pair.margin,
+            **extras(row),
         }
 
     @staticmethod

@@ -1,0 +1,77 @@
+"""What a dataset's columns are and hold, for the card's table and its dataset_info."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stream_engine.outputs.formats.base import EXTRAS, Export, ParquetExport
+from stream_engine.outputs.parquet import IMAGE
+
+MEANINGS = {
+    "image": "the picture, its encoded bytes inside",
+    "images": "the pictures, their encoded bytes inside; empty for a question without any",
+    "question": "the question, without a mark for the picture",
+    "prompt": "the user's turn: texts, and a part `image` for each picture",
+    "messages": "the user's turn, `<image>` where a picture stands, and the chosen answer",
+    "conversations": "the user's turn, `<image>` where a picture stands",
+    "chosen": "the better answer",
+    "rejected": "the worse answer",
+    "rejected_response": "the worse answer",
+    "logps": "log-probs of both answers under the instruct model, as JSON (see below)",
+    "ds_name": "name of the input's dataset, where its rows said one",
+    "origin_dataset": "likewise, of the dataset that it came from",
+    "origin_split": "likewise, its split",
+    "idx": "the question's id in the input; its key where there was none",
+    "key": "hash of id, question and pictures, by which `stream-engine inspect` finds it",
+    "image_path": "path of the picture as the input named it",
+    "metainfos": "whatever else the input said, as JSON",
+    "chosen_score": "score of the chosen answer; higher is better",
+    "rejected_score": "score of the rejected answer",
+    "margin": "difference of the scores",
+}
+JSONL_COLUMNS = {
+    "ms_swift_jsonl": ("messages", "rejected_response"),
+    "llama_factory_jsonl": ("conversations", "chosen", "rejected"),
+}
+
+
+def column_rows(export: type[Export], format: str) -> list[tuple[str, str, str]]:
+    """Name, type and meaning of each column."""
+    if issubclass(export, ParquetExport):
+        types = {name: type_name(feature) for name, feature in export.features.items()}
+        return [(f"`{name}`", kind, MEANINGS[name]) for name, kind in types.items()]
+    names = (*JSONL_COLUMNS[format], *EXTRAS)
+    rows = [(f"`{name}`", "JSON", MEANINGS[name]) for name in names]
+    return [
+        *rows,
+        ("`images`", "JSON", "paths of the pictures in this folder, where there are any"),
+    ]
+
+
+def type_name(feature: Any) -> str:
+    """A feature in a word or two."""
+    if isinstance(feature, list):
+        return f"list of {type_name(feature[0])}"
+    if feature == IMAGE:
+        return "image"
+    if feature.get("_type") == "Value":
+        return str(feature["dtype"])
+    return f"{{{', '.join(feature)}}}"
+
+
+def yaml_features(features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Features as a card's `dataset_info` writes them."""
+    return [{"name": name, **yaml_feature(feature)} for name, feature in features.items()]
+
+
+def yaml_feature(feature: Any) -> dict[str, Any]:
+    """One of them without its name."""
+    if isinstance(feature, list):
+        inner = yaml_feature(feature[0])
+        return {"list": inner.get("struct", inner.get("dtype", inner))}
+    if feature == IMAGE:
+        return {"dtype": "image"}
+    if feature.get("_type") == "Value":
+        return {"dtype": feature["dtype"]}
+    return {"struct": yaml_features(feature)}
