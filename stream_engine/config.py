@@ -161,6 +161,8 @@ class OutputConfig:
     """Upper bound of one parquet file of the dataset."""
     debug: bool = False
     """Also write readable intermediate files under debug/."""
+    report: Literal["auto", "never"] = "auto"
+    """auto: when the pairs are built, a page to look at them is written to report/index.html."""
 
 
 @dataclass(frozen=True, kw_only=True)

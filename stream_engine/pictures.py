@@ -82,6 +82,9 @@ MAX_SURPLUS_BYTES = 8
 """Before a mark in or behind the pixels; some cameras pad. More: decoding lost its way there."""
 
 JPEG_QUALITY = 95
+SMALL_JPEG_QUALITY = 85
+MAX_SHARP_PIXELS = 64 * 64
+"""Of a small picture that is encoded without loss: the pixels of icons and drawings count."""
 HALF_WIDTH_SAMPLING = 1
 """Pillow's number for 4:2:2, which a quarter turn makes 4:4:0; that it cannot write."""
 
@@ -91,6 +94,49 @@ class Picture(NamedTuple):
 
     data: bytes
     changes: tuple[str, ...]
+
+
+class SmallPicture(NamedTuple):
+    """A picture made for a screen; sizes in pixels."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+
+
+def small_picture(data: bytes, *, longest: int, is_lossless: bool = False) -> SmallPicture:
+    """A stored picture with no side over `longest` pixels, encoded anew and without its metadata.
+
+    Raises:
+        RecordError: where it cannot be decoded.
+    """
+    image = shrunk(data, longest)
+    buffer = io.BytesIO()
+    if is_lossless or image.width * image.height <= MAX_SHARP_PIXELS:
+        image.save(buffer, "PNG")
+        return SmallPicture(buffer.getvalue(), "png", *image.size)
+    image.save(buffer, "JPEG", quality=SMALL_JPEG_QUALITY)
+    return SmallPicture(buffer.getvalue(), "jpg", *image.size)
+
+
+def pixels_of(data: bytes, *, longest: int) -> list[list[tuple[int, int, int]]]:
+    """A stored picture's rows of red, green and blue, with no side over `longest` pixels.
+
+    Raises:
+        RecordError: where it cannot be decoded.
+    """
+    image = shrunk(data, longest)
+    values = image.tobytes()
+    pixels = list(zip(values[::3], values[1::3], values[2::3]))
+    return [pixels[i : i + image.width] for i in range(0, len(pixels), image.width)]
+
+
+def shrunk(data: bytes, longest: int) -> Image.Image:
+    """A stored picture in RGB with no side over `longest` pixels; RecordError where it is none."""
+    image = decode_image(data, "picture").convert("RGB")
+    image.thumbnail((longest, longest))
+    return image
 
 
 def read_picture(data: bytes, max_pixels: int) -> Picture:

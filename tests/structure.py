@@ -38,7 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"inputs"}),
     frozenset({"outputs"}),
     frozenset({"pairs"}),
-    frozenset({"work"}),
+    frozenset({"report", "work"}),
     frozenset({"cli"}),
 )
 """From the ground up. A room imports only rooms of floors below its own."""

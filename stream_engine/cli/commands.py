@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from stream_engine.cli.flags import convert_flag, read_settings
+from stream_engine.cli.reports import report_after, work_dir_of
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
 from stream_engine.demo import demo_models
 from stream_engine.errors import ConfigError
@@ -32,7 +34,7 @@ from stream_engine.store.atomic import temporary_path
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.plan import plan_lines
-from stream_engine.work.runner import RunReport, begin, retry_shard, run
+from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard, run
 
 DEMO_COUNT = 300
 DEMO_SEED = 7
@@ -43,7 +45,7 @@ DEMO_SHARD = 32  # small shards, so that two workers share the few questions eve
 
 
 def run_command(args: argparse.Namespace) -> int:
-    return finish(args, run(config_from(args)))
+    return finish(args, config_from(args))
 
 
 def append(args: argparse.Namespace) -> int:
@@ -55,24 +57,24 @@ def append(args: argparse.Namespace) -> int:
         dataset_path=tuple(given["dataset_path"]),
         max_samples=given.get("max_samples"),  # the run's own is of what it was given with
     )
-    return finish(args, run(new))
+    return finish(args, new)
 
 
 def shard(args: argparse.Namespace) -> int:
-    return finish(args, run(config_of_run(args, may_be_new=True), steps=("shard",)))
+    return finish(args, config_of_run(args, may_be_new=True), steps=("shard",))
 
 
 def work(args: argparse.Namespace) -> int:
     config = config_of_run(args)
     if args.shard is None:
-        return finish(args, run(config, steps=("work",)))
+        return finish(args, config, steps=("work",))
     retry_shard(config, args.shard)
     print(f"shard {args.shard} is done; `stream-engine merge {config.work_dir}` takes it up")
     return 0
 
 
 def merge(args: argparse.Namespace) -> int:
-    return finish(args, run(config_of_run(args), steps=("merge",)))
+    return finish(args, config_of_run(args), steps=("merge",))
 
 
 def retry_failed(args: argparse.Namespace) -> int:
@@ -98,14 +100,21 @@ def retry_failed(args: argparse.Namespace) -> int:
         return 0
     known = state.refresh().manifest.inputs  # those that are to be read again are so marked there
     unread = [path for path in config.dataset_path if canonical_source(path) not in known]
-    return finish(args, run(dataclasses.replace(config, dataset_path=tuple(unread))))
+    return finish(args, dataclasses.replace(config, dataset_path=tuple(unread)))
 
 
-def finish(args: argparse.Namespace, report: RunReport) -> int:
-    """Print how a run ended, from its first worker only; returns the exit status."""
-    if Rank.from_environment().rank == 0:
+def finish(
+    args: argparse.Namespace, config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS
+) -> int:
+    """Run these steps and print how it ended, from the first worker only; returns the status."""
+    report = run(config, steps=steps)
+    rank = Rank.from_environment()
+    page = report_after(config, report, is_alone=rank.world_size == 1)
+    if rank.rank == 0:
         for line in report_lines(report):
             print(printable(line))
+        if page is not None:
+            print(printable(f"report:  {page}"))
     return 0 if args.failures_ok else report.exit_status
 
 
@@ -320,14 +329,6 @@ def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunC
     settings = read_settings(args, base | {"work_dir": work_dir})
     settings["dataset_path"] = merged_sources(base["dataset_path"], settings["dataset_path"])
     return RunConfig.create(settings)
-
-
-def work_dir_of(args: argparse.Namespace) -> str | None:
-    """The work directory that a command line names, by its place or by its flag."""
-    positional, flag = args.positional_work_dir, args.work_dir
-    if positional is not None and flag is not None and positional != flag:
-        raise ConfigError(f"two work directories: {positional} and {flag}")
-    return positional or flag
 
 
 def with_demo(

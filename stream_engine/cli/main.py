@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stream_engine import __version__
-from stream_engine.cli import commands
+from stream_engine.cli import commands, reports
 from stream_engine.cli.flags import LineParser, add_settings, normalise, refuse_unknown
 from stream_engine.config import nearest
 from stream_engine.errors import ConfigError, StreamEngineError
@@ -115,6 +115,32 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to; default: report/ in the work_dir"
+    )
+    parser.add_argument(
+        "--rows",
+        default=str(reports.DEFAULT_ROWS),
+        metavar="N",
+        help="pairs drawn to be looked at one by one, by the run's seed; the extremes and some of "
+        f"what was dropped come on top (default {reports.DEFAULT_ROWS})",
+    )
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR")
+    parser.add_argument(
+        "id", metavar="ID", nargs="?", help="a pair as the report names it, a sample's key, your id"
+    )
+    parser.add_argument(
+        "--limit", default="5", metavar="N", help="pairs to print without ID (default 5)"
+    )
+    parser.set_defaults(work_dir=None)
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="PATH", help="a model's folder")
     parser.add_argument(
@@ -199,6 +225,10 @@ COMMANDS = {
         commands.export,
         _export_arguments,
     ),
+    "report": Command(
+        "write a page to look at a run's counts and pairs", reports.report, _report_arguments
+    ),
+    "show": Command("print pairs in the terminal", reports.show, _show_arguments),
     "verify-checkpoint": Command(
         "load a model strictly and check that it computes what it should",
         commands.verify,

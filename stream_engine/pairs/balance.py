@@ -11,30 +11,39 @@ from collections import Counter
 from typing import Literal, Protocol
 
 from stream_engine.config import RankingConfig
-from stream_engine.pairs.filters import Candidate
 
 LengthBalance = Literal["mean", "ratio"] | None
 
 REASON = "length_balance"
 
 
+class Lengths(Protocol):
+    """What a balance sees of a pair."""
+
+    @property
+    def chosen_words(self) -> int: ...
+
+    @property
+    def rejected_words(self) -> int: ...
+
+
 class Balance(Protocol):
     """Two passes: `count` every pair, then ask about every pair in the same order."""
 
-    def count(self, candidate: Candidate) -> None:
+    def count(self, candidate: Lengths) -> None:
         """First pass: take note of a pair."""
 
-    def reason_to_drop(self, candidate: Candidate) -> str | None:
+    def reason_to_drop(self, candidate: Lengths) -> str | None:
         """Second pass: None, or the reason to drop the pair."""
 
 
 class NoBalance:
     """Keeps every pair."""
 
-    def count(self, candidate: Candidate) -> None:
+    def count(self, candidate: Lengths) -> None:
         """Nothing to note."""
 
-    def reason_to_drop(self, candidate: Candidate) -> str | None:
+    def reason_to_drop(self, candidate: Lengths) -> str | None:
         """Keep."""
         return None
 
@@ -52,11 +61,11 @@ class MeanBalance:
         self.pairs_at: Counter[int] = Counter()  # difference in words -> pairs
         self._quota: dict[int, int] | None = None
 
-    def count(self, candidate: Candidate) -> None:
+    def count(self, candidate: Lengths) -> None:
         assert self._quota is None, "counting after the first question"
         self.pairs_at[candidate.chosen_words - candidate.rejected_words] += 1
 
-    def reason_to_drop(self, candidate: Candidate) -> str | None:
+    def reason_to_drop(self, candidate: Lengths) -> str | None:
         if self._quota is None:
             self._quota = self._pairs_to_keep()
         difference = candidate.chosen_words - candidate.rejected_words
@@ -95,19 +104,19 @@ class RatioBalance:
         self.rejected_words = [0] * self.NUM_RATIOS
         self._best: int | None = None
 
-    def count(self, candidate: Candidate) -> None:
+    def count(self, candidate: Lengths) -> None:
         assert self._best is None, "counting after the first question"
         step = self.first_ratio(candidate)
         if step < self.NUM_RATIOS:
             self.chosen_words[step] += candidate.chosen_words
             self.rejected_words[step] += candidate.rejected_words
 
-    def reason_to_drop(self, candidate: Candidate) -> str | None:
+    def reason_to_drop(self, candidate: Lengths) -> str | None:
         if self._best is None:
             self._best = self._best_ratio()
         return None if self.first_ratio(candidate) <= self._best else REASON
 
-    def first_ratio(self, candidate: Candidate) -> int:
+    def first_ratio(self, candidate: Lengths) -> int:
         """Index of the smallest ratio that keeps the pair; NUM_RATIOS when none does."""
         shorter_by = candidate.rejected_words - candidate.chosen_words
         # the smallest i with shorter_by / rejected <= i / 50, in whole numbers

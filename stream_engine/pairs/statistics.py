@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from stream_engine.pairs.balance import Lengths
 from stream_engine.pairs.filters import Candidate
 from stream_engine.records import SampleRewards, SampleRollouts
 
@@ -24,7 +25,7 @@ class LengthWins:
         self.shorter = 0
         self.equal = 0
 
-    def add(self, candidate: Candidate) -> None:
+    def add(self, candidate: Lengths) -> None:
         difference = candidate.chosen_words - candidate.rejected_words
         self.longer += difference > 0
         self.shorter += difference < 0

@@ -234,7 +234,8 @@ def changed_inputs(run_file: RunFile, stages: Mapping[Stage, StageInputs]) -> li
 
 def ranking_changes(run_file: RunFile, config: RunConfig) -> list[str]:
     """A note when settings of the last stage alone changed: only the merge is done again."""
-    names = names_of(RankingConfig) + names_of(OutputConfig)
+    names = [*names_of(RankingConfig), *names_of(OutputConfig)]
+    names.remove("report")  # it changes no pair
     before = run_file.config()
     changes = [
         f"{name} {shown(getattr(before, name))} -> {shown(getattr(config, name))}"

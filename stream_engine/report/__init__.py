@@ -1,0 +1,5 @@
+"""A run for people: a static page of its counts and pairs, and pairs in the terminal.
+
+Reads what a run has on disk and writes nothing but the report's own folder. What is shown was
+written by strangers: it reaches a page only through an escaping template or as a text node.
+"""
