@@ -114,7 +114,7 @@ def of_shard(run: ReportedRun, info: ShardInfo, keys: set[str]) -> Iterator[Foun
 def print_question(console: Console, one: Found, protocol: str) -> None:
     """A sample's picture and question."""
     entry, sample = one
-    console.print(Rule(Text(f"{safe(entry.idx)}  {entry.source}".strip())))
+    console.print(Rule(Text(printable(f"{entry.idx}  {entry.source}".strip(), limit=200))))
     for image in sample.images:
         try:
             if protocol:
@@ -130,7 +130,7 @@ def print_question(console: Console, one: Found, protocol: str) -> None:
 def print_pair(console: Console, entry: Entry) -> None:
     """A pair's two answers with what differs coloured, and the table of all answers."""
     margin = "" if entry.margin is None else f"   margin {entry.margin:.4g}"
-    console.print(Text(f"  {entry.id}   {entry.fate.replace('_', ' ')}{margin}", style="dim"))
+    console.print(Text(f"  {entry.id}   {safe(entry.fate)}{margin}", style="dim"))
     answers = {answer.index: answer for answer in entry.answers}
     sides: list[tuple[str, Side]] = []
     if entry.chosen is not None and entry.rejected is not None:
@@ -143,7 +143,7 @@ def print_pair(console: Console, entry: Entry) -> None:
         for fact in answer.facts:
             console.print(Padding(fact_line(fact), (0, 0, 0, 4)))
     for critique in entry.critiques:
-        head = f"critic, answer {critique.first} before {critique.second}: {critique.verdict}"
+        head = f"critic, answer {critique.first} before {critique.second}: {safe(critique.verdict)}"
         console.print(Padding(Text(f"{head}\n{safe(critique.reply)}", style="dim"), (1, 0, 0, 4)))
     if entry.is_flip:
         console.print(
@@ -177,7 +177,7 @@ def answers_table(entry: Entry, width: int) -> Table:
     marks = {entry.chosen.index: "chosen"} if entry.chosen else {}
     marks |= {entry.rejected.index: "rejected"} if entry.rejected else {}
     for answer in entry.answers:
-        score = answer.unscored if answer.score is None else f"{answer.score:.4g}"
+        score = safe(answer.unscored) if answer.score is None else f"{answer.score:.4g}"
         rank_shown = "-" if answer.rank is None else str(answer.rank)
         style = COLOURS.get(marks.get(answer.index, ""), "")
         cells: list[RenderableType] = [rank_shown, score, str(answer.words), str(answer.index)]

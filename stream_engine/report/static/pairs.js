@@ -22,14 +22,18 @@ function h(name, attributes, ...children) {
 // Controls and formatting characters that nobody sees; the joiners of emoji and Persian stay.
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 
+const codeOf = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+
+/** A foreign text as a string, characters that nobody sees by their numbers. */
+const plain = (text) => text.replace(UNSEEN, codeOf);
+
 /** A foreign text as nodes, characters that nobody sees by their numbers. */
 function shown(text) {
   const nodes = [];
   let end = 0;
   for (const match of text.matchAll(UNSEEN)) {
     if (match.index > end) nodes.push(text.slice(end, match.index));
-    const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    nodes.push(h("span", { class: "unseen", title: "a character that is not seen" }, `U+${code}`));
+    nodes.push(h("span", { class: "unseen", title: "a character that is not seen" }, codeOf(match[0])));
     end = match.index + 1;
   }
   if (end < text.length) nodes.push(text.slice(end));
@@ -63,7 +67,7 @@ function need(file) {
 function fillChoices() {
   const add = (name, values) => {
     const select = filters()[name];
-    for (const [value, label, many] of values) select.append(h("option", { value }, `${label} (${count(many)})`));
+    for (const [value, label, many] of values) select.append(h("option", { value }, `${plain(label).slice(0, 80)} (${count(many)})`));
     select.disabled = values.length === 0;
   };
   const tally = (valuesOf, labelOf = (value) => value) => {
@@ -131,7 +135,7 @@ function lineNode(line) {
   const link = h("a", { href: address(line.id), "data-id": line.id },
     picture,
     h("span", { class: "what", dir: "auto" }, line.question || "(no text)"),
-    h("span", { class: "how" }, measure + status));
+    h("span", { class: "how" }, plain(measure + status)));
   if (line.id === state.wanted) link.setAttribute("aria-current", "true");
   return h("li", null, link);
 }
@@ -199,7 +203,7 @@ function showPair(id) {
 function showMissing(id) {
   state.current = null;
   const said = id
-    ? ["This page shows a part of the pairs, and ", h("code", null, id.slice(0, 200)), " is none of them. It can be printed by ", h("code", null, "stream-engine show WORK_DIR ID"), "."]
+    ? ["This page shows a part of the pairs, and ", h("code", null, plain(id.slice(0, 200))), " is none of them. It can be printed by ", h("code", null, "stream-engine show WORK_DIR ID"), "."]
     : ["No pair matches these filters."];
   byId("pair").replaceChildren(h("h1", { id: "question" }, id ? "Not on this page" : "Nothing matches"), h("p", null, ...said));
 }
@@ -324,7 +328,7 @@ function criticNode(entry) {
   const words = { first: "the first is better", second: "the second is better", equal: "equal", unparsed: "no verdict could be read" };
   const sides = entry.critiques.map((one) => h("section", { class: "card" },
     h("header", null, h("h3", null, `Answer ${one.first} first, answer ${one.second} second`)),
-    h("p", null, h("strong", null, words[one.verdict] || one.verdict)),
+    h("p", null, h("strong", null, words[one.verdict] || plain(one.verdict))),
     h("p", { class: "text", dir: "auto", tabindex: one.reply.length > 1200 ? "0" : null }, ...shown(one.reply))));
   const told = entry.chosen && !sides.length ? h("p", { class: "small" }, "These two answers were not compared with each other; their scores come from other matches.") : null;
   return h("section", { class: "block", "aria-labelledby": "critic" },
@@ -342,7 +346,7 @@ function matrixNode(entry) {
     if (first === second || !verdict) return h("td", null, first === second ? "" : "·");
     const back = verdicts.get(`${second}/${first}`);
     const isFlip = verdict === back && (verdict === "first" || verdict === "second");
-    const [sign, kind, said] = signs[verdict] || ["?", "", verdict];
+    const [sign, kind, said] = signs[verdict] || ["?", "", plain(verdict)];
     return h("td", { class: kind, title: `answer ${first} before ${second}: ${said}${isFlip ? ", a flip" : ""}` }, sign + (isFlip ? "*" : ""));
   };
   return h("details", { class: "card block" }, h("summary", null, `All ${entry.verdicts.length} comparisons`),
@@ -363,7 +367,7 @@ function answersNode(entry) {
   };
   const row = (answer) => h("tr", null,
     h("td", { class: "number" }, answer.rank === null ? "–" : String(answer.rank)),
-    h("td", { class: "number" }, answer.score === null ? answer.unscored.replaceAll("_", " ") : number(answer.score)),
+    h("td", { class: "number" }, answer.score === null ? plain(answer.unscored.replaceAll("_", " ")) : number(answer.score)),
     names.map((name) => h("td", { class: "number" }, number(answer.scores[name]))),
     h("td", { class: "number" }, count(answer.words)),
     h("td", { class: "number" }, count(answer.tokens)),
@@ -379,10 +383,10 @@ function answersNode(entry) {
     h("header", null, h("h2", { id: "answers" }, `All ${entry.answers.length} answers`)),
     h("div", { class: "card scroll", tabindex: "0", role: "group", "aria-label": "Table of all answers" },
       h("table", { class: "answers" },
-        h("thead", null, h("tr", null, heads.map(([name, isNumber]) => h("th", { scope: "col", class: isNumber ? "number" : null }, name)))),
+        h("thead", null, h("tr", null, heads.map(([name, isNumber]) => h("th", { scope: "col", class: isNumber ? "number" : null }, plain(name).slice(0, 40))))),
         h("tbody", null, entry.answers.map(row)))),
     Object.entries(entry.unread).length ? h("details", { class: "card block" }, h("summary", null, "Replies that could not be read"),
-      Object.entries(entry.unread).map(([name, reply]) => h("div", null, h("h3", null, name), h("p", { class: "text", dir: "auto" }, ...shown(reply))))) : null);
+      Object.entries(entry.unread).map(([name, reply]) => h("div", null, h("h3", null, plain(name)), h("p", { class: "text", dir: "auto" }, ...shown(reply))))) : null);
 }
 
 // -- events -------------------------------------------------------------------------------------
