@@ -136,7 +136,7 @@ def overview(run: ReportedRun, found: Survey, aside: SetAside) -> Overview:
         adds_up=all(band.adds_up for band in bands),
         plots=plots(found),
         bias=[
-            ("before length balance", found.wins_before.to_dict()),
+            ("before balance", found.wins_before.to_dict()),
             ("after", found.wins_after.to_dict()),
         ],
         times=times,
@@ -208,6 +208,7 @@ def plots(found: Survey) -> list[Plot]:
             "pairs",
             [("questions", found.pairs_per_question, "all")],
             unit="questions",
+            first=0,
         ),
     ]
 
@@ -266,8 +267,8 @@ def notes(run: ReportedRun) -> Iterator[str]:
         yield "No dataset was written yet; these are the pairs that a merge would keep."
     elif not run.is_merged:
         yield (
-            "The dataset is older than the results: these are the pairs that the next merge "
-            "would keep."
+            "The dataset was made from other results or settings than those that are here now; "
+            "these are the pairs that the next merge would keep."
         )
     if run.inputs.missing:
         yield (

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 36  # around the plot's field
 MAX_BINS = 40
+WIDEST = 48  # bar of one whole number
 TAIL = 0.995
 """Share of the counted values that have bins of their own width; the rest shares the last bin."""
 
@@ -101,11 +102,13 @@ def histogram(
             between = short(begin) if is_whole else f"{short(begin)} to {short(end)}"
             between = f"{short(begin)} and more" if is_open else between
             name = f"{one.name}, " if len(series) > 1 else ""
+            room = (end - begin) * scale_x
+            wide = min(max(0.5, room - 0.6), WIDEST if is_whole else room)
             plot.bars.append(
                 Bar(
-                    x=round(plot.left + (begin - edges[0]) * scale_x, 2),
+                    x=round(plot.left + (begin - edges[0]) * scale_x + (room - wide) / 2, 2),
                     y=round(plot.bottom - count * scale_y, 2),
-                    width=round(max(0.5, (end - begin) * scale_x - 0.6), 2),
+                    width=round(wide, 2),
                     height=round(count * scale_y, 2),
                     title=f"{name}{between}: {count:,} {unit}",
                     kind=one.kind,
@@ -133,14 +136,18 @@ def counted(
     counters: Sequence[tuple[str, Counter[int], str]],
     *,
     unit: str = "pairs",
+    first: int | None = None,
 ) -> Plot:
-    """A histogram of whole numbers, each series as (name, value -> how many, kind)."""
+    """A histogram of whole numbers, each series as (name, value -> how many, kind).
+
+    The axis begins at `first`, or at the least value.
+    """
     values: Counter[int] = Counter()
     for _, counter, _ in counters:
         values.update(+counter)
     if not values:
         return histogram(title, x_label, [], [], unit=unit)
-    least, most = min(values), max(values)
+    least, most = min(values) if first is None else first, max(values)
     cap = quantile(values, TAIL)
     is_capped = most > cap + max(5, cap - least)
     top = cap if is_capped else most

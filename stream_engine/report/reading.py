@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,7 +26,8 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
 from stream_engine.run_dir.shards import read_shard
 
-T = TypeVar("T", SampleRollouts, SampleRewards)
+FLIP = "position flip"
+"""The mark of a pair of which a critic named one place in both orders."""
 
 
 class Keyed(msgspec.Struct):
@@ -72,7 +73,7 @@ def shard_entries(
         )
         sample = samples[scored.key]
         entry = entry_of(sample, rollouts[scored.key], scored, pair, fate=one.fate, pieces=pieces)
-        entry.tags = one.tags
+        entry.tags = [*one.tags, *([FLIP] if entry.is_flip else [])]
         yield Found(entry, sample)
 
 

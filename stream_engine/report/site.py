@@ -32,7 +32,7 @@ from stream_engine.records import Sample
 from stream_engine.report.entries import Entry, Pieces, ShownPicture
 from stream_engine.report.overview import SetAside, overview
 from stream_engine.report.places import KEPT
-from stream_engine.report.reading import Found, entries, set_aside_entries
+from stream_engine.report.reading import FLIP, Found, entries, set_aside_entries
 from stream_engine.report.run import ReportedRun
 from stream_engine.report.survey import NO_CANDIDATE, Survey, survey
 from stream_engine.run_dir.paths import RunDir
@@ -45,6 +45,7 @@ RECORD = "report.json"
 ENTRIES_PER_FILE = 20
 PICTURE_SIDE = 768
 THUMB_SIDE = 96
+MAX_FLIPS = 10
 MAX_SEARCHED = 2_000
 """Characters of each text of a pair that the page's search looks into."""
 STATIC = ("report.css", "theme.js", "pairs.js")
@@ -287,7 +288,7 @@ def write_pages(
             "extremes": {
                 name: [by_shown[id(one)] for one in shown] for name, shown in found.extremes.items()
             },
-            "others": by_label(line for line in lines if line.fate != KEPT),
+            "others": by_label(lines),
             "rejected": aside.of_input(),
             "rejected_counts": aside.counts["input"],
         },
@@ -298,8 +299,11 @@ def write_pages(
 
 
 def by_label(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Lines by what became of their entries."""
+    """What else deserves a look: lines by what became of their entries, and position flips."""
     found: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line.label, []).append(line)
+        if line.fate != KEPT:
+            found.setdefault(line.label, []).append(line)
+        if FLIP in line.tags and len(found.setdefault(FLIP, [])) < MAX_FLIPS:
+            found[FLIP].append(line)
     return found

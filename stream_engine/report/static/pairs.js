@@ -228,7 +228,7 @@ function askedNode(entry, line) {
   const rows = [
     ["status", line.label],
     ["margin", entry.margin === null ? null : number(entry.margin)],
-    ["of the", entry.tags.length ? entry.tags.join(", ") : null],
+    ["marked", entry.tags.length ? entry.tags.join(", ") : null],
     ["source", entry.source],
     ["id", entry.idx],
     ["pair", entry.id],
@@ -291,7 +291,7 @@ function heatNode(entry) {
   };
   return h("section", { class: "block", "aria-labelledby": "heat" },
     h("header", null, h("h2", { id: "heat" }, "Reward of each token"),
-      h("span", { class: "legend-of-heat" }, `instruct likes it more (−${number(most, 2)})`, h("span", { class: "scale", "aria-hidden": "true" }), `reward likes it more (+${number(most, 2)})`)),
+      h("span", { class: "legend-of-heat" }, `log p reward − log p instruct: −${number(most, 2)}`, h("span", { class: "scale", "aria-hidden": "true" }), `+${number(most, 2)}`)),
     h("div", { class: "sides" }, make("chosen"), make("rejected")),
     readout);
 }
@@ -373,8 +373,8 @@ function answersNode(entry) {
     h("td", { class: "number" }, count(answer.tokens)),
     h("td", null, answer.finish === "length" ? "cut off" : answer.finish),
     h("td", { class: "number" }, String(answer.index)),
-    h("td", { class: "answer" }, badge(answer),
-      h("details", null, h("summary", { dir: "auto" }, ...shown(answer.text.slice(0, 160) || "(empty)")),
+    h("td", { class: "answer" },
+      h("details", null, h("summary", { dir: "auto" }, badge(answer), ...shown(answer.text.slice(0, 160) || "(empty)")),
         h("p", { class: "text", dir: "auto" }, ...shown(answer.text)),
         answer.same_as === null ? null : h("p", { class: "small" }, `the same text as answer ${answer.same_as}`),
         answer.details ? h("p", { class: "text small" }, ...shown(answer.details)) : null)));
