@@ -64,7 +64,7 @@ def bands_of(run: ReportedRun, found: Survey, set_aside: Mapping[str, Counter[st
     for info in inputs:
         rejected.update(info.rejected)
     read = samples["total"] + known + sum(rejected.values())
-    at_reading = losses(rejected)
+    at_reading = [Loss(loss.reason, loss.count) for loss in losses(rejected)]
     if known:
         at_reading.append(Loss("read before", known))
     at_work = [
@@ -100,7 +100,7 @@ def bands_of(run: ReportedRun, found: Survey, set_aside: Mapping[str, Counter[st
     written = run.stats.get("pairs", {}).get("written")
     if run.is_merged and written is not None:
         refused = Counter(run.stats["pairs"]["dropped"]) - found.dropped
-        pairs.steps[-1].losses = losses(refused)
+        pairs.steps[-1].losses = [Loss(loss.reason, loss.count) for loss in losses(refused)]
         pairs.steps.append(Step(f"written ({run.config.format[0]})", written))
     return [questions, pairs]
 
@@ -122,7 +122,6 @@ class Label:
     y: float
     text: str
     kind: str = ""
-    anchor: str = "start"
     link: str = ""
 
 

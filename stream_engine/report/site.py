@@ -173,11 +173,12 @@ class Pictures:
         shown = [self.one(name, data, PICTURE_SIDE) for name, data in names]
         return [picture for picture in shown if picture is not None]
 
-    def thumb(self, sample: Sample) -> ShownPicture | None:
-        """The first picture as large as a thumb."""
-        if not sample.images:
+    def thumb(self, sample: Sample, shown: list[ShownPicture]) -> ShownPicture | None:
+        """The first of a sample's pictures that can be shown, as large as a thumb."""
+        if not shown:
             return None
-        return self.one(f"{sample.key}-thumb", sample.images[0].data, THUMB_SIDE)
+        data = (self.new / shown[0].file).read_bytes()  # small already: quick to decode
+        return self.one(f"{sample.key}-thumb", data, THUMB_SIDE)
 
     def one(self, name: str, data: bytes, longest: int) -> ShownPicture | None:
         if name in self.made:
@@ -210,7 +211,8 @@ def write_entries(folder: Path, found: Iterator[Found], pictures: Pictures) -> l
 
     for entry, sample in found:
         entry.pictures = pictures.of(sample)
-        lines.append(line_of(entry, len(lines) // ENTRIES_PER_FILE, pictures.thumb(sample)))
+        thumb = pictures.thumb(sample, entry.pictures)
+        lines.append(line_of(entry, len(lines) // ENTRIES_PER_FILE, thumb))
         batch.append(entry)
         if len(batch) == ENTRIES_PER_FILE:
             flush()

@@ -52,6 +52,15 @@ def test_it_opens_from_a_web_server(report: Path, browser: Any) -> None:
         assert others == []
 
 
+def test_a_reason_in_the_flow_leads_to_pairs_that_it_dropped(report: Path, browser: Any) -> None:
+    with watched(browser) as seen:
+        page = seen.open(address_of(report, "index.html"))
+        page.click(".flow a >> text=max pairs per sample")
+        seen.shown_pair()
+        fates = page.evaluate("() => state.matching.map((line) => line.fate)")
+        assert set(fates) == {"max_pairs_per_sample"}
+
+
 def test_every_pair_is_reached_by_the_keyboard(report: Path, browser: Any) -> None:
     ids = [line["id"] for line in index_of(report)]
     with watched(browser) as seen:
