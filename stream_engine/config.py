@@ -234,9 +234,10 @@ class RunConfig(
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, it is {self.rank}")
         if 2 * self.rank > self.sample_k:
+            fitting = f"--rank {self.sample_k // 2} or " if self.sample_k > 1 else ""
             raise ConfigError(
                 f"rank {self.rank} needs at least {2 * self.rank} answers, "
-                f"sample_k is {self.sample_k}"
+                f"sample_k is {self.sample_k}; give {fitting}--sample_k {2 * self.rank}"
             )
         if self.temperature < 0:
             raise ConfigError(f"temperature must be 0 (greedy) or more, it is {self.temperature}")
@@ -314,9 +315,13 @@ def names_of(part: type) -> tuple[str, ...]:
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """`'; did you mean ...?'` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """`'; did you mean ...?'` for the closest known name, or an empty string.
+
+    Case does not count, nor whether words are joined by dashes or underscores.
+    """
+    simple = {one.lower().replace("-", "_"): one for one in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), simple, n=1)
+    return f"; did you mean {simple[close[0]]!r}?" if close else ""
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:

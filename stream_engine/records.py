@@ -206,3 +206,27 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     ids: list[str]
     images: dict[int, int] = {}
     """Number of pictures -> number of samples with as many; {} in old manifests."""
+
+
+class DatasetPair(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of a finished dataset, whatever its format.
+
+    `question` has marks only where pictures stand inside the text. Scores are None where the
+    dataset has none.
+    """
+
+    idx: str
+    question: str
+    images: tuple[EncodedImage, ...]
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    split: str = "train"
+
+    @property
+    def margin(self) -> float | None:
+        """How much better the chosen answer was scored."""
+        if self.chosen_score is None or self.rejected_score is None:
+            return None
+        return self.chosen_score - self.rejected_score

@@ -14,7 +14,7 @@ import msgspec
 from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.reports import report_after, work_dir_of
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
-from stream_engine.demo import demo_models
+from stream_engine.demo import DEMO_COUNT, DEMO_SEED, demo_models
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.pairs.merge_report import MergeReport
@@ -36,8 +36,6 @@ from stream_engine.text import printable
 from stream_engine.work.plan import plan_lines
 from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard, run
 
-DEMO_COUNT = 300
-DEMO_SEED = 7
 DEMO_SHARD = 32  # small shards, so that two workers share the few questions evenly
 
 
@@ -295,18 +293,6 @@ def verify(args: argparse.Namespace) -> int:
         num_failed += check.ok is False
     print(f"{num_failed} checks failed" if num_failed else "all checks passed")
     return 2 if num_failed else 0
-
-
-def demo(args: argparse.Namespace) -> int:
-    if args.kind == "data":
-        from stream_engine.demo.data import write_dataset
-
-        print(write_dataset(Path(args.out), args.count, args.seed))
-    else:
-        from stream_engine.demo.score import score_pairs
-
-        print(msgspec.json.encode(score_pairs(Path(args.work_dir))).decode())
-    return 0
 
 
 # -- settings -------------------------------------------------------------------------------------

@@ -17,15 +17,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stream_engine import __version__
-from stream_engine.cli import commands, reports
-from stream_engine.cli.flags import LineParser, add_settings, normalise, refuse_unknown
-from stream_engine.config import nearest
+from stream_engine.cli import commands, demo, reports
+from stream_engine.cli.flags import (
+    LineParser,
+    add_settings,
+    field_docs,
+    normalise,
+    refuse_unknown,
+)
+from stream_engine.config import ModelConfig, nearest
 from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.ranks import Rank
 from stream_engine.text import describe, printable
 
 LINGER_S = 3.0
+WORK_DIR = "the run directory (default work)"
 LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 """What the deepspeed launcher puts before all arguments; the environment says the same."""
 
@@ -55,7 +62,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
     _run_arguments(parser)
 
 
@@ -76,8 +83,8 @@ def _retry_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
-    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument(
         "--check",
@@ -93,8 +100,8 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
-    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
     parser.add_argument(
         "--format", action="append", metavar="A,B,...", help=f"any of {', '.join(EXPORTS)}"
     )
@@ -111,13 +118,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="SHARD|KEY", help="a shard's number, a key or your id")
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
-    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?")
-    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to; default: report/ in the work_dir"
     )
@@ -131,7 +138,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("positional_work_dir", metavar="WORK_DIR")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", help=WORK_DIR)
     parser.add_argument(
         "id", metavar="ID", nargs="?", help="a pair as the report names it, a sample's key, your id"
     )
@@ -148,21 +155,15 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DUMP",
         help="what the original code computed, written by launch/dump_reference.py",
     )
-    parser.add_argument("--device", default="auto", metavar="TEXT")
+    docs = field_docs(ModelConfig)
+    parser.add_argument("--device", default="auto", metavar="TEXT", help=docs["device"])
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help=docs["dtype"],
     )
-    parser.add_argument("--vision_tower_path", metavar="TEXT")
-
-
-def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=LineParser)
-    data = kinds.add_parser("data", help="write a dataset of drawn pictures with known truth")
-    data.add_argument("out", metavar="OUT", help="the parquet file to write")
-    data.add_argument("--count", type=int, default=commands.DEMO_COUNT, metavar="N")
-    data.add_argument("--seed", type=int, default=commands.DEMO_SEED, metavar="S")
-    score = kinds.add_parser("score", help="measure the pairs of a demo run against the truth")
-    score.add_argument("work_dir", metavar="WORK_DIR")
+    parser.add_argument("--vision_tower_path", metavar="TEXT", help=docs["vision_tower_path"])
 
 
 COMMANDS = {
@@ -234,7 +235,11 @@ COMMANDS = {
         commands.verify,
         _verify_arguments,
     ),
-    "demo": Command("the embedded world: its data and its truth", commands.demo, _demo_arguments),
+    "demo": Command(
+        "the embedded world: its data, its truth, and the loop closed on it",
+        demo.demo,
+        demo.add_arguments,
+    ),
 }
 
 
@@ -275,7 +280,8 @@ def dispatch(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name!r}{nearest(name, list(COMMANDS))}")
+        known = nearest(name, list(COMMANDS)) or f"; choose from {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}{known}")
     command = COMMANDS[name]
     parser = LineParser(prog=f"stream-engine {name}", description=command.summary)
     command.arguments(parser)

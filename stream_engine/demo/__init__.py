@@ -10,6 +10,8 @@ from pathlib import Path
 
 from stream_engine.errors import ConfigError
 
+DEMO_COUNT = 300  # questions of the embedded data
+DEMO_SEED = 7
 CHECKPOINTS = ("instruct", "reward", "judge", "critic", "text")
 
 # The reward models of each pipeline, in the order in which --reward_model_path names them.

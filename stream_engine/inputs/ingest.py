@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -327,6 +327,14 @@ class QuarantineWriter:
             self.temporary.unlink()
             self.path.unlink(missing_ok=True)
         fsync_folder(self.path.parent)
+
+
+def discard_refused(run_dir: RunDir, sources: Iterable[str]) -> None:
+    """Remove the quarantine files of inputs other than these: they were refused as a whole."""
+    known = {quarantine_path(run_dir, source) for source in sources}
+    for path in run_dir.quarantine_dir.glob("input-*.jsonl"):
+        if path not in known:
+            path.unlink(missing_ok=True)
 
 
 def quarantine_path(run_dir: RunDir, source: str) -> Path:

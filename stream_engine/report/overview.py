@@ -53,14 +53,13 @@ class SetAside:
             if stage in STAGES and failure.key
         ]
 
-    def at_reading(self) -> list[Failure]:
-        """The examples that were rejected when they were read."""
-        return [
-            failure
-            for (stage, _), failures in sorted(self.examples.items())
-            for failure in failures
-            if stage not in STAGES
-        ]
+    def of_input(self) -> dict[str, list[Failure]]:
+        """The examples that were rejected when they were read, by reason."""
+        return {
+            reason: failures
+            for (stage, reason), failures in sorted(self.examples.items())
+            if stage == "input"
+        }
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class LoadedEngines:
         self.plan()
         return engines
 
+    def holds(self, needed: Sequence[Stage]) -> bool:
+        """Whether every model of these stages is in memory."""
+        roles = (role for role in self.pipeline.roles() if role.stage in needed)
+        return all(engine_key(role) in self._loaded for role in roles)
+
     def engine(self, role: ModelRole) -> Engine:
         """A role's engine, loaded now unless it is in memory."""
         key = engine_key(role)

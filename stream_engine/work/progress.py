@@ -136,14 +136,19 @@ class ProgressView:
         if self.live:
             self.live.stop()
 
-    def is_due(self) -> bool:
-        """Whether an update would show, so that numbers are gathered only when needed."""
+    def is_due(self, *, at_once: bool = False) -> bool:
+        """Whether an update would show, so that numbers are gathered only when needed.
+
+        `at_once` counts for a live view alone: lines are not to follow each other faster.
+        """
+        if self.live and at_once:
+            return True
         interval = 0.25 if self.live else LINE_INTERVAL_S
         return not self.silent and time.monotonic() - self._last_line >= interval
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Progress, *, at_once: bool = False) -> None:
         """Show `progress` if it is time to."""
-        if not self.is_due():
+        if not self.is_due(at_once=at_once):
             return
         self._last_line = time.monotonic()
         if self.live:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
 from stream_engine.errors import ConfigError, NoPicturesError
-from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.inputs.ingest import IngestReport, discard_refused, ingest
 from stream_engine.inputs.sources import input_fingerprint, list_inputs
 from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
@@ -74,15 +74,20 @@ class InputQueue:
         return True
 
     def ingest(self, sources: list[str]) -> IngestReport:
-        """Read some inputs; one that is refused as a whole is not remembered."""
+        """Read some inputs; what is refused as a whole, with nothing taken of it, is forgotten."""
         settings = self.reading_settings(sources[0])
+        num_shards = len(self.state.manifest.shards)
         try:
             report = ingest(self.run_dir, sources, settings, on_progress=self.ingest_progress)
-        except NoPicturesError as error:
-            source = canonical_source(error.source)
-            if source not in self.state.refresh().manifest.inputs:
-                forget_source(self.run_dir, source, worker=self.worker)
+        except ConfigError as error:
+            manifest = self.state.refresh().manifest
+            named = [error.source] if isinstance(error, NoPicturesError) else sources
+            if isinstance(error, NoPicturesError) or len(manifest.shards) == num_shards:
+                for source in map(canonical_source, named):
+                    if source not in manifest.inputs:
+                        forget_source(self.run_dir, source, worker=self.worker)
             raise
+        discard_refused(self.run_dir, self.state.refresh().manifest.inputs)
         logger.info("%s", describe_ingest(report))
         return report
 

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 StageRecord = SampleRollouts | SampleRewards
-Tick = Callable[[int, int], None]
-"""Called with (outcomes, tokens) made since the last call."""
+Tick = Callable[[Stage, int, int], None]
+"""Called with the stage at work, and (outcomes, tokens) made since the last call."""
 Process = Callable[["ShardWork", Mapping[str, Any]], Iterator[StageRecord | Failure]]
 """How inputs become outcomes: `ShardWork.outcomes`, or one that isolates what raises."""
 
@@ -109,6 +109,7 @@ class ShardWork:
         if not missing and self.is_whole(stage, len(inputs)):
             return
         num_tokens = 0
+        self.tick(stage, 0, 0)
         for outcome in process(self, missing):
             if isinstance(outcome, Failure):
                 failures[outcome.key] = outcome
@@ -116,7 +117,7 @@ class ShardWork:
                 records[outcome.key] = outcome
             made = tokens_of(outcome)
             num_tokens += made
-            self.tick(1, made)
+            self.tick(stage, 1, made)
         lost = [key for key in inputs if (key in records) == (key in failures)]
         if lost:
             raise ShardError(

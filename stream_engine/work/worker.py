@@ -16,15 +16,11 @@ from contextlib import suppress
 from typing import TypeVar
 
 from stream_engine.config import RunConfig, Stage, WorkerConfig
-from stream_engine.errors import (
-    ConfigError,
-)
+from stream_engine.errors import ConfigError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Sample
-from stream_engine.run_dir.failures import (
-    clear_failure,
-)
+from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
@@ -56,6 +52,8 @@ PASSES: dict[int | None, tuple[tuple[Stage, ...], ...]] = {
     2: (),
 }
 """Stages that are done together on a shard, by --run_stage."""
+DOING: dict[Stage, str] = {"rollouts": "sampling answers", "rewards": "scoring answers"}
+"""What the live view says of a stage."""
 
 
 class Worker:
@@ -321,6 +319,8 @@ class Worker:
         lease: Lease,
         ahead: Iterable[Sample] = (),
     ) -> ShardWork:
+        if not self.engines.holds(left):
+            self.show("loading models", at_once=True)
         return ShardWork(
             self.run_dir,
             self.pipeline,
@@ -343,12 +343,13 @@ class Worker:
             timeout_s=self.settings.lease_timeout_s,
         )
 
-    def tick(self, outcomes: int, tokens: int) -> None:
+    def tick(self, stage: Stage, outcomes: int, tokens: int) -> None:
         self.meter.made(outcomes, tokens)
-        self.show("working")
+        self.show(DOING[stage], at_once=not outcomes)
 
-    def show(self, doing: str) -> None:
-        if self.view.is_due():
+    def show(self, doing: str, *, at_once: bool = False) -> None:
+        """Say what happens now; `at_once` on a live view, where what follows may take long."""
+        if self.view.is_due(at_once=at_once):
             with suppress(OSError):  # what is shown may be old; the work goes on
                 self.state.refresh(max_age_s=REFRESH_S)
-            self.view.update(self.meter.progress(self.state, doing))
+            self.view.update(self.meter.progress(self.state, doing), at_once=at_once)

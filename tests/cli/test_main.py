@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stream_engine.cli.main import main
+from stream_engine.cli.flags import LineParser, add_settings
+from stream_engine.cli.main import COMMANDS, main
 from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
@@ -393,3 +394,44 @@ sys.exit(main(words.split()))
     assert done.returncode == 143, done.stderr
     assert not list((tmp_path / "w/leases").glob("[!.]*"))
     assert not list((tmp_path / "w/failures").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("RUN", "did you mean 'run'"),
+        ("retry_failed", "did you mean 'retry-failed'"),
+        ("xyzzy", "choose from run, append"),
+    ],
+)
+def test_an_unknown_command_is_answered(
+    word: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 1
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_flag_of_every_command_says_what_it_does(name: str) -> None:
+    parser = LineParser(prog=name)
+    COMMANDS[name].arguments(parser)
+    if COMMANDS[name].takes_settings:
+        add_settings(parser)
+    silent = [a.option_strings or a.dest for a in parser._actions if not (a.help or "").strip()]
+    assert not silent
+
+
+def test_an_input_that_is_refused_as_a_whole_is_not_kept(
+    echo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wrong file stayed among the run's inputs, and every later `shard` failed on it."""
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"foo": 1}\n' * 300)
+    right = write_questions(tmp_path / "right.jsonl", ["what is this for"])
+    words = ["run", "--pipeline_name", "echo", "--work_dir", f"{tmp_path}/w", "--dataset_path"]
+    assert main([*words, str(wrong)]) == 1
+    assert "max_bad_fraction" in capsys.readouterr().err
+    assert main([*words, str(right)]) == 0
+    assert main(["shard", f"{tmp_path}/w"]) == 0
+    settings = json.loads((tmp_path / "w/run.json").read_text())["settings"]
+    assert settings["dataset_path"] == [str(right)]

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from stream_engine.demo import CHECKPOINTS, checkpoint_path, demo_models
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.world import make_picture
 from stream_engine.errors import ConfigError
-from tests.demo_training import vlm
 
 VISION_LANGUAGE = ("instruct", "reward", "judge", "critic")
 LLAVA_TO_NATIVE = {

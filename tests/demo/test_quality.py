@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stream_engine.demo import checkpoint_path
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.pipelines import prompts as asked
-from tests.demo_training import measure, prompts, vlm
+from tests.demo_training import measure, prompts
 
 
 @pytest.fixture(scope="module", autouse=True)

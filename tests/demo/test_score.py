@@ -7,6 +7,7 @@ import pytest
 from stream_engine.demo.score import score_pairs
 from stream_engine.demo.world import Picture, make_picture
 from stream_engine.errors import ConfigError
+from stream_engine.outputs.reading import read_pairs
 
 STRINGS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -42,7 +43,7 @@ def test_pairs_are_scored_against_the_truth(tmp_path: Path) -> None:
     (true_a, false_a), (true_b, false_b), (_, false_c) = map(true_and_false, (a, b, c))
     write_pairs(tmp_path, [(a, true_a, false_a), (b, false_b, true_b)], "0")
     write_pairs(tmp_path, [(c, false_c, "What?"), (a, true_a, f"{false_a} {false_a}")], "1")
-    assert score_pairs(tmp_path) == {
+    assert score_pairs(read_pairs(tmp_path / "dataset")) == {
         "pairs": 4,
         "pair_accuracy": 2.5 / 4,
         "wrong_facts_chosen": 2 / 4,
@@ -52,7 +53,7 @@ def test_pairs_are_scored_against_the_truth(tmp_path: Path) -> None:
 
 def test_a_dataset_without_pairs_scores_zero(tmp_path: Path) -> None:
     write_pairs(tmp_path, [])
-    assert score_pairs(tmp_path) == {
+    assert score_pairs(read_pairs(tmp_path / "dataset")) == {
         "pairs": 0,
         "pair_accuracy": 0.0,
         "wrong_facts_chosen": 0.0,
@@ -61,5 +62,5 @@ def test_a_dataset_without_pairs_scores_zero(tmp_path: Path) -> None:
 
 
 def test_a_run_without_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no parquet"):
-        score_pairs(tmp_path)
+    with pytest.raises(ConfigError, match="holds no dataset"):
+        score_pairs(read_pairs(tmp_path / "dataset"))

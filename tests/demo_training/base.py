@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.world import COLOURS, SHAPES, Scene, draw, random_question, random_scene
-from tests.demo_training import loop, vlm
+from tests.demo_training import loop
 from tests.demo_training.answers import write_answer
 from tests.demo_training.drills import write_drill
 from tests.demo_training.tokenizer import train_vlm_tokenizer

@@ -11,8 +11,9 @@ import random
 
 from torch import Tensor
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.world import Scene, draw, random_question, random_scene
-from tests.demo_training import loop, vlm
+from tests.demo_training import loop
 from tests.demo_training.answers import write_answer
 from tests.demo_training.prompts import CRITIC_PROMPT
 from tests.demo_training.verdicts import critic_reasoning

@@ -12,8 +12,9 @@ import random
 
 from torch import Tensor
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.world import draw, random_question, random_scene
-from tests.demo_training import loop, vlm
+from tests.demo_training import loop
 from tests.demo_training.answers import write_answer
 
 BATCH_SIZE = 64

@@ -11,8 +11,9 @@ import random
 
 from torch import Tensor
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.world import draw, random_scene
-from tests.demo_training import loop, vlm
+from tests.demo_training import loop
 from tests.demo_training.drills import write_yes_no
 
 NUM_IMAGES = 16

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.facts import count_wrong_facts, read_facts
 from stream_engine.demo.world import Picture, make_picture
-from tests.demo_training import vlm
 from tests.demo_training.prompts import CRITIC_PROMPT
 from tests.demo_training.text import prompt_text, write_task
 from tests.demo_training.verdicts import yes_no_prompt

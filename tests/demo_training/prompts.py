@@ -5,11 +5,6 @@ words it was trained on: changing a pipeline's prompt must not silently change w
 make. tests/demo holds the two together.
 """
 
-SYSTEM_PROMPT = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions."
-)
-
 YES_NO_PROMPT = "{} Please answer yes or no."
 
 CRITIC_PROMPT = (

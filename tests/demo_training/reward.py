@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from stream_engine.demo import tiny_llava as vlm
 from stream_engine.demo.facts import count_wrong_facts
 from stream_engine.demo.world import Scene, draw, random_question, random_scene
-from tests.demo_training import loop, vlm
+from tests.demo_training import loop
 from tests.demo_training.answers import write_answer
 from tests.demo_training.instruct import ERROR_RATE
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stream_engine.demo.score import score_pairs
+from stream_engine.outputs.reading import read_pairs
 from stream_engine.pipelines import PIPELINES
 from stream_engine.records import Answer, SampleRollouts
 from stream_engine.run_dir.results import read_results
@@ -100,7 +101,7 @@ def compared(kit: Kit, pipeline: str) -> dict[str, Any]:
             "max_logp_difference": max(
                 logp_difference(expected[key], own[key]) for key in expected
             ),
-            "truth": score_pairs(work_dir),
+            "truth": score_pairs(read_pairs(work_dir / "dataset")),
             "differences": differing[:LISTED],
         }
     kit.keep(**{pipeline: found})

@@ -187,7 +187,10 @@ def test_the_data_engine_script_refuses_a_wrong_setting_in_one_line(tmp_path: Pa
     environment = ENVIRONMENT | {"sample_k": "2"}
     done = run_data_engine("--work_dir", str(tmp_path / "run"), environment=environment)
     assert done.returncode == 1
-    assert done.stderr == "stream-engine: rank 3 needs at least 6 answers, sample_k is 2\n"
+    assert done.stderr == (
+        "stream-engine: rank 3 needs at least 6 answers, sample_k is 2; give --rank 1 or "
+        "--sample_k 6\n"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

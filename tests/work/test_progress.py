@@ -92,3 +92,22 @@ def test_each_rank_has_a_log_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 )
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_live_view_shows_at_once_what_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "working" stood there while models were loaded."""
+    stream = Terminal()
+    with ProgressView(stream=stream) as view:
+        view.update(Progress(doing="sampling answers"))
+        view.update(Progress(doing="loading models"))
+        assert not view.is_due()
+        view.update(Progress(doing="loading models"), at_once=True)
+    assert "loading models" in stream.getvalue()
+
+
+def test_lines_do_not_follow_each_other_faster_for_it() -> None:
+    stream = io.StringIO()
+    with ProgressView(stream=stream) as view:
+        view.update(Progress(doing="sampling answers"))
+        view.update(Progress(doing="loading models"), at_once=True)
+    assert "loading models" not in stream.getvalue()

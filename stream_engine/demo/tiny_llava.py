@@ -1,7 +1,8 @@
 """The trainable form of the demo's vision-language models, and their layout on disk.
 
 A CLIP tower, a two-layer projector and a Llama, all plain transformers modules, put together and
-stored as LLaVA-1.5 is. The engine has its own loader; nothing here is used outside training.
+stored as LLaVA-1.5 is. The engine has its own loader: this is for training alone, which
+`stream_engine.demo.loop` does, and what made the checkpoints.
 
 Shapes: B images, N rows of text (N / B for each image), P tokens before the image, I image
 tokens, S tokens after it, D hidden size.
@@ -28,8 +29,11 @@ from transformers import (
 )
 
 from stream_engine.demo.world import IMAGE_SIZE
-from tests.demo_training.prompts import SYSTEM_PROMPT
 
+SYSTEM_PROMPT = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions."
+)
 PATCH_SIZE = 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 MAX_POSITIONS = 2048

@@ -1,0 +1,110 @@
+"""`stream-engine demo`: the embedded world's data, its truth, and the loop closed on it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from stream_engine.cli.flags import LineParser
+from stream_engine.demo import DEMO_COUNT, DEMO_SEED
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.reading import read_pairs
+from stream_engine.outputs.validate import holds_dataset
+from stream_engine.run_dir.paths import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of each kind."""
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, parser_class=LineParser, help="one of these"
+    )
+    data = kinds.add_parser("data", help="write a dataset of drawn pictures with known truth")
+    data.add_argument("out", metavar="OUT", help="the parquet file to write")
+    data.add_argument(
+        "--count", type=int, default=DEMO_COUNT, metavar="N", help="how many (default 300)"
+    )
+    data.add_argument(
+        "--seed", type=int, default=DEMO_SEED, metavar="S", help="another seed, others (default 7)"
+    )
+    score = kinds.add_parser("score", help="measure the pairs of a demo run against the truth")
+    score.add_argument("work_dir", metavar="WORK_DIR", help="a run, or a dataset of any format")
+    add_loop_arguments(
+        kinds.add_parser(
+            "loop",
+            help="train the demo's instruct model on the pairs of a run, by DPO, and count its "
+            "wrong facts before and after",
+        )
+    )
+
+
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `demo loop`."""
+    parser.add_argument("work_dir", metavar="WORK_DIR", help="a run, or a dataset of any format")
+    parser.add_argument(
+        "--steps", type=int, default=150, metavar="N", help="steps of 16 pairs (default 150)"
+    )
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-4, metavar="X", help="(default 1e-4)"
+    )
+    parser.add_argument("--beta", type=float, default=0.1, metavar="X", help="(default 0.1)")
+    parser.add_argument(
+        "--rpo_alpha",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="weight of the likelihood of the chosen answer; 0 is plain DPO (default 1.0)",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=100, metavar="N", help="held out (default 100)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default 0)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="keep the trained model, as --instruct_model_path takes it"
+    )
+
+
+def demo(args: argparse.Namespace) -> int:
+    if args.kind == "data":
+        from stream_engine.demo.data import write_dataset
+
+        print(write_dataset(Path(args.out), args.count, args.seed))
+        return 0
+    if args.kind == "score":
+        from stream_engine.demo.score import score_pairs
+
+        pairs = read_pairs(dataset_folder(args.work_dir))
+        print(msgspec.json.encode(score_pairs(pairs)).decode())
+        return 0
+    return loop(args)
+
+
+def loop(args: argparse.Namespace) -> int:
+    if args.steps < 1 or args.pictures < 1:
+        raise ConfigError("--steps and --pictures must be at least 1")
+    from stream_engine.demo.loop import LoopSettings, close_loop
+
+    settings = LoopSettings(
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        beta=args.beta,
+        rpo_alpha=args.rpo_alpha,
+        pictures=args.pictures,
+        seed=args.seed,
+    )
+    out = Path(args.out) if args.out else None
+    if out is not None and out.exists():
+        raise ConfigError(f"--out {out} is there already; give a new folder")
+    pairs = read_pairs(dataset_folder(args.work_dir))
+    report = close_loop(pairs, settings, out=out, say=lambda line: print(line, flush=True))
+    print(msgspec.json.encode(report).decode())
+    if out is not None:
+        print(f"model: {out}")
+    return 0
+
+
+def dataset_folder(path: str) -> Path:
+    """The first dataset of a run, or the path itself where it is one."""
+    folder = RunDir(path).dataset_dir
+    return folder if folder.is_dir() or not holds_dataset(Path(path)) else Path(path)

@@ -1,0 +1,113 @@
+"""Datasets on file, of any format, as pairs again: one row in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats.base import SPLITS
+from stream_engine.outputs.validate import format_of, lines_of, parts_of
+from stream_engine.records import (
+    IMAGE_MARK,
+    DatasetPair,
+    EncodedImage,
+    marks_are_in_front,
+    without_marks,
+)
+
+ROWS_PER_BATCH = 16
+
+Row = Mapping[str, Any]
+
+
+def read_pairs(folder: Path) -> Iterator[DatasetPair]:
+    """The pairs of a dataset, in order.
+
+    Raises:
+        ConfigError: when the folder holds no dataset of ours.
+    """
+    name = format_of(folder)
+    if name is None:
+        raise ConfigError(f"{folder} holds no dataset; has the run been merged?")
+    texts = TEXTS[name.removesuffix("_jsonl")]
+    rows = jsonl_rows(folder) if name.endswith("_jsonl") else parquet_rows(folder)
+    for split, row in rows:
+        question, chosen, rejected = texts(row)
+        yield DatasetPair(
+            idx=str(row.get("idx") or ""),
+            question=without_marks(question) if marks_are_in_front(question) else question,
+            images=tuple(images_of(row, folder)),
+            chosen=chosen,
+            rejected=rejected,
+            chosen_score=row.get("chosen_score"),
+            rejected_score=row.get("rejected_score"),
+            split=split,
+        )
+
+
+def parquet_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """Every row of the parts, with its split."""
+    import pyarrow.parquet
+
+    for part in parts_of(folder):
+        with pyarrow.parquet.ParquetFile(part) as file:
+            # A part without rows has no row group either, which older pyarrow cannot iterate over.
+            batches = file.iter_batches(batch_size=ROWS_PER_BATCH) if file.num_row_groups else ()
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield "test" if part.name.startswith("test-") else "train", row
+
+
+def jsonl_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """Every row of the splits' files, with its split."""
+    for split in SPLITS:
+        for row in lines_of(folder / f"{split}.jsonl"):
+            if row is not None:
+                yield split, row
+
+
+def images_of(row: Row, folder: Path) -> Iterator[EncodedImage]:
+    """The pictures of a row: inside it, or files of the folder."""
+    images = [row["image"]] if row.get("image") else row.get("images") or []
+    for image in images:
+        if isinstance(image, str):
+            yield EncodedImage((folder / image).read_bytes(), image)
+        else:
+            yield EncodedImage(image["bytes"], image["path"] or "")
+
+
+def rlaifv_texts(row: Row) -> tuple[str, str, str]:
+    return row["question"], row["chosen"], row["rejected"]
+
+
+def trl_texts(row: Row) -> tuple[str, str, str]:
+    question, chosen, rejected = (
+        "".join(
+            IMAGE_MARK if part["type"] == "image" else part["text"]
+            for turn in row[name]
+            for part in turn["content"]
+        )
+        for name in ("prompt", "chosen", "rejected")
+    )
+    return question, chosen, rejected
+
+
+def ms_swift_texts(row: Row) -> tuple[str, str, str]:
+    user, assistant = row["messages"]
+    return user["content"], assistant["content"], row["rejected_response"]
+
+
+def llama_factory_texts(row: Row) -> tuple[str, str, str]:
+    (human,) = row["conversations"]
+    return human["value"], row["chosen"]["value"], row["rejected"]["value"]
+
+
+TEXTS: dict[str, Callable[[Row], tuple[str, str, str]]] = {
+    "rlaifv": rlaifv_texts,
+    "trl": trl_texts,
+    "ms_swift": ms_swift_texts,
+    "llama_factory": llama_factory_texts,
+}
+"""Row -> question, chosen and rejected answer, by format."""
