@@ -83,6 +83,8 @@ MAX_SURPLUS_BYTES = 8
 
 JPEG_QUALITY = 95
 SMALL_JPEG_QUALITY = 85
+MAX_SHRUNK_PIXELS = 178_956_970
+"""Of a picture that is made small; Pillow's own limit, beyond which it warns of bombs."""
 MAX_SHARP_PIXELS = 64 * 64
 """Of a small picture that is encoded without loss: the pixels of icons and drawings count."""
 HALF_WIDTH_SAMPLING = 1
@@ -133,10 +135,27 @@ def pixels_of(data: bytes, *, longest: int) -> list[list[tuple[int, int, int]]]:
 
 
 def shrunk(data: bytes, longest: int) -> Image.Image:
-    """A stored picture in RGB with no side over `longest` pixels; RecordError where it is none."""
-    image = decode_image(data, "picture").convert("RGB")
-    image.thumbnail((longest, longest))
-    return image
+    """A picture in RGB with no side over `longest` pixels; a large JPEG is decoded at a fraction.
+
+    Raises:
+        RecordError: where it cannot be decoded, or has more pixels than MAX_SHRUNK_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                check_size(*image.size, MAX_SHRUNK_PIXELS)
+                image.draft("RGB", (2 * longest, 2 * longest))
+                image.load()
+                if image.mode.startswith(("I", "F")):
+                    check_depth(image)
+                shown = eight_bits(upright(image)).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise RecordError("image_too_large", str(error)) from error
+    except DECODE_ERRORS as error:
+        raise RecordError("undecodable_image", str(error)) from error
+    shown.thumbnail((longest, longest))
+    return shown
 
 
 def read_picture(data: bytes, max_pixels: int) -> Picture:

@@ -64,7 +64,7 @@ def bands_of(run: ReportedRun, found: Survey, set_aside: Mapping[str, Counter[st
     for info in inputs:
         rejected.update(info.rejected)
     read = samples["total"] + known + sum(rejected.values())
-    at_reading = [Loss(loss.reason, loss.count) for loss in losses(rejected)]
+    at_reading = [Loss(loss.reason, loss.count, f"input: {loss.link}") for loss in losses(rejected)]
     if known:
         at_reading.append(Loss("read before", known))
     at_work = [

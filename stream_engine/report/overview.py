@@ -53,13 +53,14 @@ class SetAside:
             if stage in STAGES and failure.key
         ]
 
-    def of_input(self) -> dict[str, list[Failure]]:
-        """The examples that were rejected when they were read, by reason."""
-        return {
-            reason: failures
-            for (stage, reason), failures in sorted(self.examples.items())
-            if stage == "input"
-        }
+    def at_reading(self) -> list[Failure]:
+        """The examples that were rejected when they were read."""
+        return [
+            failure
+            for (stage, _), failures in sorted(self.examples.items())
+            for failure in failures
+            if stage not in STAGES
+        ]
 
 
 @dataclass(frozen=True)

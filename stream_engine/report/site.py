@@ -25,6 +25,7 @@ import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stream_engine import __version__
+from stream_engine.config import InputConfig
 from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.pieces import load_pieces
 from stream_engine.pictures import small_picture
@@ -33,6 +34,7 @@ from stream_engine.report.entries import Entry, Pieces, ShownPicture
 from stream_engine.report.overview import SetAside, overview
 from stream_engine.report.places import KEPT
 from stream_engine.report.reading import FLIP, Found, entries, set_aside_entries
+from stream_engine.report.rejected import AT_READING, rejected_entries
 from stream_engine.report.run import ReportedRun
 from stream_engine.report.survey import NO_CANDIDATE, Survey, survey
 from stream_engine.run_dir.paths import RunDir
@@ -130,9 +132,10 @@ def is_current(run_dir: RunDir) -> bool:
 
 
 def all_entries(run: ReportedRun, found: Survey, aside: SetAside) -> Iterator[Found]:
-    """The shown pairs and questions in the order of the run, then samples that were set aside."""
+    """Pairs and questions in the order of the run, then what was set aside or rejected."""
     yield from entries(run, found.shown, LazyPieces(run.config.instruct_model_path))
     yield from set_aside_entries(run, aside.at_stages())
+    yield from rejected_entries(aside.at_reading(), run.config.part(InputConfig))
 
 
 class LazyPieces:
@@ -260,6 +263,8 @@ def label_of(fate: str) -> str:
     said = (reason or fate).replace("_", " ")
     if fate == KEPT:
         return said
+    if stage == AT_READING and colon:
+        return f"rejected when read: {said}"
     return f"set aside in {stage}: {said}" if colon else f"dropped: {said}"
 
 
@@ -291,8 +296,6 @@ def write_pages(
                 name: [by_shown[id(one)] for one in shown] for name, shown in found.extremes.items()
             },
             "others": by_label(lines),
-            "rejected": aside.of_input(),
-            "rejected_counts": aside.counts["input"],
         },
         "pairs.html": {},
     }.items():
