@@ -7,6 +7,7 @@ records alone: log-probs per token, facts, comparisons; a pipeline's name is not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from stream_engine.records import (
     Sample,
     SampleRewards,
     SampleRollouts,
-    without_marks,
+    prompt_parts,
 )
 from stream_engine.report.difference import Segment, difference
 
@@ -128,7 +129,7 @@ def entry_of(
         idx=cut(sample.idx),
         source=source_of(sample),
         fate=fate,
-        question=cut(without_marks(rollouts.asked or sample.question)),
+        question=shown_question(rollouts.asked or sample.question, len(sample.images)),
         answers=shown_answers(rollouts, rewards),
         unread={name: cut(reply) for name, reply in rewards.details.get("unread", {}).items()},
     )
@@ -141,16 +142,28 @@ def entry_of(
 
 
 def set_aside_entry(sample: Sample, reason: str, detail: str) -> Entry:
-    """The entry of a sample that a stage set aside."""
+    """The entry of a sample that a stage set aside; its question as it is, marks and all."""
     return Entry(
         id=sample.key,
         key=sample.key,
         idx=cut(sample.idx),
         source=source_of(sample),
         fate=reason,
-        question=cut(without_marks(sample.question)),
+        question=cut(sample.question),
         detail=cut(detail),
     )
+
+
+def shown_question(question: str, num_images: int) -> str:
+    """A question, with the numbers of its pictures where they stand inside the text."""
+    parts = prompt_parts(question, num_images)
+    text = list(dropwhile(lambda part: part is None, parts))
+    number = len(parts) - len(text)
+    shown = []
+    for part in text:
+        number += part is None
+        shown.append(f"[picture {number}]" if part is None else part)
+    return cut("".join(shown))
 
 
 def add_pair(

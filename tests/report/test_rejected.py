@@ -45,7 +45,8 @@ def test_a_rejected_row_is_shown_with_its_question_and_picture(tmp_path: Path) -
     found = list(rejected_entries(failures, InputConfig()))
     assert [one.entry.idx for one in found] == ["marks", "torn", "none"]
     assert [one.entry.fate for one in found] == [f"input: {f.reason}" for f in failures]
-    assert "Two" in found[0].entry.question and found[1].entry.question == "Torn?"
+    assert found[0].entry.question == "Two <image> of <image> one?"
+    assert found[1].entry.question == "Torn?"
     assert found[0].sample.images[0].data == png()
     assert found[2].sample.images == ()
     assert "rows.jsonl, row 1" in found[0].entry.detail

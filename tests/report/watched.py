@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Request
 
 
 class Watched:
@@ -26,8 +26,13 @@ class Watched:
         page.on("console", lambda message: self.logged.append(f"{message.type} {message.text}"))
         page.on("pageerror", lambda error: self.logged.append(f"error {error}"))
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("requestfailed", lambda request: self.logged.append(f"failed {request.url}"))
+        page.on("requestfailed", self.note_failed)
         page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+
+    def note_failed(self, request: Request) -> None:
+        """Of a request that the browser itself ended, since the page was left, nobody is told."""
+        if request.failure != "net::ERR_ABORTED":
+            self.logged.append(f"failed {request.url}: {request.failure}")
 
     def open(self, address: str) -> Page:
         """Go to an address and wait until it shows a pair, or the overview."""

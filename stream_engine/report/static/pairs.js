@@ -231,7 +231,7 @@ function askedNode(entry, line) {
     ["marked", entry.tags.length ? entry.tags.join(", ") : null],
     ["source", entry.source],
     ["id", entry.idx],
-    ["pair", entry.id],
+    [entry.chosen ? "pair" : "key", entry.id],
   ].filter(([, value]) => value);
   return h("div", { class: "asked" },
     h("div", { class: "pictures" }, pictures),
