@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from stream_engine.run_dir.paths import RunDir
 from tests.conftest import ROOT, file_states
 from tests.report.runs import merged_run, reported
 from tests.report.watched import entries_of, index_of
-from tests.synthetic import run_merge, write_example_run
+from tests.synthetic import SyntheticPipeline, run_merge, write_example_run
 
 try:
     import tomllib
@@ -84,6 +85,17 @@ def test_samples_that_were_set_aside_are_shown_with_their_pictures(tmp_path: Pat
     assert all((report / e["pictures"][0]["file"]).is_file() for e in aside)
 
 
+def test_a_run_without_any_pair_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SyntheticPipeline, "candidate_pairs", lambda self, sample, rewards: [])
+    run = merged_run(tmp_path / "run", 3)
+    made = write_report(run)
+    assert (made.num_pairs, made.num_shown) == (0, 0)
+    assert {line["fate"] for line in index_of(tmp_path / "run/report")} == {"no_match"}
+    assert "Nothing vanished" in (tmp_path / "run/report/index.html").read_text()
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     run = merged_run(tmp_path / "run", 4)
     (tmp_path / "mine").mkdir()
@@ -93,13 +105,38 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
-def test_report_never_writes_none(demo_run: Path, tmp_path: Path) -> None:
-    from shutil import copytree, rmtree
+@pytest.fixture
+def own_run(demo_run: Path, tmp_path: Path) -> Path:
+    """A copy of the demo run whose report was lost."""
+    shutil.copytree(demo_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/report")
+    return tmp_path / "run"
 
-    copytree(demo_run, tmp_path / "run")
-    rmtree(tmp_path / "run/report")
-    assert main(["merge", str(tmp_path / "run"), "--report", "never"]) == 0
-    assert not (tmp_path / "run/report").exists()
+
+def test_a_report_that_was_lost_or_never_made_is_made_by_the_next_run(own_run: Path) -> None:
+    assert main(["merge", str(own_run), "--report", "never"]) == 0
+    assert not (own_run / "report").exists()
+    assert main(["merge", str(own_run), "--report", "auto"]) == 0
+    assert is_current(RunDir(own_run))
+
+
+def test_a_report_that_cannot_be_made_is_no_failure_of_the_run(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_run / "report").mkdir()
+    (own_run / "report/thesis.txt").write_text("mine")
+    assert main(["merge", str(own_run)]) == 0
+    said = capsys.readouterr()
+    assert "report:" not in said.out and "dataset:" in said.out
+    assert (
+        "no report: "
+        in said.err
+        + said.out
+        + (own_run / "logs")
+        .joinpath(next(path.name for path in (own_run / "logs").iterdir()))
+        .read_text()
+    )
+    assert os.listdir(own_run / "report") == ["thesis.txt"]
 
 
 def test_a_wheel_has_every_template_style_and_script() -> None:
