@@ -25,7 +25,7 @@ def main(folder: Path, dpo_reward: Path, divide_and_conquer: Path, llava_critic:
     folder.mkdir(parents=True, exist_ok=True)
     path = next(found for name in BROWSERS if (found := shutil.which(name)))
     shots = [
-        ("overview", divide_and_conquer, "index.html", "light"),
+        ("overview", dpo_reward, "index.html", "light"),
         ("overview-dark", dpo_reward, "index.html", "dark"),
         ("dpo_reward", dpo_reward, "pairs.html", "light"),
         ("dpo_reward-dark", dpo_reward, "pairs.html", "dark"),
