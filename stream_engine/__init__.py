@@ -1,12 +1,16 @@
-"""stream_engine builds DPO preference datasets for vision-language models."""
+"""stream_engine builds DPO preference datasets for vision-language models.
+
+From Python: `RunConfig` and `run`, and `stream_engine.api`, which has every command as a function.
+"""
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 DISTRIBUTION = "stream-engine-dpo"  # its name for pip: `stream-engine` is another package there
-__all__ = ["RunConfig", "__version__", "run"]
+__all__ = ["RunConfig", "__version__", "api", "run"]
 
 if TYPE_CHECKING:
+    from stream_engine import api
     from stream_engine.config import RunConfig
     from stream_engine.work.runner import run
 
@@ -21,4 +25,8 @@ def __getattr__(name: str) -> object:
         from stream_engine.work.runner import run
 
         return run
+    if name == "api":
+        import importlib
+
+        return importlib.import_module("stream_engine.api")
     raise AttributeError(f"module 'stream_engine' has no attribute {name!r}")

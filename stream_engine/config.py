@@ -8,11 +8,13 @@ A stage's fingerprint is a hash of the settings that shape its results, and of n
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
+import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import msgspec
 
@@ -69,11 +71,12 @@ class ModelConfig:
     """Which checkpoints, and where they run."""
 
     instruct_model_path: str | None = None
-    """The model whose answers are sampled, and which DPO is to train: a checkpoint folder."""
+    """The model whose answers are sampled, and which DPO is to train: a checkpoint folder, or a
+    model of the Hugging Face hub as `owner/name[@revision]`."""
     instruct_model_name: str | None = None
     """A hint; the family is read from the checkpoint, and a contradiction is an error."""
     reward_model_path: str | None = None
-    """The model that scores the answers: a checkpoint folder. With divide_and_conquer three:
+    """The model that scores the answers, as --instruct_model_path. With divide_and_conquer three:
     `auto_check,question_change,split`."""
     reward_model_name: str | None = None
     """A hint, as --instruct_model_name."""
@@ -207,6 +210,7 @@ class RunConfig(
     """Settings of the chosen pipeline alone, checked against its own Config."""
 
     def __post_init__(self) -> None:
+        self.check_types()
         self.validate()
 
     @classmethod
@@ -226,6 +230,20 @@ class RunConfig(
         except msgspec.ValidationError as error:
             raise ConfigError(f"bad setting: {error}") from error
         return replace(given)  # msgspec leaves inherited defaults to the class
+
+    def check_types(self) -> None:
+        """Refuse values of another type; lists become tuples, and path objects their names.
+
+        A str is no list: as one it would be read letter by letter.
+        """
+        for name, kind in setting_types().items():
+            value = getattr(self, name)
+            if isinstance(value, str) and get_origin(kind) is tuple:
+                raise ConfigError(f"{name} is a list: write [{value!r}]")
+            try:
+                object.__setattr__(self, name, msgspec.convert(as_plain(value), kind))
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"bad setting: {name} {value!r}: {error}") from error
 
     def validate(self) -> None:
         """Check every rule that needs no file."""
@@ -307,6 +325,20 @@ def parse_columns(text: str) -> dict[str, str]:
         if not (ours.strip() and equals and theirs.strip()):
             raise ConfigError(f"columns {text!r}: write ours=yours, as in question=query,image=img")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+@functools.cache
+def setting_types() -> dict[str, Any]:
+    """The type of every setting."""
+    kinds = get_type_hints(RunConfig)
+    return {name: kinds[name] for name in names_of(RunConfig)}
+
+
+def as_plain(value: Any) -> Any:
+    """A value with path objects as their names."""
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def names_of(part: type) -> tuple[str, ...]:

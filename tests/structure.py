@@ -39,6 +39,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"outputs"}),
     frozenset({"pairs"}),
     frozenset({"report", "work"}),
+    frozenset({"api"}),
     frozenset({"cli"}),
 )
 """From the ground up. A room imports only rooms of floors below its own."""

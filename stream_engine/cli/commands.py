@@ -11,18 +11,16 @@ from typing import Any
 
 import msgspec
 
+from stream_engine import api
 from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.reports import report_after, work_dir_of
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
 from stream_engine.demo import DEMO_COUNT, DEMO_SEED, demo_models
 from stream_engine.errors import ConfigError
+from stream_engine.models.hub import with_checkpoints, with_folders
 from stream_engine.outputs.formats import EXPORTS
-from stream_engine.pairs.merge_report import MergeReport
-from stream_engine.pairs.merge_step import wait_for_lease
-from stream_engine.pairs.merger import export as export_format
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.damage import around_damage, whole_manifest
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.paths import RunDir, folder_on_disk
 from stream_engine.run_dir.remedies import remedy_lines
@@ -84,7 +82,8 @@ def retry_failed(args: argparse.Namespace) -> int:
             "the run itself with its launcher"
         )
     run_dir = RunDir(config.work_dir)
-    run_file = begin(run_dir, config, pipeline_class(config.pipeline_name)(config), rank)
+    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
+    run_file = begin(run_dir, config, pipeline, rank)
     state = RunState(run_dir, run_file.fingerprints, max_shard_retries=config.max_shard_retries)
     put_back = requeue(state, worker=rank.worker_id, timeout_s=config.lease_timeout_s)
     print(f"put back {put_back.shards} shards and {put_back.records} records")
@@ -243,33 +242,21 @@ def export(args: argparse.Namespace) -> int:
     if args.out and len(formats) > 1:
         raise ConfigError(f"--out takes one format, not {','.join(formats)}")
     folder = folder_on_disk(args.out, setting="--out") if args.out else None
-    state = open_state(args)
-    run_file = read_run_file(state.run_dir)
-    config = run_file.config()
+    output: dict[str, Any] = {}
     if args.max_part_bytes is not None:
-        most = convert_flag("max_part_bytes", args.max_part_bytes, int)
-        config = RunConfig.create(config.to_dict() | {"max_part_bytes": most})
+        output["max_part_bytes"] = convert_flag("max_part_bytes", args.max_part_bytes, int)
     if args.test_fraction is not None:
-        share = convert_flag("test_fraction", args.test_fraction, float)
-        config = RunConfig.create(config.to_dict() | {"test_fraction": share})
-    pipeline = pipeline_class(config.pipeline_name)(config)
-    rank = Rank.from_environment()
+        output["test_fraction"] = convert_flag("test_fraction", args.test_fraction, float)
+    work_dir = work_dir_of(args) or RunConfig().work_dir
     for name in formats:
+        written = api.export(work_dir, name, folder=folder, **output)
+        print(f"{name}: {written.written} pairs in {written.folder}")
+    return 0
 
-        def write(name: str = name) -> MergeReport:
-            return export_format(
-                state.run_dir,
-                config,
-                pipeline,
-                run_file.fingerprints,
-                format=name,
-                folder=folder,
-                allow_partial=any(state.is_failed(shard) for shard in state.shards),
-            )
 
-        with wait_for_lease(state, config, rank.worker_id):
-            report = around_damage(state, config, rank.worker_id, write)
-        print(f"{name}: {report.formats[name].written} pairs in {report.formats[name].folder}")
+def push(args: argparse.Namespace) -> int:
+    work_dir = work_dir_of(args) or RunConfig().work_dir
+    print(api.push(work_dir, args.repository, format=args.format, private=args.private))
     return 0
 
 
@@ -288,7 +275,8 @@ def verify(args: argparse.Namespace) -> int:
     )
     marks = {True: "ok", False: "FAILED", None: "-"}
     num_failed = 0
-    for check in verify_checkpoint(args.checkpoint, models, reference=args.reference):
+    checkpoint = with_folders("checkpoint", args.checkpoint)
+    for check in verify_checkpoint(checkpoint, models, reference=args.reference):
         print(f"{marks[check.ok]:6}  {check.name}: {check.shown}", flush=True)
         num_failed += check.ok is False
     print(f"{num_failed} checks failed" if num_failed else "all checks passed")
@@ -352,9 +340,5 @@ def write_demo_dataset(path: Path) -> None:
 
 
 def open_state(args: argparse.Namespace) -> RunState:
-    """The state of an existing run, from its files alone."""
-    run_dir = RunDir(work_dir_of(args) or RunConfig().work_dir)
-    run_file = read_run_file(run_dir)
-    retries = run_file.config().max_shard_retries
-    whole_manifest(run_dir)
-    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
+    """The state of the run that a command line names."""
+    return api.open_state(work_dir_of(args) or RunConfig().work_dir)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from stream_engine import api
 from stream_engine.cli.flags import LineParser
 from stream_engine.demo import DEMO_COUNT, DEMO_SEED
 from stream_engine.errors import ConfigError
-from stream_engine.outputs.reading import read_pairs
-from stream_engine.outputs.validate import holds_dataset
-from stream_engine.run_dir.paths import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +72,7 @@ def demo(args: argparse.Namespace) -> int:
     if args.kind == "score":
         from stream_engine.demo.score import score_pairs
 
-        pairs = read_pairs(dataset_folder(args.work_dir))
+        pairs = api.pairs(args.work_dir)
         print(msgspec.json.encode(score_pairs(pairs)).decode())
         return 0
     return loop(args)
@@ -96,15 +94,9 @@ def loop(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists():
         raise ConfigError(f"--out {out} is there already; give a new folder")
-    pairs = read_pairs(dataset_folder(args.work_dir))
+    pairs = api.pairs(args.work_dir)
     report = close_loop(pairs, settings, out=out, say=lambda line: print(line, flush=True))
     print(msgspec.json.encode(report).decode())
     if out is not None:
         print(f"model: {out}")
     return 0
-
-
-def dataset_folder(path: str) -> Path:
-    """The first dataset of a run, or the path itself where it is one."""
-    folder = RunDir(path).dataset_dir
-    return folder if folder.is_dir() or not holds_dataset(Path(path)) else Path(path)

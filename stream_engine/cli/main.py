@@ -116,6 +116,16 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where to; default: in the work_dir")
 
 
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", help=WORK_DIR)
+    parser.add_argument("repository", metavar="USER/NAME", help="a dataset repository of the hub")
+    parser.add_argument(
+        "--format", metavar="NAME", help="which format, written now where it is not; default: first"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.set_defaults(work_dir=None)
+
+
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="SHARD|KEY", help="a shard's number, a key or your id")
     parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
@@ -225,6 +235,11 @@ COMMANDS = {
         "write the pairs of a run in other formats (--format trl,ms_swift,...)",
         commands.export,
         _export_arguments,
+    ),
+    "push": Command(
+        "bring a dataset to the Hugging Face hub, or go on where that was interrupted",
+        commands.push,
+        _push_arguments,
     ),
     "report": Command(
         "write a page to look at a run's counts and pairs", reports.report, _report_arguments

@@ -84,7 +84,9 @@ class MergeInputs:
                 "seed": config.seed,
                 "ranking": msgspec.to_builtins(config.part(RankingConfig)),
                 "format": format,
-                "output": msgspec.to_builtins(replace(config.part(OutputConfig), format=())),
+                "output": msgspec.to_builtins(
+                    replace(config.part(OutputConfig), format=(), report="auto")  # no part of it
+                ),
                 "stages": self.stages,
                 "shards": self.digest,
                 "rejected": self.samples["rejected"],

@@ -35,7 +35,7 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import SHARD_LEASE
 from stream_engine.store.atomic import is_temporary, write_atomic
 from stream_engine.store.leases import Lease, list_leases
-from stream_engine.store.locations import canonical_source
+from stream_engine.store.locations import canonical_source, is_hub_model
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pyarrow", "pillow")
 KNOWN_NAMES = frozenset(
@@ -331,9 +331,14 @@ def kept_settings(config: RunConfig) -> dict[str, Any]:
     for name in PATH_SETTINGS:
         if settings[name]:
             paths = settings[name].split(",")
-            settings[name] = ",".join(os.path.abspath(os.path.expanduser(p)) for p in paths)
+            settings[name] = ",".join(map(kept_path, paths))
     settings["overwrite"], settings["run_stage"] = False, None
     return settings
+
+
+def kept_path(path: str) -> str:
+    """A path that holds wherever the run is resumed from; a model of the hub by its id."""
+    return path if is_hub_model(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def as_read_back(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from stream_engine.store.transient import network_errors
 HUB = "hf://datasets/"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w-]*(\.\w+)*(:[\w.-]+)?")
 
+HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+
 FILE = re.compile(r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow|tar|tgz|gz|bz2|xz|zst|lz4)$")
 """What ends so was meant as a file of this machine."""
 
@@ -33,6 +35,12 @@ def canonical_source(source: str) -> str:
     if is_name and not os.path.exists(source.partition(":")[0]):
         return f"{HUB}{source}"
     return os.path.abspath(os.path.expanduser(source))
+
+
+def is_hub_model(path: str) -> bool:
+    """Whether a model setting names a model of the Hugging Face hub: `owner/name[@revision]`, where
+    no such folder exists."""
+    return HUB_MODEL.fullmatch(path) is not None and not os.path.exists(path)
 
 
 def is_url(path: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stream_engine.config import STAGES, ModelRole, RunConfig, SamplingConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models import detect_family, read_checkpoint_config
+from stream_engine.models.hub import with_checkpoints
 from stream_engine.outputs.formats import export_class
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
@@ -55,7 +56,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     Raises:
         ConfigError, CheckpointError: as the run itself would.
     """
-    pipeline = pipeline_class(config.pipeline_name)(config)
+    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)

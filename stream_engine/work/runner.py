@@ -14,6 +14,7 @@ from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import MissingStageError
 from stream_engine.inputs.ingest import note_lines
 from stream_engine.inputs.unread import unread_lines
+from stream_engine.models.hub import with_checkpoints
 from stream_engine.outputs.formats import export_class
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
@@ -92,10 +93,10 @@ def run(
     """
     runs_models = "work" in steps and config.run_stage != 2
     rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
-    pipeline = pipeline_class(config.pipeline_name)(config)
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)
+    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
     view = ProgressView(silent=not show_progress or rank.rank != 0)
     work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
     report = with_team(run_dir, config, pipeline, rank, work)
@@ -218,7 +219,7 @@ def retry_shard(config: RunConfig, index: int) -> None:
         ConfigError: when there is no such shard, or another worker holds it.
     """
     rank = Rank.from_environment(tensor_parallel=config.tensor_parallel)
-    pipeline = pipeline_class(config.pipeline_name)(config)
+    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
     run_dir = RunDir(config.work_dir)
 
     def work(team: Team | None) -> None:

@@ -1,0 +1,213 @@
+"""The package from Python: what notebooks and other programs call.
+
+    from stream_engine import api
+
+    config = api.RunConfig(
+        work_dir="work",
+        dataset_path=["questions.parquet"],
+        instruct_model_path="/models/instruct",
+        reward_model_path="/models/reward",
+    )
+    api.run(config)
+    api.status("work").pairs.written
+    for pair in api.pairs("work"):
+        pair.question, pair.images, pair.chosen, pair.rejected, pair.margin
+
+Each function is a command of the same name. Wrong settings raise ConfigError, as everything that a
+user can mend raises a StreamEngineError. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stream_engine.config import RunConfig
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.reading import read_pairs
+from stream_engine.outputs.validate import holds_dataset, is_dataset, is_run
+from stream_engine.outputs.validate import validate as dataset_problems
+from stream_engine.pairs.merge_report import FormatReport, MergeReport
+from stream_engine.pairs.merge_step import wait_for_lease
+from stream_engine.pairs.merger import export as export_format
+from stream_engine.pipelines import pipeline_class
+from stream_engine.ranks import Rank
+from stream_engine.records import DatasetPair
+from stream_engine.run_dir.damage import around_damage, whole_manifest
+from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.run_json import read_run_file
+from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.status import Status, collect
+from stream_engine.run_dir.verify import damaged_parts
+from stream_engine.work.runner import RunReport, run
+
+__all__ = [
+    "DatasetPair",
+    "RunConfig",
+    "RunReport",
+    "append",
+    "export",
+    "pairs",
+    "push",
+    "report",
+    "run",
+    "status",
+    "validate",
+]
+
+ROWS_OF_A_REPORT = 500
+
+
+def append(
+    work_dir: str | Path,
+    dataset_path: Sequence[str],
+    *,
+    max_samples: int | None = None,
+    show_progress: bool = True,
+) -> RunReport:
+    """Add datasets to a run and build what is new, with the settings that the run has.
+
+    Raises:
+        ConfigError: when there is no run, or a dataset cannot be read.
+    """
+    settings = read_run_file(RunDir(work_dir)).settings
+    new = settings | {
+        "work_dir": str(work_dir),
+        "dataset_path": as_names("dataset_path", dataset_path),
+        "max_samples": max_samples,  # the run's own is of what it was given with
+    }
+    return run(RunConfig.create(new), show_progress=show_progress)
+
+
+def status(work_dir: str | Path) -> Status:
+    """Where a run stands: samples, shards and pairs, from its files alone.
+
+    Raises:
+        ConfigError: when there is no run.
+    """
+    return collect(open_state(work_dir))
+
+
+def validate(path: str | Path) -> list[str]:
+    """The problems of a run with all its parts, or of a dataset, one line each; [] is: fine.
+
+    Raises:
+        ConfigError: when the path holds neither.
+    """
+    if not is_dataset(path):
+        raise ConfigError(f"{path} holds no run and no dataset of ours")
+    damaged = damaged_parts(open_state(path)) if is_run(Path(path)) else []
+    return [*damaged, *dataset_problems(path)]
+
+
+def export(
+    work_dir: str | Path,
+    format: str,
+    *,
+    folder: str | Path | None = None,
+    **output: Any,
+) -> FormatReport:
+    """Write the pairs of a run in one more format, by default into the run directory.
+
+    Args:
+        output: settings of the output, as `test_fraction` or `max_part_bytes`; default: the run's.
+
+    Raises:
+        ConfigError: for an unknown format or setting, or a folder that holds something else.
+    """
+    state = open_state(work_dir)
+    run_file = read_run_file(state.run_dir)
+    config = RunConfig.create(run_file.config().to_dict() | output)
+    pipeline = pipeline_class(config.pipeline_name)(config)
+    target = folder_on_disk(folder, setting="folder") if folder else None
+    worker = Rank.from_environment().worker_id
+
+    def write() -> MergeReport:
+        return export_format(
+            state.run_dir,
+            config,
+            pipeline,
+            run_file.fingerprints,
+            format=format,
+            folder=target,
+            allow_partial=any(state.is_failed(shard) for shard in state.shards),
+        )
+
+    with wait_for_lease(state, config, worker):
+        return around_damage(state, config, worker, write).formats[format]
+
+
+def push(
+    work_dir: str | Path, repo_id: str, *, format: str | None = None, private: bool = False
+) -> str:
+    """Bring a dataset of a run, or a dataset's folder, to the Hugging Face hub; returns its URL.
+
+    Args:
+        repo_id: `user/name`, made where there is none.
+        format: written now where the run has not got it; default: the first of the run.
+
+    Raises:
+        ConfigError: when there is no dataset, or the hub refuses it.
+    """
+    from stream_engine.outputs.hub import push_folder
+
+    if format is not None and is_run(Path(work_dir)):
+        return push_folder(Path(export(work_dir, format).folder), repo_id, private=private)
+    return push_folder(dataset_folder(work_dir), repo_id, private=private)
+
+
+def report(
+    work_dir: str | Path, *, out: str | Path | None = None, rows: int = ROWS_OF_A_REPORT
+) -> Path:
+    """Write the page of a run's counts and pairs; returns it. `rows` is of how many pairs.
+
+    Raises:
+        ConfigError: when there is no run.
+    """
+    from stream_engine.report.run import ReportedRun
+    from stream_engine.report.site import write_report
+
+    if rows < 0:
+        raise ConfigError(f"rows must be 0 or more, it is {rows}")
+    found = ReportedRun.open(work_dir)
+    folder = folder_on_disk(out, setting="out") if out else None
+    return Path(write_report(found, folder, num_rows=rows, seed=found.config.seed).page)
+
+
+def pairs(work_dir: str | Path, format: str | None = None) -> Iterator[DatasetPair]:
+    """The pairs of a run, or of a dataset's folder, with their pictures, one at a time.
+
+    Args:
+        format: which of the run's datasets; default: the first.
+
+    Raises:
+        ConfigError: when there is no dataset.
+    """
+    return read_pairs(dataset_folder(work_dir, format))
+
+
+def dataset_folder(path: str | Path, format: str | None = None) -> Path:
+    """A dataset of a run, or the path itself where it is one."""
+    run_dir = RunDir(path)
+    if not is_run(run_dir.root) and holds_dataset(run_dir.root):
+        return run_dir.root
+    formats = read_run_file(run_dir).config().format if run_dir.run_json.exists() else ()
+    first = not format or format == next(iter(formats), None)
+    return run_dir.dataset_dir if first else run_dir.export_dir(str(format))
+
+
+def open_state(work_dir: str | Path) -> RunState:
+    """The state of an existing run, from its files alone."""
+    run_dir = RunDir(work_dir)
+    run_file = read_run_file(run_dir)
+    retries = run_file.config().max_shard_retries
+    whole_manifest(run_dir)
+    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
+
+
+def as_names(name: str, values: Sequence[str]) -> list[str]:
+    """A list of names; a single str is refused, as it would be read letter by letter."""
+    if isinstance(values, str):
+        raise ConfigError(f"{name} is a list: write [{values!r}]")
+    return [str(value) for value in values]
