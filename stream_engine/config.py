@@ -202,6 +202,9 @@ class RunConfig(
     """The run directory: everything that the run writes. An existing one is resumed."""
     run_stage: Literal[0, 1, 2] | None = None
     """0 sample, 1 reward, 2 pairs; None runs all."""
+    track: Literal["trackio", "wandb", "tensorboard"] | None = None
+    """Show the run in an experiment tracker, whose package must be installed: progress,
+    throughput, drops, and pairs at the end."""
     overwrite: bool = False
     """Discard results that other settings made, instead of refusing."""
     beta: float = 0.1

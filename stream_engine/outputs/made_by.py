@@ -18,7 +18,17 @@ HUB_DATASETS = "hf://datasets/"
 LOCAL = ("work_dir", "image_root", "offload_path", "reward_model_python_path")
 """Settings that hold paths of one machine alone."""
 PATHS = ("instruct_model_path", "reward_model_path", "vision_tower_path", "dataset_path")
-NOT_SHOWN = (*LOCAL, "overwrite", "run_stage", "debug", "device", "pretty_name", "license")
+NOT_SHOWN = (
+    *LOCAL,
+    "overwrite",
+    "run_stage",
+    "debug",
+    "device",
+    "pretty_name",
+    "license",
+    "track",
+    "report",
+)
 
 RLAIFV = """\
 @article{yu2024rlaifv,
@@ -69,6 +79,17 @@ def one_name(path: str) -> str:
     if path.startswith(("/", ".", "~")) or "://" in path:
         return PurePosixPath(path.rstrip("/")).name
     return path
+
+
+def shown_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """Every setting that has a value, without folders of this machine."""
+    given = config.to_dict()
+    given |= given.pop("pipeline_options")
+    return {
+        name: setting_text(name, value) if isinstance(value, str | list | dict) else value
+        for name, value in given.items()
+        if name not in LOCAL and value not in (None, "", [], {})
+    }
 
 
 def command_line(config: RunConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -113,7 +114,15 @@ class ProgressView:
     may be called often.
     """
 
-    def __init__(self, *, silent: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        silent: bool = False,
+        stream: TextIO | None = None,
+        listener: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """`listener` is handed whatever is shown, also of a silent view."""
+        self.listener = listener
         self.stream = stream or sys.stderr
         self.silent = silent
         self.live: Live | None = None
@@ -144,13 +153,19 @@ class ProgressView:
         if self.live and at_once:
             return True
         interval = 0.25 if self.live else LINE_INTERVAL_S
-        return not self.silent and time.monotonic() - self._last_line >= interval
+        return (
+            not self.silent or self.listener is not None
+        ) and time.monotonic() - self._last_line >= interval
 
     def update(self, progress: Progress, *, at_once: bool = False) -> None:
         """Show `progress` if it is time to."""
         if not self.is_due(at_once=at_once):
             return
         self._last_line = time.monotonic()
+        if self.listener is not None:
+            self.listener(progress)
+        if self.silent:
+            return
         if self.live:
             self.live.update(table(progress))
         elif (text := line(progress)) != self._last_text:

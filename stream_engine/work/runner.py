@@ -41,6 +41,7 @@ from stream_engine.work.reading import check_inputs
 from stream_engine.work.signals import exit_on_sigterm
 from stream_engine.work.stage_inputs import stage_inputs
 from stream_engine.work.team import Team
+from stream_engine.work.tracking import Tracker
 from stream_engine.work.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,16 @@ def run(
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)
     pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
-    view = ProgressView(silent=not show_progress or rank.rank != 0)
+    tracker = Tracker(config, is_first=rank.rank == 0)
+    view = ProgressView(
+        silent=not show_progress or rank.rank != 0,
+        listener=tracker.progress if tracker.backend else None,
+    )
     work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
-    report = with_team(run_dir, config, pipeline, rank, work)
+    try:
+        report = with_team(run_dir, config, pipeline, rank, work)
+    finally:
+        tracker.finish()
     if report is None:
         fingerprints = read_run_file(run_dir).fingerprints
         state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries)

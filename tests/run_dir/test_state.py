@@ -115,7 +115,7 @@ def test_a_waiting_worker_spends_little_time_on_looking(
         time.sleep(0.1)  # 20 times that is how old its sight of things may get
         return list_leases(folder)
 
-    def wait(self: Worker, doing: str) -> None:
+    def wait(self: Worker, doing: str, **_: object) -> None:
         nonlocal num_waits, num_looks
         num_waits += doing == "waiting for other workers"
         if num_waits == 1:
