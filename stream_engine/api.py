@@ -35,11 +35,14 @@ from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.records import DatasetPair
 from stream_engine.run_dir.damage import around_damage, whole_manifest
-from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect
 from stream_engine.run_dir.verify import damaged_parts
+from stream_engine.store import files
+from stream_engine.store.base import Location
+from stream_engine.store.files import location
 from stream_engine.work.runner import RunReport, run
 
 __all__ = [
@@ -60,7 +63,7 @@ ROWS_OF_A_REPORT = 500
 
 
 def append(
-    work_dir: str | Path,
+    work_dir: str | Location,
     dataset_path: Sequence[str],
     *,
     max_samples: int | None = None,
@@ -80,7 +83,7 @@ def append(
     return run(RunConfig.create(new), show_progress=show_progress)
 
 
-def status(work_dir: str | Path) -> Status:
+def status(work_dir: str | Location) -> Status:
     """Where a run stands: samples, shards and pairs, from its files alone.
 
     Raises:
@@ -89,7 +92,7 @@ def status(work_dir: str | Path) -> Status:
     return collect(open_state(work_dir))
 
 
-def validate(path: str | Path) -> list[str]:
+def validate(path: str | Location) -> list[str]:
     """The problems of a run with all its parts, or of a dataset, one line each; [] is: fine.
 
     Raises:
@@ -97,15 +100,15 @@ def validate(path: str | Path) -> list[str]:
     """
     if not is_dataset(path):
         raise ConfigError(f"{path} holds no run and no dataset of ours")
-    damaged = damaged_parts(open_state(path)) if is_run(Path(path)) else []
+    damaged = damaged_parts(open_state(path)) if is_run(location(path)) else []
     return [*damaged, *dataset_problems(path)]
 
 
 def export(
-    work_dir: str | Path,
+    work_dir: str | Location,
     format: str,
     *,
-    folder: str | Path | None = None,
+    folder: str | Location | None = None,
     **output: Any,
 ) -> FormatReport:
     """Write the pairs of a run in one more format, by default into the run directory.
@@ -120,7 +123,7 @@ def export(
     run_file = read_run_file(state.run_dir)
     config = RunConfig.create(run_file.config().to_dict() | output)
     pipeline = pipeline_class(config.pipeline_name)(config)
-    target = folder_on_disk(folder, setting="folder") if folder else None
+    target = location(folder, setting="folder") if folder else None
     worker = Rank.from_environment().worker_id
 
     def write() -> MergeReport:
@@ -139,7 +142,7 @@ def export(
 
 
 def push(
-    work_dir: str | Path, repo_id: str, *, format: str | None = None, private: bool = False
+    work_dir: str | Location, repo_id: str, *, format: str | None = None, private: bool = False
 ) -> str:
     """Bring a dataset of a run, or a dataset's folder, to the Hugging Face hub; returns its URL.
 
@@ -152,13 +155,17 @@ def push(
     """
     from stream_engine.outputs.hub import push_folder
 
-    if format is not None and is_run(Path(work_dir)):
-        return push_folder(Path(export(work_dir, format).folder), repo_id, private=private)
-    return push_folder(dataset_folder(work_dir), repo_id, private=private)
+    if format is not None and is_run(location(work_dir)):
+        folder = location(export(work_dir, format).folder)
+    else:
+        folder = dataset_folder(work_dir)
+    if not isinstance(folder, Path):
+        raise ConfigError(f"{folder}: export it to a folder of a disk first, and push that")
+    return push_folder(folder, repo_id, private=private)
 
 
 def report(
-    work_dir: str | Path, *, out: str | Path | None = None, rows: int = ROWS_OF_A_REPORT
+    work_dir: str | Location, *, out: str | Path | None = None, rows: int = ROWS_OF_A_REPORT
 ) -> Path:
     """Write the page of a run's counts and pairs; returns it. `rows` is of how many pairs.
 
@@ -171,11 +178,11 @@ def report(
     if rows < 0:
         raise ConfigError(f"rows must be 0 or more, it is {rows}")
     found = ReportedRun.open(work_dir)
-    folder = folder_on_disk(out, setting="out") if out else None
+    folder = Path(out) if out else None
     return Path(write_report(found, folder, num_rows=rows, seed=found.config.seed).page)
 
 
-def pairs(work_dir: str | Path, format: str | None = None) -> Iterator[DatasetPair]:
+def pairs(work_dir: str | Location, format: str | None = None) -> Iterator[DatasetPair]:
     """The pairs of a run, or of a dataset's folder, with their pictures, one at a time.
 
     Args:
@@ -187,17 +194,17 @@ def pairs(work_dir: str | Path, format: str | None = None) -> Iterator[DatasetPa
     return read_pairs(dataset_folder(work_dir, format))
 
 
-def dataset_folder(path: str | Path, format: str | None = None) -> Path:
+def dataset_folder(path: str | Location, format: str | None = None) -> Location:
     """A dataset of a run, or the path itself where it is one."""
     run_dir = RunDir(path)
     if not is_run(run_dir.root) and holds_dataset(run_dir.root):
         return run_dir.root
-    formats = read_run_file(run_dir).config().format if run_dir.run_json.exists() else ()
+    formats = read_run_file(run_dir).config().format if files.exists(run_dir.run_json) else ()
     first = not format or format == next(iter(formats), None)
     return run_dir.dataset_dir if first else run_dir.export_dir(str(format))
 
 
-def open_state(work_dir: str | Path) -> RunState:
+def open_state(work_dir: str | Location) -> RunState:
     """The state of an existing run, from its files alone."""
     run_dir = RunDir(work_dir)
     run_file = read_run_file(run_dir)

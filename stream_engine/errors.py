@@ -13,6 +13,7 @@
     ├── ShardError                     one shard is bad: retried, then recorded as failed
     │   ├── ShardReadError             the tar is short, torn or does not match its checksum
     │   ├── LeaseLostError             another worker took the shard over
+    │   │   └── ChangedError           another process wrote the file first; nothing was overwritten
     │   └── WorkerDiedError            the worker that held the shard ended without giving it back
     └── ConservationError              the counts of a merge do not add up; nothing is written
 
@@ -87,6 +88,20 @@ class ShardReadError(ShardError):
 
 class LeaseLostError(ShardError):
     """The lease on a shard is no longer this worker's."""
+
+
+class ChangedError(LeaseLostError):
+    """A file is not what it was when it was read: another process wrote it, and nothing was done.
+
+    `path` is the file's.
+    """
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"{path}: another process has written it since this one read it; nothing was "
+            "overwritten, and what is there stands. The same command goes on from there"
+        )
+        self.path = str(path)
 
 
 class WorkerDiedError(ShardError):

@@ -77,6 +77,14 @@ def parts(dataset: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(dataset.glob("*.parquet"))}
 
 
+def rows_file(dataset: Path, split: str = "train") -> Path:
+    """The one file that holds a dataset's rows: its name ends in their hash."""
+    h = "[0-9a-f]" * 8
+    patterns = (f"{split}-*-of-*-{h}.parquet", f"{split}-{h}.jsonl", f"{split}-{h}/*.parquet")
+    (found,) = (path for pattern in patterns for path in dataset.glob(pattern))
+    return found
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -32,6 +32,7 @@ from stream_engine.run_dir.manifest import InputInfo, Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, write_results
 from stream_engine.run_dir.shards import write_shard
+from stream_engine.store import files
 
 FINGERPRINTS: dict[Stage, str] = {"rollouts": "f" * 16, "rewards": "e" * 16}
 WORDS = (
@@ -231,7 +232,8 @@ def write_stage(
         Failure(reason="synthetic", stage=stage, key=sample.key, idx=sample.idx)
         for sample in failed
     ]
-    write_results(run_dir, header, records, failures)
+    over = files.version_of(run_dir.result(stage, info.index))
+    write_results(run_dir, header, records, failures, over=over)
 
 
 def write_example_run(root: Path) -> RunDir:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -16,19 +15,22 @@ from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.reports import report_after, work_dir_of
 from stream_engine.config import InputConfig, ModelConfig, RunConfig
 from stream_engine.demo import DEMO_COUNT, DEMO_SEED, demo_models
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ChangedError, ConfigError
 from stream_engine.models.hub import with_checkpoints, with_folders
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.inspect import inspect as inspect_lines
-from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.refusals import DEMO_DATASET
 from stream_engine.run_dir.remedies import remedy_lines
 from stream_engine.run_dir.requeue import requeue
-from stream_engine.run_dir.run_json import DEMO_DATASET, merged_sources, read_run_file
+from stream_engine.run_dir.run_json import merged_sources, read_run_file
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
-from stream_engine.store.atomic import temporary_path
+from stream_engine.store import files
+from stream_engine.store.base import Location
+from stream_engine.store.files import location
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.plan import plan_lines
@@ -146,9 +148,7 @@ def remedies(report: RunReport) -> list[str]:
     rejected = status.samples.quarantined - set_aside
     lines = []
     if rejected:
-        folder = RunDir(report.work_dir).quarantine_dir
-        files = list(folder.glob("input-*.jsonl"))
-        where = files[0] if len(files) == 1 else folder / "input-*.jsonl"
+        where = ", ".join(report.rejects_files)
         lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
         lines += [f"  {line}" for line in remedy_lines(report.rejected)]
     lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
@@ -225,7 +225,7 @@ def validate(args: argparse.Namespace) -> int:
             print(f"{printable(path)}: {line}")
     else:
         found = find_problems(path)
-        if is_run(Path(path)):
+        if is_run(location(path)):
             args.positional_work_dir = path
             found = [*damaged_parts(open_state(args)), *found]
         for problem in found:
@@ -241,7 +241,7 @@ def export(args: argparse.Namespace) -> int:
         raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
     if args.out and len(formats) > 1:
         raise ConfigError(f"--out takes one format, not {','.join(formats)}")
-    folder = folder_on_disk(args.out, setting="--out") if args.out else None
+    folder = location(args.out, setting="--out") if args.out else None
     output: dict[str, Any] = {}
     if args.max_part_bytes is not None:
         output["max_part_bytes"] = convert_flag("max_part_bytes", args.max_part_bytes, int)
@@ -297,7 +297,7 @@ def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunC
     given = read_settings(args)
     work_dir = given.get("work_dir", RunConfig().work_dir)
     run_dir = RunDir(work_dir)
-    if may_be_new and not run_dir.run_json.exists():
+    if may_be_new and not files.exists(run_dir.run_json):
         return RunConfig.create(with_demo(args, given, make_demo_data=True))
     base = read_run_file(run_dir).settings
     settings = read_settings(args, base | {"work_dir": work_dir})
@@ -323,20 +323,13 @@ def with_demo(
     return settings
 
 
-def write_demo_dataset(path: Path) -> None:
+def write_demo_dataset(path: Location) -> None:
     """Write the embedded dataset, unless it is there; workers that start together write it once."""
-    from stream_engine.demo.data import write_dataset
+    from stream_engine.demo.data import dataset_bytes
 
-    if path.exists():
-        return
-    own = temporary_path(path)
-    try:
-        write_dataset(own, DEMO_COUNT, DEMO_SEED)
-        os.link(own, path)
-    except FileExistsError:
-        pass
-    finally:
-        own.unlink(missing_ok=True)
+    if not files.exists(path):
+        with suppress(ChangedError):
+            files.create(path, dataset_bytes(DEMO_COUNT, DEMO_SEED))
 
 
 def open_state(args: argparse.Namespace) -> RunState:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stream_engine.cli.flags import convert_flag
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, StreamEngineError
-from stream_engine.run_dir.paths import RunDir, folder_on_disk
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.base import ObjectPath
 from stream_engine.text import describe, duration, printable
 from stream_engine.work.runner import RunReport
 
@@ -32,7 +34,7 @@ def report(args: argparse.Namespace) -> int:
     if num_rows < 0:
         raise ConfigError(f"rows must be 0 or more, it is {num_rows}")
     run = ReportedRun.open(work_dir_of(args) or RunConfig().work_dir)
-    folder = folder_on_disk(args.out, setting="--out") if args.out else None
+    folder = Path(args.out) if args.out else None
     print(printable(line_of(write_report(run, folder, num_rows=num_rows, seed=run.config.seed))))
     return 0
 
@@ -57,7 +59,7 @@ def report_after(config: RunConfig, ended: RunReport, *, is_alone: bool) -> str 
     from stream_engine.report.site import is_current, write_report
 
     run_dir = RunDir(config.work_dir)
-    if config.report == "never" or ended.dataset is None:
+    if config.report == "never" or ended.dataset is None or isinstance(run_dir.root, ObjectPath):
         return None
     is_due = not is_current(run_dir)
     if is_due and (ended.merged_here or is_alone):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_engine.demo.world import make_picture
 from stream_engine.errors import ConfigError
-from stream_engine.store.atomic import temporary_path
+from stream_engine.store.local import temporary_path
 
 SCHEMA = pa.schema(
     [
@@ -35,13 +37,25 @@ def write_dataset(out: Path, count: int, seed: int, format: str = "parquet") -> 
         raise ConfigError(f"count {count} must be at least 1 and seed {seed} at least 0")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_path(out)
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
+    with open(partial, "wb") as file:
+        _write_rows(file, count, seed)
+    partial.replace(out)
+    return out
+
+
+def dataset_bytes(count: int, seed: int) -> bytes:
+    """The content of such a file."""
+    file = io.BytesIO()
+    _write_rows(file, count, seed)
+    return file.getvalue()
+
+
+def _write_rows(file: BinaryIO, count: int, seed: int) -> None:
+    with pq.ParquetWriter(file, SCHEMA) as writer:
         for start in range(0, count, _ROWS_PER_GROUP):
             numbers = range(start, min(count, start + _ROWS_PER_GROUP))
             rows = [_row(seed, number) for number in numbers]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    partial.replace(out)
-    return out
 
 
 def _row(seed: int, number: int) -> dict:

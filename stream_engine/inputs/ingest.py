@@ -12,21 +12,24 @@ The caller holds the lease "ingest": there is one ingest at a time.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
 
 from stream_engine.config import InputConfig
-from stream_engine.errors import ConservationError, NoPicturesError, ShardReadError
+from stream_engine.errors import (
+    ConservationError,
+    NoPicturesError,
+    ShardReadError,
+)
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.layouts import LATER_TURNS
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
+from stream_engine.inputs.rejects import QuarantineWriter
 from stream_engine.inputs.rows import IMAGE_COLUMNS
 from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.inputs.unread import Unread
@@ -42,7 +45,8 @@ from stream_engine.run_dir.manifest import (
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.shards import write_shard
-from stream_engine.store.atomic import fsync_folder, remove_leftovers, temporary_path
+from stream_engine.store import files
+from stream_engine.store.local import remove_leftovers
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 
@@ -99,6 +103,8 @@ def ingest(
         ConservationError: when the counts do not add up.
     """
     report = IngestReport()
+    if isinstance(run_dir.shards_dir, Path):
+        remove_leftovers(run_dir.shards_dir)
     states = {canonical_source(source): input_fingerprint(source) for source in sources}
     manifest = Manifest.load(run_dir)
     to_read = {
@@ -109,7 +115,6 @@ def ingest(
     report.skipped_inputs = [source for source in states if source not in to_read]
     if not to_read:
         return report
-    remove_leftovers(run_dir.shards_dir, older_than_s=0.0)
     with KnownSamples(manifest.shards.lines()) as known:
         for source, state in to_read.items():
             part = as_far_as_before(config, manifest.inputs.get(source))
@@ -160,11 +165,13 @@ class InputReading:
         self.known.begin_reading()
         self.known.set_pending(self.manifest.unfinished_shards(self.source))
         self.take_up(self.manifest.unreadable_files(self.source, fingerprint, self.config))
+        before = self.manifest.inputs.get(self.source)
         with QuarantineWriter(self.run_dir, self.source) as self.quarantine:
             for failure in self.rejects_before():
                 self.quarantine.write(failure)
             self.write_shards(self.new_samples())
             self.on_progress(self.total)
+            quarantine = self.quarantine.finish()
         self.known.clear_pending()
         self.check_conservation()
         self.refuse_without_pictures()
@@ -182,6 +189,7 @@ class InputReading:
                 added=counts.added,
                 known=counts.known,
                 rejected=counts.rejected,
+                quarantine=quarantine,
                 unreadable=self.unreadable,
                 unread=list(self.unread.columns),
                 left_out=self.unread.left_out,
@@ -189,6 +197,8 @@ class InputReading:
                 notes=dict(self.notes),
             )
         )
+        if before is not None and before.quarantine:
+            files.erase(self.run_dir.quarantine(before.quarantine))
 
     def take_up(self, unreadable: list[str]) -> None:
         """Read these files alone when everything about the others is on hand.
@@ -210,16 +220,21 @@ class InputReading:
     def rejects_before(self) -> Iterator[Failure]:
         """The rejects of the files that are not read again."""
         if self.only is not None:
-            path = quarantine_path(self.run_dir, self.source)
-            yield from (f for f in read_quarantine(path) if f.source not in self.only)
+            name = self.manifest.inputs[self.source].quarantine
+            if name:
+                path = self.run_dir.quarantine(name)
+                yield from (f for f in read_quarantine(path) if f.source not in self.only)
 
     def write_shards(self, samples: Iterator[Sample]) -> None:
         """Cut the new samples into shards; the last one may be smaller."""
         rest = self.config.samples_per_shard - 1
         for first in samples:
             index = len(self.manifest.shards)
+            tar = self.run_dir.shard(index)
+            unlisted = files.version_of(tar)  # of an ingest that was killed before its line
+            self.manifest.check_unchanged()
             shard = self.then_report(chain((first,), islice(samples, rest)))
-            info = write_shard(self.run_dir.shard(index), index, shard)
+            info = write_shard(tar, index, shard, over=unlisted)
             self.manifest.append_shard(info, source=self.source)
             self.num_written += info.num_samples
             self.total.num_shards += 1
@@ -298,49 +313,6 @@ class InputReading:
                 f"{self.source}: read {counts.read} rows, but added {num_added}, "
                 f"known {counts.known}, rejected {num_rejected}"
             )
-
-
-class QuarantineWriter:
-    """The quarantine file of one input, put in place however the reading ends."""
-
-    def __init__(self, run_dir: RunDir, source: str) -> None:
-        self.path = quarantine_path(run_dir, source)
-        self.num_written = 0
-
-    def __enter__(self) -> QuarantineWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = temporary_path(self.path)
-        self.file = open(self.temporary, "wb")
-        return self
-
-    def write(self, failure: Failure) -> None:
-        self.file.write(msgspec.json.encode(failure) + b"\n")
-        self.num_written += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if self.num_written:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink()
-            self.path.unlink(missing_ok=True)
-        fsync_folder(self.path.parent)
-
-
-def discard_refused(run_dir: RunDir, sources: Iterable[str]) -> None:
-    """Remove the quarantine files of inputs other than these: they were refused as a whole."""
-    known = {quarantine_path(run_dir, source) for source in sources}
-    for path in run_dir.quarantine_dir.glob("input-*.jsonl"):
-        if path not in known:
-            path.unlink(missing_ok=True)
-
-
-def quarantine_path(run_dir: RunDir, source: str) -> Path:
-    """The quarantine file of an input."""
-    digest = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
-    return run_dir.quarantine(f"input-{digest}")
 
 
 def note_lines(notes: Mapping[str, int]) -> list[str]:

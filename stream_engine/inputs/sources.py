@@ -52,6 +52,7 @@ SIDE_FILES = frozenset(
     )
 )
 """What lies beside data and describes it."""
+MANIFEST_PART = re.compile(r"manifest-\d+\.jsonl")
 QUIET_SUFFIXES = frozenset((".md", ".txt", ".lock", ".crc", ".yaml", ".yml", ".gitattributes"))
 """Of notes that people keep beside data: not told as unread."""
 
@@ -239,7 +240,7 @@ def without_side_files(
             names = listed[folder]
             if name.startswith("cache-") if names is None else name not in names:
                 continue
-        if name in SIDE_FILES and len(files) > 1:
+        if (name in SIDE_FILES or MANIFEST_PART.fullmatch(name)) and len(files) > 1:
             continue
         kept.append(file)
     return kept

@@ -19,6 +19,7 @@ from stream_engine.config import ModelConfig, OutputConfig, RankingConfig, RunCo
 from stream_engine.outputs.columns import column_rows, yaml_features
 from stream_engine.outputs.formats.base import SPLITS, Export, PairRow, ParquetExport
 from stream_engine.outputs.made_by import citation, command_line, model_name
+from stream_engine.outputs.publication import with_token
 from stream_engine.outputs.usage import usage
 from stream_engine.text import printable
 
@@ -38,6 +39,7 @@ def dataset_card(
     *,
     export: type[Export],
     content: str,
+    token: str,
     example: PairRow | None = None,
     picture: str | None = None,
     resolved_sampling: Mapping[str, Any] | None = None,
@@ -48,6 +50,7 @@ def dataset_card(
         stats: the content of stats.json.
         export: the format's class.
         content: the hash of the files that hold rows, from `published.content_hash`.
+        token: what ends their names.
         example: a pair to show, and `picture` its picture's file in the folder.
         resolved_sampling: the sampling values that the engine used, where they are known.
     """
@@ -57,7 +60,7 @@ def dataset_card(
     sampling = {**msgspec.to_builtins(config.part(SamplingConfig)), **(resolved_sampling or {})}
     models = msgspec.to_builtins(config.part(ModelConfig))
     named = {name: models[name] for name in models if name.endswith("model_path") and models[name]}
-    header = card_data(config, stats, export, content).to_yaml()
+    header = card_data(config, stats, export, content, token).to_yaml()
     sections = [
         f"---\n{header}\n---",
         f"# {printable(title)}\n\n"
@@ -83,7 +86,7 @@ def dataset_card(
 
 
 def card_data(
-    config: RunConfig, stats: Mapping[str, Any], export: type[Export], content: str
+    config: RunConfig, stats: Mapping[str, Any], export: type[Export], content: str, token: str
 ) -> DatasetCardData:
     """What the Hub and `load_dataset` read.
 
@@ -95,7 +98,8 @@ def card_data(
     num_pairs = stats["pairs"]["written"]
     files = files_by_split(stats["parts"])
     data_files = [
-        {"split": split, "path": export.data_files.format(split=split)} for split in files
+        {"split": split, "path": with_token(export.data_files.format(split=split), token)}
+        for split in files
     ]
     own = {"trl": ["trl"]}.get(stats["format"], [])
     output = config.part(OutputConfig)

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from stream_engine.errors import ConfigError
-from stream_engine.outputs.published import RECORD, file_problems, is_ours
+from stream_engine.outputs.published import RECORD, file_problems, is_ours, recorded
+from stream_engine.run_dir.sealed import read_sealed
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-TEMPORARY = ["*.tmp", ".*"]
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -30,7 +30,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
 
     if REPOSITORY.fullmatch(repo_id) is None:
         raise ConfigError(f"{repo_id!r} names no repository; write user/name")
-    if not is_ours(folder) or not (folder / RECORD).is_file():
+    stats = read_sealed(folder / RECORD)
+    if not is_ours(folder) or stats is None:
         raise ConfigError(f"{folder} holds no dataset of ours")
     if problem := next(file_problems(folder), None):
         raise ConfigError(f"not pushed, since the dataset is damaged: {problem}")
@@ -43,7 +44,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             folder_path=folder,
             commit_message="Preference pairs by stream_engine",
             delete_patterns=["*"],
-            ignore_patterns=TEMPORARY,
+            allow_patterns=[RECORD, *(f"{n}*" if n.endswith("/") else n for n in recorded(stats))],
         )
     except (OSError, ValueError, RuntimeError) as error:  # without network, name or right
         line = " ".join(str(error).split())[:300]

@@ -6,14 +6,11 @@ a column whose values are all null would have another type in each part.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-
-from stream_engine.store.atomic import fsync_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -68,7 +65,7 @@ class ParquetParts:
         self.num_bytes += num_bytes
 
     def close(self) -> list[Part]:
-        """Finish the last part and give all parts their names; durable when this returns.
+        """Finish the last part and give all parts their names.
 
         Without any row there is one part without rows, so that the dataset still has its columns.
         """
@@ -83,7 +80,6 @@ class ParquetParts:
             path = self.folder / f"{self.split}-{number:05d}-of-{total:05d}.parquet"
             self._unfinished(number).rename(path)
             parts.append(Part(name=path.name, rows=rows, bytes=path.stat().st_size))
-        fsync_folder(self.folder)
         return parts
 
     def _unfinished(self, number: int) -> Path:
@@ -126,7 +122,6 @@ class ParquetParts:
         self._writer.close()
         self._sink.close()
         self._writer = self._sink = None
-        fsync_file(self._unfinished(len(self.part_rows) - 1))
 
 
 def write_empty(path: Path, schema: pyarrow.Schema) -> None:
@@ -134,7 +129,6 @@ def write_empty(path: Path, schema: pyarrow.Schema) -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.ParquetWriter(path, schema).close()
-    fsync_file(path)
 
 
 def arrow_schema(features: Mapping[str, Any]) -> pyarrow.Schema:
@@ -173,9 +167,3 @@ def size_of(value: Any) -> int:
     if isinstance(value, list):
         return sum(size_of(item) for item in value)
     return 8
-
-
-def fsync_file(path: Path) -> None:
-    """Make a file's content durable."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -1,27 +1,36 @@
 """The record of a published dataset: size and checksum of every file, in its stats.json.
 
-stats.json is written last and seals itself, so that a byte that changed anywhere in the folder, and
-a file that is lost, can be told later.
+stats.json seals itself, so that a byte that changed anywhere in the folder, or a lost file, can be
+told later.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from stream_engine.outputs.formats.base import SPLITS
 from stream_engine.run_dir.sealed import read_sealed
+from stream_engine.store import files
+from stream_engine.store.base import Entry, Location
 
 RECORD = "stats.json"
 CARD = "README.md"
 CARD_MARK = "\n- stream_engine\n"
 """Of a card's front matter: a folder whose record was lost is one of ours by it."""
 CHUNK_BYTES = 1 << 20
-HEAD_CHARACTERS = 4000
+HEAD_BYTES = 4000
+IMAGES = "images"
+"""The folder of pictures that rows name; what earlier rows named stays in it."""
+
+
+class NamedImages(msgspec.Struct, frozen=True):
+    """The little of a row that tells its pictures."""
+
+    images: list[str] = []
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -32,22 +41,37 @@ class FileRecord(msgspec.Struct, frozen=True):
     files: int = 1
 
 
-def record_of(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a dataset's folder but its record, by name."""
+def record_of(folder: Path, *, but: Container[str]) -> dict[str, FileRecord]:
+    """Every other file of a folder of this machine, by name; those of IMAGES as one."""
     records: dict[str, FileRecord] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name in SPLITS:
-            records |= {f"{path.name}/{f.name}": record_of_file(f) for f in sorted(path.iterdir())}
-        elif path.is_dir():
-            records[f"{path.name}/"] = record_of_folder(path)
-        elif path.name != RECORD:
-            records[path.name] = record_of_file(path)
+        if path.is_dir() and path.name == IMAGES:
+            records[f"{IMAGES}/"] = record_of_images(path, [f.name for f in path.iterdir()])
+            continue
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            name = file.relative_to(folder).as_posix()
+            if name not in but:
+                records[name] = record_of_file(file)
     return records
 
 
-def record_of_file(path: Path) -> FileRecord:
-    """One file."""
-    return FileRecord(path.stat().st_size, sha256_of(path).hexdigest())
+def record_of_file(path: Location) -> FileRecord:
+    """One file.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    with files.open_file(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return FileRecord(num_bytes, digest.hexdigest())
+
+
+def record_of_bytes(content: bytes) -> FileRecord:
+    """What a file of this content will be."""
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def content_hash(records: Mapping[str, FileRecord]) -> str:
@@ -58,31 +82,26 @@ def content_hash(records: Mapping[str, FileRecord]) -> str:
     return digest.hexdigest()
 
 
-def record_of_folder(folder: Path) -> FileRecord:
-    """All files of a folder as one."""
-    digest = hashlib.sha256()
-    num_bytes = num_files = 0
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + b"\0" + sha256_of(path).digest())
-        num_bytes += path.stat().st_size
+def record_of_images(folder: Location, names: Iterable[str]) -> FileRecord:
+    """These files of a folder as one.
+
+    Raises:
+        FileNotFoundError: when one is missing.
+    """
+    digest, num_bytes, num_files = hashlib.sha256(), 0, 0
+    for name in sorted(set(names)):
+        record = record_of_file(folder / name)
+        digest.update(f"{name}\0{record.sha256}".encode())
+        num_bytes += record.bytes
         num_files += 1
     return FileRecord(num_bytes, digest.hexdigest(), num_files)
 
 
-def sha256_of(path: Path) -> Any:
-    """The hash of a file's content, read a part at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest
-
-
-def file_problems(folder: Path) -> Iterator[str]:
+def file_problems(folder: Location) -> Iterator[str]:
     """Files that are not what was published, one line each; nothing for a dataset that is none of
     ours."""
     path = folder / RECORD
-    if not path.exists():
+    if not files.exists(path):
         if is_ours(folder):
             yield f"{path}: is lost; the next merge makes the dataset again"
         return
@@ -90,13 +109,36 @@ def file_problems(folder: Path) -> Iterator[str]:
     if stats is None:
         yield f"{path}: is not what was written; the next merge makes the dataset again"
         return
-    records = msgspec.convert(stats.get("files", {}), dict[str, FileRecord])
-    found = record_of(folder)
-    for name, record in records.items():
-        if name not in found:
+    for name, record in recorded(stats).items():
+        try:
+            if name == f"{IMAGES}/":
+                parts = [folder / part["name"] for part in stats["parts"]]
+                found = record_of_images(folder / IMAGES, images_of(parts))
+            else:
+                found = record_of_file(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
             yield f"{folder / name}: is lost"
-        elif found[name] != record:
-            yield f"{folder / name}: {difference(record, found[name])}"
+            continue
+        if found != record:
+            yield f"{folder / name}: {difference(record, found)}"
+
+
+def recorded(stats: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The files that a record tells, by name."""
+    return msgspec.convert(stats.get("files", {}), dict[str, FileRecord])
+
+
+def images_of(parts: Iterable[Location]) -> Iterator[str]:
+    """The picture files that rows of JSON lines name."""
+    for part in parts:
+        with files.open_file(part) as file:
+            for line in file:
+                try:
+                    named = msgspec.json.decode(line, type=NamedImages)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    continue  # the part is told as damaged
+                for name in named.images:
+                    yield name.rpartition("/")[2]
 
 
 def difference(record: FileRecord, found: FileRecord) -> str:
@@ -108,32 +150,48 @@ def difference(record: FileRecord, found: FileRecord) -> str:
     return "its content is not what was written"
 
 
-def is_intact(folder: Path, stats: Mapping[str, Any]) -> bool:
+def is_intact(folder: Location, stats: Mapping[str, Any]) -> bool:
     """Whether a dataset's files are as published: by size, and by content where a file was written
     to after the record."""
-    written = (folder / RECORD).stat().st_mtime_ns
-    for name, record in msgspec.convert(stats.get("files", {}), dict[str, FileRecord]).items():
-        path = folder / name
-        if not path.exists():
-            return False
-        if name.endswith("/"):
-            if path.stat().st_mtime_ns > written and record_of_folder(path) != record:
+    entries = entries_of(folder)
+    if RECORD not in entries:
+        return False
+    written = entries[RECORD].modified
+    for name, record in recorded(stats).items():
+        if name == f"{IMAGES}/":
+            if len(files.list_files(folder / IMAGES)) < record.files:
                 return False
             continue
-        status = path.stat()
-        if status.st_size != record.bytes:
+        entry = entries.get(name)
+        if entry is None or entry.size != record.bytes:
             return False
-        if status.st_mtime_ns > written and sha256_of(path).hexdigest() != record.sha256:
+        if entry.modified > written and record_of_file(entry.path) != record:
             return False
     return True
 
 
-def is_ours(folder: Path) -> bool:
+def parts_of(folder: Location) -> list[Location]:
+    """The files of rows that a dataset's record names; else all that look like some."""
+    stats = read_sealed(folder / RECORD)
+    if stats is not None:
+        return [folder / part["name"] for part in stats["parts"]]
+    paths = [entry.path for entry in entries_of(folder).values()]
+    return [path for path in paths if path.suffix in (".parquet", ".jsonl")]
+
+
+def entries_of(folder: Location) -> dict[str, Entry]:
+    """The files of a dataset as they are, by name; without those of IMAGES."""
+    entries = {entry.path.name: entry for entry in files.list_files(folder)}
+    for inner in files.list_folders(folder):
+        if inner.name != IMAGES:
+            found = files.list_files(inner)
+            entries |= {f"{inner.name}/{entry.path.name}": entry for entry in found}
+    return entries
+
+
+def is_ours(folder: Location) -> bool:
     """Whether a folder holds a dataset that a merge may replace."""
-    if (folder / RECORD).is_file():
+    if files.exists(folder / RECORD):
         return True
-    try:
-        head = (folder / CARD).read_text(encoding="utf-8", errors="replace")[:HEAD_CHARACTERS]
-    except OSError:
-        return False
+    head = (files.read_bytes(folder / CARD) or b"")[:HEAD_BYTES].decode(errors="replace")
     return head.startswith("---\n") and CARD_MARK in head

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from stream_engine.errors import ConfigError
-from stream_engine.outputs.formats.base import SPLITS
-from stream_engine.outputs.validate import format_of, lines_of, parts_of
+from stream_engine.outputs.validate import format_of, jsonl_parts, lines_of, parquet_parts
 from stream_engine.records import (
     IMAGE_MARK,
     DatasetPair,
@@ -16,13 +14,15 @@ from stream_engine.records import (
     marks_are_in_front,
     without_marks,
 )
+from stream_engine.store import files
+from stream_engine.store.base import Location
 
 ROWS_PER_BATCH = 16
 
 Row = Mapping[str, Any]
 
 
-def read_pairs(folder: Path) -> Iterator[DatasetPair]:
+def read_pairs(folder: Location) -> Iterator[DatasetPair]:
     """The pairs of a dataset, in order.
 
     Raises:
@@ -47,33 +47,39 @@ def read_pairs(folder: Path) -> Iterator[DatasetPair]:
         )
 
 
-def parquet_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+def parquet_rows(folder: Location) -> Iterator[tuple[str, Row]]:
     """Every row of the parts, with its split."""
     import pyarrow.parquet
 
-    for part in parts_of(folder):
-        with pyarrow.parquet.ParquetFile(part) as file:
+    for part in parquet_parts(folder):
+        with files.open_file(part) as stream, pyarrow.parquet.ParquetFile(stream) as file:
             # A part without rows has no row group either, which older pyarrow cannot iterate over.
             batches = file.iter_batches(batch_size=ROWS_PER_BATCH) if file.num_row_groups else ()
             for batch in batches:
                 for row in batch.to_pylist():
-                    yield "test" if part.name.startswith("test-") else "train", row
+                    yield split_of_part(part, folder), row
 
 
-def jsonl_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+def jsonl_rows(folder: Location) -> Iterator[tuple[str, Row]]:
     """Every row of the splits' files, with its split."""
-    for split in SPLITS:
-        for row in lines_of(folder / f"{split}.jsonl"):
+    for part in jsonl_parts(folder):
+        for row in lines_of(part):
             if row is not None:
-                yield split, row
+                yield split_of_part(part, folder), row
 
 
-def images_of(row: Row, folder: Path) -> Iterator[EncodedImage]:
+def split_of_part(part: Location, folder: Location) -> str:
+    """The split of a file of rows, which its name, or that of its folder, begins with."""
+    name = part.name if part.parent == folder or part == folder else part.parent.name
+    return "test" if name.startswith("test-") else "train"
+
+
+def images_of(row: Row, folder: Location) -> Iterator[EncodedImage]:
     """The pictures of a row: inside it, or files of the folder."""
     images = [row["image"]] if row.get("image") else row.get("images") or []
     for image in images:
         if isinstance(image, str):
-            yield EncodedImage((folder / image).read_bytes(), image)
+            yield EncodedImage(files.read_bytes(folder / image) or b"", image)
         else:
             yield EncodedImage(image["bytes"], image["path"] or "")
 

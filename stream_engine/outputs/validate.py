@@ -9,17 +9,22 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
+from stream_engine.outputs.card import split_named
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.formats.base import EXTRAS, SPLITS, ParquetExport
 from stream_engine.outputs.parquet import arrow_schema
-from stream_engine.outputs.published import RECORD, file_problems, is_ours
+from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
+from stream_engine.store import files
+from stream_engine.store.base import Location
+from stream_engine.store.files import location
+from stream_engine.store.locations import is_url
+from stream_engine.store.objects import is_object_url
 
 MAX_PROBLEMS = 100
 ROWS_PER_BATCH = 16
@@ -40,16 +45,16 @@ OWN_COLUMNS = {
 """By which a parquet file is known."""
 
 Row = dict[str, Any]
-Check = Callable[[Row, Path], Iterator[str]]
+Check = Callable[[Row, Location], Iterator[str]]
 """(row, the dataset's folder) -> the row's problems."""
 
 
-def validate(path: str | Path) -> list[str]:
+def validate(path: str | Location) -> list[str]:
     """The problems of a run directory's datasets, or of one dataset.
 
     At most the first hundred are listed; a last line says that there are more.
     """
-    return at_most(find_problems(Path(path)))
+    return at_most(find_problems(location(path)))
 
 
 def at_most(found: Iterator[str]) -> list[str]:
@@ -60,66 +65,80 @@ def at_most(found: Iterator[str]) -> list[str]:
     return problems
 
 
-def is_dataset(path: str | Path) -> bool:
+def is_dataset(path: str | Location) -> bool:
     """Whether a path is a run directory or a dataset of ours: what `validate` checks."""
-    return is_run(Path(path)) or holds_dataset(Path(path))
+    if isinstance(path, str) and is_url(path) and not is_object_url(path):
+        return False
+    return is_run(location(path)) or holds_dataset(location(path))
 
 
-def holds_dataset(path: Path) -> bool:
+def holds_dataset(path: Location) -> bool:
     """Whether a folder or file is a dataset of ours, damaged or not."""
     return format_of(path) is not None or is_ours(path)
 
 
-def find_problems(folder: Path) -> Iterator[str]:
+def find_problems(folder: Location) -> Iterator[str]:
     """All problems, as they are found."""
     if not is_run(folder):
         yield from dataset_problems(folder)
         return
-    datasets = [p for p in sorted(folder.glob("dataset*")) if holds_dataset(p)]
+    named = [inner for inner in files.list_folders(folder) if inner.name.startswith("dataset")]
+    datasets = [inner for inner in named if holds_dataset(inner)]
     if not datasets:
         yield f"{folder}: the run has no dataset yet"
     for dataset in datasets:
         yield from dataset_problems(dataset)
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: Location) -> bool:
     """Whether a folder is a run directory."""
     run_dir = RunDir(folder)
-    return run_dir.run_json.is_file() or run_dir.manifest.is_file()
+    return files.exists(run_dir.run_json) or files.exists(run_dir.manifest)
 
 
-def format_of(path: Path) -> str | None:
-    """The format of a dataset, as its columns or files say; None when it is none of ours."""
-    for part in parts_of(path):
+def format_of(path: Location) -> str | None:
+    """A dataset's format, as its record, columns or files say; None when it is none of ours."""
+    stats = read_sealed(path / RECORD)
+    if stats is not None and stats.get("format") in EXPORTS:
+        return str(stats["format"])
+    for part in parquet_parts(path):
         columns = set(column_names(part))
         if found := next((name for name, own in OWN_COLUMNS.items() if own <= columns), None):
             return found
-    if (path / "dataset_info.json").is_file():
-        return "llama_factory_jsonl" if (path / "train.jsonl").is_file() else None
-    first = next(iter(lines_of(path / "train.jsonl")), None)
+    parts = jsonl_parts(path)
+    if files.exists(path / "dataset_info.json"):
+        return "llama_factory_jsonl" if parts else None
+    first = next((row for part in parts for row in lines_of(part)), None)
     return "ms_swift_jsonl" if first is not None and "rejected_response" in first else None
 
 
-def parts_of(path: Path) -> list[Path]:
-    """The parquet files of a dataset; of a single file, that one."""
-    if path.suffix == ".parquet" and path.is_file():
+def parquet_parts(path: Location) -> list[Location]:
+    """The parquet files of a dataset that are there; of a single file, that one."""
+    if path.suffix == ".parquet" and files.exists(path):
         return [path]
-    folders = (path, *(path / split for split in SPLITS))
-    return [part for folder in folders for part in sorted(folder.glob("*.parquet"))]
+    parts = [part for part in parts_of(path) if part.suffix == ".parquet"]
+    return [part for part in parts if files.exists(part)]
 
 
-def column_names(part: Path) -> list[str]:
+def jsonl_parts(path: Location) -> list[Location]:
+    """The files of JSON lines of a dataset that are there."""
+    parts = [part for part in parts_of(path) if part.suffix == ".jsonl"]
+    return [part for part in parts if split_named(part.name) in SPLITS and files.exists(part)]
+
+
+def column_names(part: Location) -> list[str]:
     """The columns of a parquet file; none when it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(part).names)
+        with files.open_file(part) as file:
+            return list(pyarrow.parquet.read_schema(file).names)
     except (pyarrow.ArrowException, OSError, ValueError):
         return []
 
 
-def dataset_problems(folder: Path) -> Iterator[str]:
+def dataset_problems(folder: Location) -> Iterator[str]:
     """The problems of one dataset: files, schema, every row, and the number of rows."""
     name = format_of(folder)
     if name is None:  # too damaged to tell
@@ -137,27 +156,28 @@ def dataset_problems(folder: Path) -> Iterator[str]:
     yield from file_problems(folder)
 
 
-def parquet_rows(folder: Path, name: str) -> Iterator[tuple[str, Row | str]]:
+def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]:
     """Every row of the parts, or a problem instead, each with its place."""
     import pyarrow
     import pyarrow.parquet
 
-    for part in parts_of(folder):
+    for part in parquet_parts(folder):
         try:
-            file = pyarrow.parquet.ParquetFile(part)
-            yield from ((str(part), problem) for problem in schema_problems(file, name))
-            # A part without rows has no row group either, which older pyarrow cannot iterate over.
-            batches = file.iter_batches(batch_size=ROWS_PER_BATCH) if file.num_row_groups else ()
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows):
-                yield f"{part}, row {number}", row
+            with files.open_file(part) as stream:
+                file = pyarrow.parquet.ParquetFile(stream)
+                yield from ((str(part), problem) for problem in schema_problems(file, name))
+                # Without rows there is no row group, which older pyarrow cannot iterate over.
+                batches = file.iter_batches(ROWS_PER_BATCH) if file.num_row_groups else ()
+                rows = (row for batch in batches for row in batch.to_pylist())
+                for number, row in enumerate(rows):
+                    yield f"{part}, row {number}", row
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield str(part), f"cannot be read on: {error}"
 
 
-def jsonl_rows(folder: Path, _name: str) -> Iterator[tuple[str, Row | str]]:
+def jsonl_rows(folder: Location, _name: str) -> Iterator[tuple[str, Row | str]]:
     """Every row of the splits' files, or a problem instead, each with its place."""
-    for path in (folder / f"{split}.jsonl" for split in SPLITS):
+    for path in jsonl_parts(folder):
         begins_with_image = True
         for number, row in enumerate(lines_of(path)):
             where = f"{path}, row {number}"
@@ -194,7 +214,7 @@ def schema_problems(file: Any, name: str) -> Iterator[str]:
         yield f"no Hugging Face metadata says that {column!r} holds images; they load as dicts"
 
 
-def row_problems(row: Row, folder: Path, check: Check) -> Iterator[str]:
+def row_problems(row: Row, folder: Location, check: Check) -> Iterator[str]:
     """Problems of one row; a row of another shape than its schema's is one problem."""
     try:
         yield from check(row, folder)
@@ -202,7 +222,7 @@ def row_problems(row: Row, folder: Path, check: Check) -> Iterator[str]:
         yield f"not of the expected shape: {type(error).__name__}: {error}"
 
 
-def rlaifv_problems(row: Row, _folder: Path) -> Iterator[str]:
+def rlaifv_problems(row: Row, _folder: Location) -> Iterator[str]:
     """RLAIF-V: texts, one image, and log-probs of which the trainer unpacks six."""
     yield from text_problems(row["question"], row["chosen"], row["rejected"])
     if row["idx"] is None:
@@ -221,7 +241,7 @@ def rlaifv_problems(row: Row, _folder: Path) -> Iterator[str]:
             yield "logps holds values that are no log-probs"
 
 
-def trl_problems(row: Row, _folder: Path) -> Iterator[str]:
+def trl_problems(row: Row, _folder: Location) -> Iterator[str]:
     """TRL's conversational preference rows with images."""
     question, num_image_parts = "", 0
     for message in row["prompt"]:
@@ -269,12 +289,12 @@ def image_problems(data: bytes) -> Iterator[str]:
         yield f"image: {error}"
 
 
-def lines_of(path: Path) -> Iterator[Row | None]:
+def lines_of(path: Location) -> Iterator[Row | None]:
     """The JSON objects of a file's lines; None for a line that is none."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with files.open_file(path) as file:
         for line in file:
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except ValueError:
@@ -282,7 +302,7 @@ def lines_of(path: Path) -> Iterator[Row | None]:
             yield row if isinstance(row, dict) else None
 
 
-def ms_swift_problems(row: Row, folder: Path) -> Iterator[str]:
+def ms_swift_problems(row: Row, folder: Location) -> Iterator[str]:
     """ms-swift: a user's and an assistant's turn, and as many image marks as images."""
     user, assistant = row["messages"]
     if (user["role"], assistant["role"]) != ("user", "assistant"):
@@ -292,7 +312,7 @@ def ms_swift_problems(row: Row, folder: Path) -> Iterator[str]:
     yield from text_problems(question, assistant["content"], row["rejected_response"])
 
 
-def llama_factory_problems(row: Row, folder: Path) -> Iterator[str]:
+def llama_factory_problems(row: Row, folder: Location) -> Iterator[str]:
     """LLaMA-Factory: one human turn, two gpt turns, and as many image marks as images."""
     (human,) = row["conversations"]
     roles = (human["from"], row["chosen"]["from"], row["rejected"]["from"])
@@ -303,7 +323,9 @@ def llama_factory_problems(row: Row, folder: Path) -> Iterator[str]:
     yield from text_problems(question, row["chosen"]["value"], row["rejected"]["value"])
 
 
-def mark_problems(prompt: str, images: list[str | dict[str, Any]], folder: Path) -> Iterator[str]:
+def mark_problems(
+    prompt: str, images: list[str | dict[str, Any]], folder: Location
+) -> Iterator[str]:
     """Image marks and images match in number, and the images are there: inside, or as files."""
     if prompt.count("<image>") != len(images):
         yield f"{prompt.count('<image>')} image marks in the prompt, {len(images)} images"
@@ -311,10 +333,9 @@ def mark_problems(prompt: str, images: list[str | dict[str, Any]], folder: Path)
         if isinstance(image, dict):
             yield from image_problems(image["bytes"])
             continue
-        try:
-            data = (folder / image).read_bytes()
-        except OSError as error:
-            yield f"{image}: {error.strerror}"
+        data = files.read_bytes(folder / image)
+        if data is None:
+            yield f"{image}: No such file or directory"
             continue
         yield from (f"{image}: {problem}" for problem in image_problems(data))
 
@@ -329,7 +350,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def count_problems(folder: Path, num_rows: int) -> Iterator[str]:
+def count_problems(folder: Location, num_rows: int) -> Iterator[str]:
     """Whether the rows are as many as stats.json says, which is checked with the files."""
     stats = read_sealed(folder / RECORD)
     if stats is not None and stats["pairs"]["written"] != num_rows:

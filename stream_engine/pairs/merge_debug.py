@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -18,7 +17,8 @@ import msgspec
 from stream_engine.pairs.filters import Candidate
 from stream_engine.pipelines.ranking import count_words
 from stream_engine.records import Answer, Sample, SampleRewards, SampleRollouts
-from stream_engine.store.atomic import atomic_writer
+from stream_engine.store import files as store
+from stream_engine.store.base import Location, Spool
 
 NAMES = ("ranked", "pairs", "drops")
 
@@ -26,16 +26,17 @@ NAMES = ("ranked", "pairs", "drops")
 class DebugFiles:
     """Writes the three files into a folder, each replaced when all is done; None: does nothing."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Location | None) -> None:
         self.folder = folder
         self.files: dict[str, BinaryIO] = {}
+        self.spools: dict[str, Spool] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> DebugFiles:
         if self.folder is not None:
             for name in NAMES:
-                path = self.folder / f"{name}.jsonl"
-                self.files[name] = self._stack.enter_context(atomic_writer(path))
+                self.spools[name] = self._stack.enter_context(store.spool(self.folder))
+                self.files[name] = self.spools[name].file
         return self
 
     def __exit__(
@@ -44,7 +45,12 @@ class DebugFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        with self._stack:
+            if error is None:
+                for name, spool in self.spools.items():
+                    assert self.folder is not None
+                    path = self.folder / f"{name}.jsonl"
+                    spool.publish(path, store.version_of(path))
 
     def ranked(self, sample: Sample, rollouts: SampleRollouts, rewards: SampleRewards) -> None:
         """A sample's answers with their scores, best first, those without a score last."""

@@ -26,6 +26,7 @@ from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, is_done, read_header, verify_result
 from stream_engine.run_dir.state import RunState, numbered
+from stream_engine.store import files
 
 
 class ShardCounts(NamedTuple):
@@ -47,7 +48,7 @@ class MergeInputs:
         self.num_missing_samples = 0
         self.digest: list[tuple[int, str, ShardCounts | None]] = []
         self.images: Counter[int] = Counter()
-        self.newest_mtime_ns = 0
+        self.newest = 0.0
 
     @property
     def num_shards(self) -> int:
@@ -114,8 +115,8 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
             inputs.num_missing_samples += info.num_samples
             continue
         for stage in STAGES:
-            mtime_ns = run_dir.result(stage, info.index).stat().st_mtime_ns
-            inputs.newest_mtime_ns = max(inputs.newest_mtime_ns, mtime_ns)
+            entry = files.stat(run_dir.result(stage, info.index))
+            inputs.newest = max(inputs.newest, entry.modified if entry is not None else 0.0)
     return inputs
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +11,8 @@ from stream_engine.outputs.parquet import Part
 from stream_engine.outputs.published import RECORD, is_intact
 from stream_engine.pairs.merge_inputs import MergeInputs
 from stream_engine.run_dir.sealed import read_sealed
+from stream_engine.store import files
+from stream_engine.store.base import Location
 
 MAX_NAMED = 10  # shards named in a message
 
@@ -59,22 +60,23 @@ class MergeReport(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
-def is_current(folder: Path, inputs: MergeInputs, made_from: str) -> bool:
+def is_current(folder: Location, inputs: MergeInputs, made_from: str) -> bool:
     """Whether a folder's dataset is whole, made from this, and no older than any result."""
     stats = read_stats(folder)
     if stats is None or stats.get("fingerprint") != made_from:
         return False
     if not is_intact(folder, stats):
         return False
-    return inputs.newest_mtime_ns <= (folder / RECORD).stat().st_mtime_ns
+    record = files.stat(folder / RECORD)
+    return record is not None and inputs.newest <= record.modified
 
 
-def read_stats(folder: Path) -> dict[str, Any] | None:
+def read_stats(folder: Location) -> dict[str, Any] | None:
     """The stats.json of a dataset; None when there is none, or it is damaged."""
     return read_sealed(folder / RECORD)
 
 
-def read_report(folders: Mapping[str, Path], *, is_new: bool) -> MergeReport:
+def read_report(folders: Mapping[str, Location], *, is_new: bool) -> MergeReport:
     """The report of datasets on file."""
     stats = {name: read_stats(folder) for name, folder in folders.items()}
     formats = {

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import Literal
 
 from stream_engine.config import STAGES, RunConfig
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, LeaseLostError
+from stream_engine.outputs.published import CARD
 from stream_engine.pairs.merge_inputs import seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current
 from stream_engine.pairs.merger import merge, merge_is_current
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.state import RunState
+from stream_engine.store import files
+from stream_engine.store.base import Version
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,18 @@ Outcome = Literal["merged", "current", "unsettled"]
 def merge_when_due(
     state: RunState, config: RunConfig, pipeline: Pipeline, worker: str, *, works: bool
 ) -> Outcome:
+    """`merge_once`, and again when another process has published a dataset meanwhile."""
+    while True:
+        try:
+            return merge_once(state, config, pipeline, worker, works=works)
+        except LeaseLostError as error:
+            logger.warning("%s", error)
+            time.sleep(POLL_S)
+
+
+def merge_once(
+    state: RunState, config: RunConfig, pipeline: Pipeline, worker: str, *, works: bool
+) -> Outcome:
     """Merge unless the dataset is up to date; waits while another worker is at it.
 
     All shards must be settled; failed ones are left out, and so are those of which a file turns
@@ -38,6 +52,7 @@ def merge_when_due(
     Raises:
         ConfigError: when the input held no sample, and no bad record says why.
         MissingStageError: without `works`, when shards were unsettled from the outset.
+        ChangedError: when another process has published a dataset meanwhile.
     """
     was_settled = all_settled(state.refresh())
     if works and not was_settled:
@@ -85,7 +100,7 @@ def all_settled(state: RunState) -> bool:
 
 
 def was_merged_meanwhile(
-    state: RunState, config: RunConfig, pipeline: Pipeline, before: dict[str, os.stat_result]
+    state: RunState, config: RunConfig, pipeline: Pipeline, before: dict[str, Version]
 ) -> bool:
     """Whether every dataset was replaced since `before`, by one of what this worker has seen.
 
@@ -94,9 +109,7 @@ def was_merged_meanwhile(
     """
     now = datasets_on_file(state, config)
     folders = state.run_dir.dataset_folders(config.format)
-    if now.keys() != folders.keys():
-        return False
-    if any(name in before and os.path.samestat(before[name], now[name]) for name in now):
+    if now.keys() != folders.keys() or any(before.get(name) == now[name] for name in now):
         return False
     inputs = seen_inputs(state)
     return all(
@@ -105,15 +118,11 @@ def was_merged_meanwhile(
     )
 
 
-def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, os.stat_result]:
-    """By format, the folder of each dataset that is there; a merge puts a new one in its place."""
-    found = {}
-    for name, folder in state.run_dir.dataset_folders(config.format).items():
-        try:
-            found[name] = folder.stat()
-        except FileNotFoundError:
-            continue
-    return found
+def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, Version]:
+    """By format, the version of each dataset's card, which a merge puts there last."""
+    folders = state.run_dir.dataset_folders(config.format)
+    found = {name: files.version_of(folder / CARD) for name, folder in folders.items()}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def wait_for_lease(state: RunState, config: RunConfig, worker: str) -> Lease:

@@ -4,11 +4,11 @@ Two passes over the shards in order, one sample in memory at a time. The first c
 bounds of the margins); the second decides about every pair again, reads the images from the
 shards and writes. Both see the same pairs in the same order, since ranking and filters are pure.
 
-A dataset is written in a folder with a temporary name and swapped in when it is complete, so a
-killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while that
-stands, merging again does nothing. The caller holds the merge lease.
+A dataset is written in a scratch folder and published when it is complete (outputs/publication.py),
+so a killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while
+that stands, merging again does nothing. The caller holds the merge lease.
 
-Counts are checked before the swap: every sample of the shards has a result or a reason, and every
+Counts are checked before that: every sample of the shards has a result or a reason, and every
 candidate pair is in the dataset or dropped for a reason.
 """
 
@@ -27,12 +27,12 @@ from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import SPLITS, PairRow, split_of
+from stream_engine.outputs.publication import Publication, with_token
 from stream_engine.outputs.published import (
     CARD,
-    RECORD,
     content_hash,
-    is_ours,
     record_of,
+    record_of_bytes,
     record_of_file,
 )
 from stream_engine.pairs.balance import Balance, length_balance
@@ -53,8 +53,8 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
 from stream_engine.run_dir.sealed import sealed
 from stream_engine.run_dir.shards import read_shard
-from stream_engine.store.atomic import write_atomic
-from stream_engine.store.folders import FolderSwap
+from stream_engine.store import files as store
+from stream_engine.store.base import Location
 
 
 def merge(
@@ -90,7 +90,7 @@ def export(
     fingerprints: Mapping[Stage, str],
     *,
     format: str,
-    folder: Path | None = None,
+    folder: Location | None = None,
     allow_partial: bool = False,
 ) -> MergeReport:
     """Write the pairs of a run in one more format, by default into the run directory.
@@ -99,9 +99,8 @@ def export(
         ConfigError: for an unknown format, or a folder that holds something else.
         Otherwise as `merge`.
     """
-    target = folder or run_dir.dataset_folders(config.format).get(
-        format, run_dir.export_dir(format)
-    )
+    folders = run_dir.dataset_folders(config.format)
+    target = folder or folders.get(format, run_dir.export_dir(format))
     return write_formats(
         run_dir, config, pipeline, fingerprints, {format: target}, allow_partial=allow_partial
     )
@@ -127,7 +126,7 @@ def write_formats(
     config: RunConfig,
     pipeline: Pipeline,
     fingerprints: Mapping[Stage, str],
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Location],
     *,
     allow_partial: bool,
 ) -> MergeReport:
@@ -147,24 +146,32 @@ def write_formats(
     if stale:
         with ExitStack() as stack:
             outputs = [
-                Output(name, stack.enter_context(FolderSwap(folders[name], is_ours)), config)
+                Output(
+                    name,
+                    Publication(folders[name]),
+                    stack.enter_context(store.scratch_folder(folders[name])),
+                    config,
+                )
                 for name in stale
             ]
             common = build(run_dir, config, pipeline, inputs, outputs)
             for output in outputs:
                 output.finish(config, {**common, "fingerprint": made_from[output.name]})
             for output in outputs:
-                output.swap.commit()
+                output.publish()
     return read_report(folders, is_new=bool(stale))
 
 
 class Output:
     """One format in the making."""
 
-    def __init__(self, name: str, swap: FolderSwap, config: RunConfig) -> None:
+    def __init__(
+        self, name: str, publication: Publication, scratch: Path, config: RunConfig
+    ) -> None:
         self.name = name
-        self.swap = swap
-        self.export = export_class(name)(swap.new, max_part_bytes=config.max_part_bytes)
+        self.publication = publication
+        self.scratch = scratch
+        self.export = export_class(name)(scratch, max_part_bytes=config.max_part_bytes)
         self.dropped: Counter[str] = Counter()
         self.statistics = PairStatistics()
         self.splits: Counter[str] = Counter()
@@ -182,9 +189,9 @@ class Output:
         return reason
 
     def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
-        """Close the files, check the counts, and write card and statistics, the latter last.
+        """Close the files, check the counts, and make card and statistics.
 
-        They record every file, for `validate` and for the next merge to hold it against.
+        The latter record every file, for `validate` and for the next merge to hold it against.
         """
         parts = self.export.close()
         dropped = Counter(common["pairs"]["dropped"]) + self.dropped
@@ -210,21 +217,33 @@ class Output:
             "splits": {split: self.splits[split] for split in SPLITS if self.splits[split]},
             "parts": msgspec.to_builtins(parts),
         }
-        picture = write_example(self.swap.new, self.example)
-        files = record_of(self.swap.new)
+        picture = write_example(self.scratch, self.example)
+        hashed = {part.name: record_of_file(self.scratch / part.name) for part in parts}
+        content = content_hash(hashed)
+        token = content[:8]
+        self.rows = {name: with_token(name, token) for name in hashed}
+        stats["parts"] = [{**part, "name": self.rows[part["name"]]} for part in stats["parts"]]
+        self.export.describe(lambda name: with_token(name, token))
+        files = {self.rows[name]: record for name, record in hashed.items()}
+        files |= record_of(self.scratch, but=hashed)
         card = dataset_card(
             config,
             stats,
             export=type(self.export),
-            content=content_hash({part.name: files[part.name] for part in parts}),
+            content=content,
+            token=token,
             example=self.example,
             picture=picture,
             resolved_sampling=common["resolved_sampling"],
         )
-        write_atomic(self.swap.new / CARD, card.encode())
-        files[CARD] = record_of_file(self.swap.new / CARD)
+        self.card = card.encode()
+        files[CARD] = record_of_bytes(self.card)
         stats["files"] = msgspec.to_builtins(files)
-        write_atomic(self.swap.new / RECORD, sealed(stats))
+        self.record = sealed(stats)
+
+    def publish(self) -> None:
+        """Put what `finish` made into the dataset's folder."""
+        self.publication.put(self.scratch, self.rows, card=self.card, record=self.record)
 
 
 def build(
@@ -366,7 +385,7 @@ def scored_samples(
 def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
     """The sampling values that the instruct model's engine noted in run.json."""
     try:
-        run_file = msgspec.json.decode(run_dir.run_json.read_bytes())
-    except (FileNotFoundError, msgspec.DecodeError):
+        run_file = msgspec.json.decode(store.read_bytes(run_dir.run_json) or b"")
+    except msgspec.DecodeError:
         return None
     return run_file.get("engines", {}).get("instruct", {}).get("sampling")

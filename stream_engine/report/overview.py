@@ -17,7 +17,6 @@ from stream_engine.report.plots import Plot, Series, counted, histogram, short
 from stream_engine.report.run import ReportedRun
 from stream_engine.report.survey import Survey
 from stream_engine.run_dir.results import read_header, read_quarantine
-from stream_engine.run_dir.status import quarantine_files
 from stream_engine.text import duration
 
 MAX_REJECTED = 10
@@ -35,8 +34,8 @@ class SetAside:
     def read(cls, run: ReportedRun) -> SetAside:
         """Read all quarantine files, a line at a time."""
         found = cls({stage: Counter() for stage in ("input", *STAGES)})
-        for path in quarantine_files(run.run_dir):
-            for failure in read_quarantine(path):
+        for name in quarantine_names(run):
+            for failure in read_quarantine(run.run_dir.quarantine(name)):
                 stage = failure.stage if failure.stage in STAGES else "input"
                 found.counts[stage][failure.reason] += 1
                 kept = found.examples.setdefault((stage, failure.reason), [])
@@ -276,3 +275,15 @@ def notes(run: ReportedRun) -> Iterator[str]:
             f"{len(run.inputs.missing)} of {run.inputs.num_shards} shards have no results and are "
             "left out."
         )
+
+
+def quarantine_names(run: ReportedRun) -> Iterator[str]:
+    """The files of records that were set aside: those of the inputs, then those of the stages."""
+    for known in run.inputs.manifest.inputs.values():
+        if known.quarantine:
+            yield known.quarantine
+    for info in run.shards():
+        for stage in STAGES:
+            header = read_header(run.run_dir.result(stage, info.index))
+            if header.quarantine:
+                yield header.quarantine

@@ -16,6 +16,7 @@ from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.status import read_stats
+from stream_engine.store.base import Location
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ReportedRun:
         return cls(run_dir, config, pipeline, inputs, read_stats(run_dir), **said)
 
     @classmethod
-    def open(cls, root: str | Path) -> ReportedRun:
+    def open(cls, root: str | Location) -> ReportedRun:
         """The run in a work directory.
 
         Raises:
@@ -79,7 +80,8 @@ class ReportedRun:
 
     @property
     def name(self) -> str:
-        return self.run_dir.root.absolute().name
+        root = self.run_dir.root
+        return (root.absolute() if isinstance(root, Path) else root).name
 
     @property
     def is_merged(self) -> bool:

@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stream_engine import __version__
 from stream_engine.config import InputConfig
-from stream_engine.errors import CheckpointError, RecordError
+from stream_engine.errors import CheckpointError, ConfigError, RecordError
 from stream_engine.models.pieces import load_pieces
 from stream_engine.pictures import small_picture
 from stream_engine.records import Sample
@@ -94,6 +94,8 @@ def write_report(
     """
     started = time.monotonic()
     target = folder or run.run_dir.report_html.parent
+    if not isinstance(target, Path):
+        raise ConfigError(f"{target}: a report is looked at from a disk; give --out FOLDER")
     found = survey(run, num_rows=num_rows, seed=seed)
     aside = SetAside.read(run)
     with FolderSwap(target, is_ours) as swap:

@@ -8,9 +8,7 @@ results stay where they are, but no pairs are built from them while the tar is d
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from stream_engine.config import STAGES, RunConfig, Stage, WorkerConfig
@@ -19,6 +17,8 @@ from stream_engine.run_dir.failures import record_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import RunState, numbered, shard_lease
+from stream_engine.store import files
+from stream_engine.store.base import Location
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,8 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
 def whole_manifest(run_dir: RunDir) -> Manifest:
     """The manifest of a run, which lists all shards and results that lie there.
 
-    Only the last tar need not be listed: that of an ingest that was killed before its line; and the
-    shard whose line is torn, which is read again. What is listed is read after what lies there, so
-    that workers who add to both are no fault.
+    Only the last tar need not be listed: that of an ingest that was killed before its line. What is
+    listed is read after what lies there, so that workers who add to both are no fault.
 
     Raises:
         ShardReadError: when others are not.
@@ -91,9 +90,9 @@ def whole_manifest(run_dir: RunDir) -> Manifest:
     tars = [index for index, _ in numbered(run_dir.shards_dir)]
     results = [i for stage in STAGES for i, _ in numbered(run_dir.results_dir(stage))]
     manifest = Manifest.load(run_dir)
-    num_listed, is_torn = len(manifest.shards), manifest.end < manifest.size
+    num_listed = len(manifest.shards)
     lost = max([index - 1 for index in tars] + results, default=-1)
-    if lost >= num_listed + is_torn:
+    if lost >= num_listed:
         raise ShardReadError(
             run_dir.manifest,
             f"lists {num_listed} shards, but files of shard {lost} are there: it was cut or lost. "
@@ -102,28 +101,29 @@ def whole_manifest(run_dir: RunDir) -> Manifest:
     return manifest
 
 
-def set_aside(run_dir: RunDir, stage: Stage, index: int) -> Path:
+def set_aside(run_dir: RunDir, stage: Stage, index: int) -> Location:
     """Move a stage's result away, and those made from it; returns where it is now.
 
     Rewards are of the very answers that were lost, and another GPU may draw others.
     """
     for later in STAGES[STAGES.index(stage) :]:
         path, kept = run_dir.result(later, index), run_dir.damaged(later, index)
-        if path.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, kept)
+        if (found := files.read(path)) is not None:
+            content, entry = found
+            files.replace(kept, content, files.version_of(kept))
+            files.remove(path, entry.version)
     return run_dir.damaged(stage, index)
 
 
 def shard_and_stage(run_dir: RunDir, error: ShardReadError) -> tuple[int, Stage | None]:
     """Whose file the error names: a shard's result of a stage, or (None) its tar."""
-    path = Path(error.path)
-    if not path.stem.isdecimal():
+    stem = error.path.rpartition("/")[2].partition(".")[0]
+    if not stem.isdecimal():
         raise error
-    index = int(path.stem)
-    if path == run_dir.shard(index):
+    index = int(stem)
+    if error.path == str(run_dir.shard(index)):
         return index, None
     for stage in STAGES:
-        if path == run_dir.result(stage, index):
+        if error.path == str(run_dir.result(stage, index)):
             return index, stage
     raise error

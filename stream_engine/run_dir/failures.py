@@ -9,7 +9,6 @@ noted before it is begun; at MAX_DEATHS_ALONE at the same one, that record is se
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 from collections import Counter
 from typing import Any, Literal
@@ -19,7 +18,8 @@ import msgspec
 from stream_engine.config import Stage, WorkerConfig
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store.atomic import read_if_there, write_atomic
+from stream_engine.store import files
+from stream_engine.store.base import Version
 from stream_engine.text import describe
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,10 @@ Records processed one by one are slow, and their log-probs differ in the last bi
 
 
 class ShardFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """The failed attempts at one stage of a shard, and the last error. Times are epoch seconds."""
+    """The failed attempts at one stage of a shard, and the last error.
+
+    Times are seconds since the epoch, by the store's clock.
+    """
 
     shard: int
     stage: Stage
@@ -56,6 +59,8 @@ class ShardFailure(msgspec.Struct, frozen=True, kw_only=True):
     deaths: dict[str, int] = {}
     """How many workers ended at a record that they processed alone, by its key; at "" those that
     ended while the records were processed together."""
+    version: Version = ""
+    """Of the file that this was read from; empty when there is none. Not written."""
 
     def is_final(self, max_retries: int) -> bool:
         """Whether the shard is given up until someone asks for a retry."""
@@ -95,6 +100,7 @@ def record_failure(
     With `ended_worker` it is no attempt but a death, at the record that was processed alone.
     """
     before = read_failure(run_dir, shard)
+    version = before.version if before is not None else files.version_of(run_dir.failure(shard))
     if before is not None and (before.stage, before.fingerprint) != (stage, fingerprint):
         before = None
     attempts = before.attempts if before is not None else 0
@@ -105,7 +111,7 @@ def record_failure(
         attempts += 1
     member = error.member if isinstance(error, ShardReadError) else ""
     tar = str(run_dir.shard(shard))
-    now = time.time()
+    now = files.now(run_dir.leases_dir)
     failure = ShardFailure(
         shard=shard,
         stage=stage,
@@ -123,42 +129,55 @@ def record_failure(
         + config.retry_backoff_s * 2 ** min(attempts + deaths.total() - 1, MAX_DEATHS_TOGETHER),
         damaged=damaged,
         deaths=dict(deaths),
+        version=version or "",
     )
-    write_failure(run_dir, failure)
-    return failure
+    return write_failure(run_dir, failure)
 
 
 def note_alone(run_dir: RunDir, failure: ShardFailure, key: str) -> ShardFailure:
     """Write down which record of a failed shard is processed alone now; "" when none is."""
-    failure = msgspec.structs.replace(failure, alone=key)
-    write_failure(run_dir, failure)
-    return failure
+    return write_failure(run_dir, msgspec.structs.replace(failure, alone=key))
 
 
-def write_failure(run_dir: RunDir, failure: ShardFailure) -> None:
-    encoded = msgspec.json.format(msgspec.json.encode(failure), indent=2)
-    write_atomic(run_dir.failure(failure.shard), encoded + b"\n")
+def write_failure(run_dir: RunDir, failure: ShardFailure) -> ShardFailure:
+    """Write a failure over the one that it was read from; returns it with its new version.
+
+    Raises:
+        ChangedError: when another process has written one since.
+    """
+    encoded = msgspec.json.encode(msgspec.structs.replace(failure, version=""))
+    content = msgspec.json.format(encoded, indent=2) + b"\n"
+    version = files.replace(run_dir.failure(failure.shard), content, failure.version or None)
+    return msgspec.structs.replace(failure, version=version)
 
 
 def read_failure(run_dir: RunDir, shard: int) -> ShardFailure | None:
     """The failure on file for a shard; None without one, or when the file is damaged."""
     path = run_dir.failure(shard)
-    encoded = read_if_there(path)
-    if encoded is None:
+    found = files.read(path)
+    if found is None:
         return None
     try:
-        return msgspec.json.decode(encoded, type=ShardFailure)
+        failure = msgspec.json.decode(found[0], type=ShardFailure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         logger.warning("%s is damaged (%s); the shard's attempts count from 0", path, error)
         return None
+    return msgspec.structs.replace(failure, version=found[1].version)
 
 
 def clear_failure(run_dir: RunDir, shard: int) -> None:
-    run_dir.failure(shard).unlink(missing_ok=True)
+    """Take a failure away: its shard is done, or to be tried as if for the first time.
+
+    Raises:
+        ChangedError: when another process has written one meanwhile.
+    """
+    path = run_dir.failure(shard)
+    if (version := files.version_of(path)) is not None:
+        files.remove(path, version)
 
 
 def plain(failure: ShardFailure) -> dict[str, Any]:
     """A failure for people and scripts: without its traceback."""
     fields = msgspec.to_builtins(failure)
-    del fields["traceback"]
+    del fields["traceback"], fields["version"]
     return fields

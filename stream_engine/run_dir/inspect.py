@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from stream_engine.config import STAGES
 from stream_engine.errors import ConfigError
 from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
-from stream_engine.run_dir.results import read_quarantine, read_results
+from stream_engine.run_dir.results import quarantined_by, read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, slim
 from stream_engine.run_dir.status import describe_failure, quarantined
@@ -33,7 +33,7 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
                 yield from inspect_sample(state, info, key)
     if is_found:
         return
-    rejected = [f for f in quarantined(state.run_dir) if target in (f.key, f.idx)]
+    rejected = [f for f in quarantined(state) if target in (f.key, f.idx)]
     if not rejected:
         raise ConfigError(
             f"{target!r} is no shard (there are {len(state.shards)}) and no sample's key or id"
@@ -57,18 +57,18 @@ def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
             f"{stage:9} {what}: {header.num_results} results, {header.num_quarantined} quarantined,"
             f" by {by.get('worker')} in {by.get('seconds')} s, {ago(by.get('finished', 0.0))}"
         )
-        for record in read_quarantine(state.run_dir.stage_quarantine(stage, info.index)):
+        for record in quarantined_by(state.run_dir, header):
             yield f"  {describe_failure(record)}"
     lease = state.holders().get(info.index)
     if lease is not None:
-        yield f"running   {lease.worker_id} since {duration(time.time() - lease.started)}"
+        yield f"running   {lease.worker_id} since {duration(lease.held_s)}"
     failure = state.failure(shard)
     if failure is not None:
         final = "given up" if state.is_failed(shard) else "to be tried again"
         deaths = f", {failure.num_deaths} workers ended at it" if failure.num_deaths else ""
         yield f"failed    at {failure.stage}, {failure.attempts} attempts{deaths}, {final}"
         yield f"  {failure.error}"
-        yield f"  last by {failure.worker}, {ago(failure.time)}"
+        yield f"  last by {failure.worker}, {duration(max(0.0, state.now() - failure.time))} ago"
         yield from (f"  | {line}" for line in failure.traceback.rstrip().splitlines())
     yield f"again     {rerun_command(state, info.index)}"
 
@@ -95,7 +95,7 @@ def inspect_sample(state: RunState, info: ShardInfo, key: str) -> Iterator[str]:
         for answer in sorted(rollouts.answers, key=lambda a: -scores.get(a.index, 0.0)):
             score = f"{scores[answer.index]:+.4f}" if answer.index in scores else "unscored"
             yield f"answer {answer.index:2} {score:>9}  {answer.text}"
-    for failure in quarantined(state.run_dir):
+    for failure in quarantined(state):
         if failure.key == key:
             yield f"set aside {describe_failure(failure)}"
     yield f"again     {rerun_command(state, info.index)}"

@@ -1,28 +1,32 @@
 """The manifest: an append-only list of the shards, and of the inputs that were read to their end.
 
-One JSON line each. Only the holder of the ingest lease appends; anybody reads at any time. A last
-line that is torn counts as not written, and is cut off before the next append.
+One JSON line each, in parts of at most 256 KiB: a line is added by replacing the last part by
+itself and the line, or by creating the next part. So two processes can never both add one, and
+nobody reads half of one. Only the holder of the ingest lease adds; anybody reads at any time.
 
 Memory: a shard's line holds its samples' keys, so lines are read when they are asked for; the
-manifest itself keeps one offset per shard.
+manifest itself keeps one offset per shard, counted over all parts.
 """
 
 from __future__ import annotations
 
-import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import msgspec
 
 from stream_engine.config import InputConfig, fingerprint
-from stream_engine.errors import ShardError, ShardReadError
+from stream_engine.errors import ChangedError, ShardReadError
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store.atomic import fsync_folder
+from stream_engine.store import files
+from stream_engine.store.base import Location, Version
 from stream_engine.store.locations import canonical_source
+
+PART_BYTES = 256 << 10
+"""A part that would grow beyond is full; a longer line has a part of its own."""
 
 
 class RowCounts(msgspec.Struct, kw_only=True):
@@ -70,6 +74,8 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     """The first of each kind that was left out."""
     notes: dict[str, int] = {}
     """What was done to rows that were read; see inputs.ingest.NOTES."""
+    quarantine: str = ""
+    """The name of the file of its rejected records, if there are any."""
     unreadable: dict[str, RowCounts] = {}
     """Files that could not be read to their ends, and what of the counts is theirs."""
 
@@ -102,11 +108,20 @@ class LineKind(msgspec.Struct):
     source: str = ""
 
 
+class Part(NamedTuple):
+    """One file of the manifest, which begins at `start` of the whole."""
+
+    path: Location
+    start: int
+    size: int
+    version: Version
+
+
 class ShardList(Sequence[ShardInfo]):
     """The shards in order; each is decoded from its line when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
         self.offsets: list[int] = []
 
     def __len__(self) -> int:
@@ -129,27 +144,39 @@ class ShardList(Sequence[ShardInfo]):
         return (line.shard for line in self.lines(offsets))
 
     def lines(self, offsets: Sequence[int] | None = None) -> Iterator[ShardLine]:
-        """The lines that begin at these offsets; else all."""
-        offsets = self.offsets if offsets is None else offsets
-        if not offsets:
-            return
-        with open(self.path, "rb") as file:
-            for offset in list(offsets):
-                file.seek(offset)
-                yield msgspec.json.decode(file.readline(), type=ShardLine)
+        """The lines that begin at these offsets; else all.
+
+        Raises:
+            ShardReadError: when a part is not what it was.
+        """
+        in_memory, content = None, b""
+        for offset in list(self.offsets if offsets is None else offsets):
+            part = self.parts[bisect_right(self.parts, offset, key=lambda p: p.start) - 1]
+            if in_memory is not part:
+                in_memory, content = part, files.read_bytes(part.path) or b""
+            start = offset - part.start
+            line = content[start : content.find(b"\n", start)]
+            try:
+                yield msgspec.json.decode(line, type=ShardLine)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise ShardReadError(part.path, "it has changed since it was read") from error
 
 
 class Manifest:
     """`shards` in order of their index, and `inputs`, the latest line of each source."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shards = ShardList(path)
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self._begin()
+
+    def _begin(self) -> None:
+        self.parts: list[Part] = []
+        self.shards = ShardList(self.parts)
         self.inputs: dict[str, InputInfo] = {}
         self._input_offsets: dict[str, int] = {}
         self._whole_readings: dict[str, list[InputInfo]] = {}
         self._unfinished: dict[str, list[int]] = {}
-        self.size = 0
+        self._last = b""
         self.end = 0
 
     @classmethod
@@ -157,20 +184,50 @@ class Manifest:
         """Read the manifest of a run; a run without one has no shards.
 
         Raises:
-            ShardReadError: when a line other than the last is damaged.
+            ShardReadError: when a line is damaged.
         """
-        manifest = cls(run_dir.manifest)
-        if not manifest.path.exists():
-            return manifest
-        with open(manifest.path, "rb") as file:
-            manifest.size = os.fstat(file.fileno()).st_size
-            damaged = 0
-            for number, line in enumerate(file, start=1):
-                if damaged:
-                    raise ShardReadError(manifest.path, f"line {damaged} is damaged")
-                if not line.endswith(b"\n") or not manifest._add(line):
-                    damaged = number
-        return manifest
+        return cls(run_dir).refresh()
+
+    def refresh(self) -> Manifest:
+        """Take up the lines that were added since.
+
+        Raises:
+            ShardReadError: when a line is damaged.
+        """
+        number = max(0, len(self.parts) - 1)
+        while self._take_up(number):
+            number += 1
+        return self
+
+    def _take_up(self, number: int) -> bool:
+        """Read a part again if it has changed; False when there is none of that number."""
+        path = self.run_dir.manifest_part(number)
+        entry = files.stat(path)
+        if entry is None:
+            if number < len(self.parts):
+                self._begin()
+            return False
+        is_known = number < len(self.parts)
+        if is_known and self.parts[number].version == entry.version:
+            return True
+        content, entry = files.read(path) or (b"", entry)
+        old = self._last if is_known else b""
+        if not content.startswith(old):  # put back from a copy, or edited by hand
+            self._begin()
+            self.refresh()
+            return False
+        start = self.parts[number].start if is_known else self.end
+        self.parts[number:] = [Part(path, start, len(content), entry.version)]
+        self._last = content
+        for position, line in enumerate(content[len(old) :].splitlines(keepends=True)):
+            if not line.endswith(b"\n") or not self._add(line):
+                which = old.count(b"\n") + position + 1
+                raise ShardReadError(
+                    path,
+                    f"line {which} is damaged. Put a copy of the file back, or give the inputs to "
+                    "another --work_dir",
+                )
+        return True
 
     def _add(self, line: bytes) -> bool:
         """Take up a complete line; False when it is damaged."""
@@ -250,21 +307,29 @@ class Manifest:
         """Let a source be read again; its counts stand until then."""
         self._append(msgspec.structs.replace(self.inputs[source], fingerprint=""))
 
+    def check_unchanged(self) -> None:
+        """Raise ChangedError when another process has added a line since this one looked."""
+        number = len(self.parts)
+        last = self.parts[-1] if self.parts else None
+        if last is not None and files.version_of(last.path) != last.version:
+            raise ChangedError(last.path)
+        if files.exists(self.run_dir.manifest_part(number)):
+            raise ChangedError(self.run_dir.manifest_part(number))
+
     def _append(self, line: ShardLine | InputInfo) -> None:
+        """Raises ChangedError when another process has added a line since this one looked."""
         encoded = msgspec.json.encode(line) + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
-        with open(self.path, "ab") as file:
-            if os.fstat(file.fileno()).st_size != self.size:
-                raise ShardError(f"{self.path} was changed by another process; run again")
-            file.truncate(self.end)
-            file.write(encoded)
-            file.flush()
-            os.fsync(file.fileno())
-        if is_new:
-            fsync_folder(self.path.parent)
-        self._add(encoded)
-        self.size = self.end
+        if self.parts and len(self._last) + len(encoded) <= PART_BYTES:
+            part, content = self.parts[-1], self._last + encoded
+            version = files.replace(part.path, content, part.version)
+            self.parts[-1] = Part(part.path, part.start, len(content), version)
+            self._last = content
+        else:
+            path = self.run_dir.manifest_part(len(self.parts))
+            version = files.create(path, encoded)
+            self._last = encoded
+            self.parts.append(Part(path, self.end, len(encoded), version))
+        assert self._add(encoded), encoded
 
 
 def count_pictures(of_shards: Iterable[dict[int, int]]) -> dict[int, int]:

@@ -22,8 +22,15 @@ from stream_engine.errors import ConfigError, ShardReadError
 from stream_engine.run_dir.damage import set_aside
 from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.manifest import Manifest
-from stream_engine.run_dir.results import RECORD_TYPES, read_results, verify_result, write_results
+from stream_engine.run_dir.results import (
+    RECORD_TYPES,
+    quarantined_by,
+    read_results,
+    verify_result,
+    write_results,
+)
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
+from stream_engine.store import files
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -68,8 +75,10 @@ def is_damaged(state: RunState, shard: Shard) -> bool:
     """Whether a result of the shard is not what was written, though its header and size are."""
     try:
         for stage in STAGES:
-            if state.header(stage, shard) is not None:
+            if (header := state.header(stage, shard)) is not None:
                 verify_result(state.run_dir.result(stage, shard.index))
+                for _ in quarantined_by(state.run_dir, header):
+                    pass
     except ShardReadError:
         return True
     return False
@@ -85,8 +94,9 @@ def requeue_results(state: RunState, shard: Shard) -> int | None:
         header = state.header(stage, shard)
         if header is None:
             continue
+        path = state.run_dir.result(stage, shard.index)
+        version = files.version_of(path)
         try:
-            path = state.run_dir.result(stage, shard.index)
             records = list(read_results(path, RECORD_TYPES[stage]))
         except ShardReadError as error:
             kept = set_aside(state.run_dir, stage, shard.index)
@@ -96,7 +106,7 @@ def requeue_results(state: RunState, shard: Shard) -> int | None:
             part = msgspec.structs.replace(
                 header, num_samples=header.num_results, num_quarantined=0
             )
-            write_results(state.run_dir, part, records, [])
+            write_results(state.run_dir, part, records, [], over=version)
             num_records += header.num_quarantined
     return num_records
 

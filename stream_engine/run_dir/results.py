@@ -4,7 +4,8 @@
 
 Header and records are msgpack, each after its length (u32, little endian). The footer holds the
 file's size and the SHA-256 of everything before it, so that a cut file shows without being read.
-The quarantine file is written first: a result file that exists has all its counts accounted for.
+The quarantine file is written first, under a name of its own that the header tells: a result file
+that exists has all its counts accounted for.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -24,7 +25,8 @@ from stream_engine.errors import ConservationError, ShardReadError
 from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
-from stream_engine.store.atomic import atomic_writer, read_if_there, stat_if_there, write_atomic
+from stream_engine.store import files
+from stream_engine.store.base import Location, Version
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -51,6 +53,8 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True):
     num_samples: int
     num_results: int
     num_quarantined: int
+    quarantine: str = ""
+    """The name of the file of its quarantined records, if there are any."""
     created_by: dict[str, Any] = {}
 
 
@@ -59,10 +63,16 @@ def write_results(
     header: ResultHeader,
     records: Iterable[msgspec.Struct],
     failures: Sequence[Failure],
+    *,
+    over: Version | None,
 ) -> None:
     """Write a shard's quarantine file (none when nothing failed), then its result file.
 
+    Args:
+        over: the version of the result that this one replaces; None where there is none.
+
     Raises:
+        ChangedError: when another process has written the result since.
         ConservationError: when the header's counts are not those of records and failures.
     """
     if header.num_samples != header.num_results + header.num_quarantined:
@@ -75,9 +85,22 @@ def write_results(
             f"{header.stage} of shard {header.shard}: {len(failures)} failures, "
             f"the header says {header.num_quarantined}"
         )
-    with atomic_writer(run_dir.result(header.stage, header.shard)) as file:
-        write_records(file, header, records)
-        write_quarantine(run_dir.stage_quarantine(header.stage, header.shard), failures)
+    path = run_dir.result(header.stage, header.shard)
+    before = quarantine_of(path)
+    name = write_quarantine(run_dir, f"{header.stage}-{header.shard:06d}", failures)
+    with files.spool(path.parent) as new:
+        write_records(new.file, msgspec.structs.replace(header, quarantine=name), records)
+        new.publish(path, over)
+    if before:
+        files.erase(run_dir.quarantine(before))
+
+
+def quarantine_of(path: Location) -> str:
+    """The name of a result's quarantine file; empty without one, or when it cannot be told."""
+    try:
+        return read_header(path).quarantine
+    except ShardReadError:
+        return ""
 
 
 def write_records(file: BinaryIO, header: ResultHeader, records: Iterable[msgspec.Struct]) -> None:
@@ -99,54 +122,79 @@ def write_records(file: BinaryIO, header: ResultHeader, records: Iterable[msgspe
     file.write(FOOTER.pack(hashing.num_bytes + FOOTER.size, hashing.digest.digest(), END_MAGIC))
 
 
-def write_quarantine(path: Path, failures: Iterable[Failure]) -> None:
-    """Replace a quarantine file by these failures, one JSON line each; remove it if none."""
+def write_quarantine(run_dir: RunDir, prefix: str, failures: Iterable[Failure]) -> str:
+    """Write failures, one JSON line each, to a new file; returns its name, empty without any.
+
+    No name is ever used twice, so that a file which nothing names any more can be erased.
+    """
     lines = b"".join(msgspec.json.encode(failure) + b"\n" for failure in failures)
-    if lines:
-        write_atomic(path, lines)
-    else:
-        path.unlink(missing_ok=True)
+    if not lines:
+        return ""
+    name = quarantine_name(prefix)
+    files.create(run_dir.quarantine(name), lines)
+    return name
 
 
-def read_quarantine(path: Path) -> Iterator[Failure]:
-    """The failures in a quarantine file; none when it is absent.
+def quarantine_name(prefix: str) -> str:
+    """A new name for a quarantine file."""
+    return f"{prefix}-{uuid.uuid4().hex[:8]}.jsonl"
+
+
+def read_quarantine(path: Location) -> Iterator[Failure]:
+    """The failures in a quarantine file.
 
     Raises:
-        ShardReadError: when a line is damaged.
+        ShardReadError: when the file is missing, or a line is damaged.
     """
-    if stat_if_there(path) is None:
+    try:
+        with files.open_file(path) as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield msgspec.json.decode(line, type=Failure)
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise ShardReadError(path, f"line {number}: {error}") from error
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
+def quarantined_by(run_dir: RunDir, header: ResultHeader) -> Iterator[Failure]:
+    """The records that a result's stage set aside.
+
+    Raises:
+        ShardReadError: when their file is missing, damaged, or has not as many as the header says.
+    """
+    if not header.num_quarantined:
         return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield msgspec.json.decode(line, type=Failure)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ShardReadError(path, f"line {number}: {error}") from error
+    path = run_dir.quarantine(header.quarantine)
+    num_read = 0
+    for failure in read_quarantine(path):
+        num_read += 1
+        yield failure
+    if num_read != header.num_quarantined:
+        raise ShardReadError(path, f"{num_read} records, its result says {header.num_quarantined}")
 
 
-def read_header(path: str | Path) -> ResultHeader:
+def read_header(path: Location) -> ResultHeader:
     """The header of a result file, after checking that the file ends where it should.
 
     Raises:
         ShardReadError: when the file is missing, cut, no result file or of a newer version.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             return parse_header(path, file)
     except OSError as error:
         raise ShardReadError(path, error.strerror or str(error)) from error
 
 
-def read_results(path: str | Path, record_type: type[RecordT]) -> Iterator[RecordT]:
+def read_results(path: Location, record_type: type[RecordT]) -> Iterator[RecordT]:
     """Yield the records of a result file, one at a time, after verifying its checksum.
 
     Raises:
         ShardReadError: when the file is missing, cut or changed; it names the file.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             header = parse_header(path, file)
             start = file.tell()
             verify_checksum(path, file)
@@ -161,15 +209,14 @@ def read_results(path: str | Path, record_type: type[RecordT]) -> Iterator[Recor
         raise ShardReadError(path, error.strerror or str(error)) from error
 
 
-def verify_result(path: str | Path) -> None:
+def verify_result(path: Location) -> None:
     """Check a result file's checksum.
 
     Raises:
         ShardReadError: when the file is missing, cut or changed; it names the file.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             parse_header(path, file)
             verify_checksum(path, file)
     except OSError as error:
@@ -177,28 +224,17 @@ def verify_result(path: str | Path) -> None:
 
 
 def is_done(run_dir: RunDir, stage: str, info: ShardInfo, fingerprint: str) -> bool:
-    """Whether a stage's result of this shard is in place, complete, and made by these settings.
-
-    The quarantine file belongs to the result: a number of lines other than the header's means
-    that a rewrite was interrupted.
-    """
-    path = run_dir.result(stage, info.index)
-    if not path.exists():
-        return False
+    """Whether a stage's result of this shard is in place, complete, and made by these settings."""
     try:
-        header = read_header(path)
+        header = read_header(run_dir.result(stage, info.index))
     except ShardReadError:
         return False
-    return (
-        header.shard_sha256 == info.sha256
-        and header.fingerprint == fingerprint
-        and count_lines(run_dir.stage_quarantine(stage, info.index)) == header.num_quarantined
-    )
+    return header.shard_sha256 == info.sha256 and header.fingerprint == fingerprint
 
 
-def parse_header(path: Path, file: BinaryIO) -> ResultHeader:
+def parse_header(path: Location, file: BinaryIO) -> ResultHeader:
     """Check magic, size and version; leaves the file at the first record."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     if size < len(MAGIC) + FOOTER.size or file.read(len(MAGIC)) != MAGIC:
         raise ShardReadError(path, "not a complete result file")
     file.seek(size - FOOTER.size)
@@ -217,7 +253,7 @@ def parse_header(path: Path, file: BinaryIO) -> ResultHeader:
     return header
 
 
-def read_frame(path: Path, file: BinaryIO) -> bytes:
+def read_frame(path: Location, file: BinaryIO) -> bytes:
     """The next length-prefixed piece."""
     prefix = file.read(LENGTH.size)
     if len(prefix) == LENGTH.size:
@@ -228,9 +264,9 @@ def read_frame(path: Path, file: BinaryIO) -> bytes:
     raise ShardReadError(path, "the file ends inside a record")
 
 
-def verify_checksum(path: Path, file: BinaryIO) -> None:
+def verify_checksum(path: Location, file: BinaryIO) -> None:
     """Compare the footer's checksum with the bytes before it."""
-    remaining = os.fstat(file.fileno()).st_size - FOOTER.size
+    remaining = size_of(file) - FOOTER.size
     digest = hashlib.sha256()
     file.seek(0)
     while remaining > 0:
@@ -243,6 +279,9 @@ def verify_checksum(path: Path, file: BinaryIO) -> None:
         raise ShardReadError(path, "its checksum does not match its content")
 
 
-def count_lines(path: Path) -> int:
-    """Lines of a file; 0 when it is absent."""
-    return (read_if_there(path) or b"").count(b"\n")
+def size_of(file: BinaryIO) -> int:
+    """An open file's bytes; leaves it where it is."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size

@@ -5,16 +5,18 @@ fingerprints, sampling values, the pipeline's own settings); its fingerprint is 
 every result file carries it. When an input changes after results were made, the run is refused
 with the names of what changed, or (`--overwrite`) exactly those stages' results are discarded.
 
-Every change of run.json happens under the "run" lease.
+run.json is changed by replacing the very content that the change was made from; where another
+process was faster the change is made again, from what that one wrote.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,30 +31,17 @@ from stream_engine.config import (
     Stage,
     names_of,
 )
-from stream_engine.errors import ConfigError, SettingsChangedError
+from stream_engine.errors import ChangedError, ConfigError, SettingsChangedError, ShardReadError
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_header
 from stream_engine.run_dir.state import SHARD_LEASE
-from stream_engine.store.atomic import is_temporary, write_atomic
-from stream_engine.store.leases import Lease, list_leases
+from stream_engine.store import files
+from stream_engine.store.base import Version
+from stream_engine.store.leases import list_leases
 from stream_engine.store.locations import canonical_source, is_hub_model
 
 VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pyarrow", "pillow")
-KNOWN_NAMES = frozenset(
-    (
-        "run.json",
-        "shards",
-        "results",
-        "damaged",
-        "failures",
-        "quarantine",
-        "leases",
-        "logs",
-        "debug",
-        "report",
-    )
-)
-DEMO_DATASET = "demo-questions.parquet"
 PATH_SETTINGS = (
     "work_dir",
     "image_root",
@@ -99,16 +88,29 @@ def read_run_file(run_dir: RunDir) -> RunFile:
     Raises:
         ConfigError: when there is none, or it cannot be read.
     """
+    run_file, _ = read_with_version(run_dir)
+    if run_file is None:
+        raise ConfigError(f"{run_dir.root} holds no run (no run.json)")
+    return run_file
+
+
+def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
+    """The run.json of a run, and its version; None without one.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
     try:
-        return msgspec.json.decode(run_dir.run_json.read_bytes(), type=RunFile)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{run_dir.root} holds no run (no run.json)") from error
+        found = files.read(run_dir.run_json)
+        if found is None:
+            return None, None
+        return msgspec.json.decode(found[0], type=RunFile), found[1].version
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {run_dir.run_json}: {error}") from error
 
 
 def open_run(
-    run_dir: RunDir, config: RunConfig, stages: Mapping[Stage, StageInputs], *, worker: str
+    run_dir: RunDir, config: RunConfig, stages: Mapping[Stage, StageInputs]
 ) -> tuple[RunFile, list[str]]:
     """Make run.json, or hold these settings against it; returns it with notes for the user.
 
@@ -118,81 +120,70 @@ def open_run(
         SettingsChangedError: when results on hand were made by other settings.
     """
     settings = kept_settings(config)
-    with changing(run_dir, worker):
-        if not run_dir.run_json.exists():
-            run_file = RunFile(
+    notes: list[str] = []
+
+    def settle(run_file: RunFile | None) -> RunFile:
+        notes.clear()
+        if run_file is None:
+            return RunFile(
                 created=time.time(),
                 settings=settings,
                 stages=dict(stages.items()),
                 versions=versions(),
             )
-            save(run_dir, run_file)
-            return run_file, []
-        run_file = read_run_file(run_dir)
-        notes = _settle_changes(run_dir, run_file, stages, overwrite=config.overwrite)
-        if run_dir.stats_json.exists():
-            notes += ranking_changes(run_file, config)
-        before, now = run_file.settings["dataset_path"], settings["dataset_path"]
-        if not set(before) <= set(now):  # something is added, with a limit of its own
-            settings["max_samples"] = run_file.settings["max_samples"]
-        settings["dataset_path"] = merged_sources(before, now)
-        if run_file.settings != settings or run_file.stages != stages:
-            unchanged = [stage for stage in STAGES if run_file.stages[stage] == stages[stage]]
-            run_file.engines = {
-                role: said
-                for role, said in run_file.engines.items()
-                if said.get("stage") in unchanged
-            }
-            run_file.settings = settings
-            run_file.stages = dict(stages.items())
-            save(run_dir, run_file)
-        return run_file, notes
+        notes.extend(_settle_changes(run_dir, run_file, stages, overwrite=config.overwrite))
+        if files.exists(run_dir.stats_json):
+            notes.extend(ranking_changes(run_file, config))
+        return with_settings(run_file, settings, stages)
+
+    return change(run_dir, settle), notes
 
 
-def forget_source(run_dir: RunDir, source: str, *, worker: str) -> None:
+def with_settings(
+    run_file: RunFile, settings: Mapping[str, Any], stages: Mapping[Stage, StageInputs]
+) -> RunFile:
+    """The content of run.json under other settings; what it was given before it keeps."""
+    kept = dict(settings)
+    before, now = run_file.settings["dataset_path"], settings["dataset_path"]
+    if not set(before) <= set(now):  # something is added, with a limit of its own
+        kept["max_samples"] = run_file.settings["max_samples"]
+    kept["dataset_path"] = merged_sources(before, now)
+    unchanged = [stage for stage in STAGES if run_file.stages[stage] == stages[stage]]
+    engines = {
+        role: said for role, said in run_file.engines.items() if said.get("stage") in unchanged
+    }
+    return msgspec.structs.replace(
+        run_file, settings=kept, stages=dict(stages.items()), engines=engines
+    )
+
+
+def forget_source(run_dir: RunDir, source: str) -> None:
     """Take an input that was refused out of the settings, so that no later run reads it."""
-    with changing(run_dir, worker):
-        run_file = read_run_file(run_dir)
-        before = run_file.settings["dataset_path"]
-        run_file.settings["dataset_path"] = [path for path in before if path != source]
-        save(run_dir, run_file)
 
-
-def refuse_foreign(run_dir: RunDir) -> None:
-    """Raise ConfigError when the folder holds files, but no run."""
-    if run_dir.run_json.exists() or not run_dir.root.exists():
-        return
-    if not run_dir.root.is_dir():
-        raise ConfigError(f"work_dir {run_dir.root} is not a folder")
-    foreign = [
-        path.name
-        for path in sorted(run_dir.root.iterdir())
-        if path.name not in KNOWN_NAMES | {DEMO_DATASET}
-        and not path.name.startswith("dataset")
-        and not is_temporary(path)
-    ]
-    if foreign:
-        raise ConfigError(
-            f"work_dir {run_dir.root} holds other files ({', '.join(foreign[:3])}) and no run; "
-            "give a new or empty folder"
+    def without(run_file: RunFile | None) -> RunFile:
+        assert run_file is not None, "the run was opened before"
+        left = [path for path in run_file.settings["dataset_path"] if path != source]
+        return msgspec.structs.replace(
+            run_file, settings={**run_file.settings, "dataset_path": left}
         )
 
-
-def refuse_unwritable(run_dir: RunDir) -> None:
-    """Raise ConfigError when nothing can be written at the work directory, before it is made."""
-    place = run_dir.root.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"work_dir {run_dir.root} cannot be made: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"work_dir {run_dir.root} cannot be written: no access to {place}")
+    change(run_dir, without)
 
 
-def refuse_no_input(run_dir: RunDir, config: RunConfig) -> None:
-    """Raise ConfigError when neither the settings nor the run name an input."""
-    if not config.dataset_path and not run_dir.manifest.exists():
-        raise ConfigError("no input: give --dataset_path (or --demo)")
+def change(run_dir: RunDir, changed: Callable[[RunFile | None], RunFile]) -> RunFile:
+    """Replace run.json by what `changed` makes of it; it is called again if others were faster."""
+    while True:
+        before, version = read_with_version(run_dir)
+        after = changed(before)
+        if after == before:
+            return after
+        encoded = msgspec.json.format(msgspec.json.encode(after, order="deterministic"), indent=2)
+        try:
+            files.replace(run_dir.run_json, encoded + b"\n", version)
+        except ChangedError:
+            time.sleep(POLL_S * random.random())
+        else:
+            return after
 
 
 def _settle_changes(
@@ -217,7 +208,7 @@ def _settle_changes(
             f"cannot discard results while workers are at it: {', '.join(workers)}"
         )
     for stage in with_results:
-        discard(run_dir, stage)
+        discard(run_dir, stage, keep=stages[stage].fingerprint)
     return [f"settings changed ({', '.join(changes)}): discarded {', '.join(with_results)}"]
 
 
@@ -257,19 +248,24 @@ def at_work(run_dir: RunDir) -> list[str]:
 
 
 def has_results(run_dir: RunDir, stage: Stage) -> bool:
-    folder = run_dir.results_dir(stage)
-    return folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir())
+    return bool(files.list_files(run_dir.results_dir(stage)))
 
 
-def discard(run_dir: RunDir, stage: Stage) -> None:
-    """Remove a stage's results, its quarantined records, and the failures of shards."""
-    for folder, pattern in (
-        (run_dir.results_dir(stage), "*.msgpack"),
-        (run_dir.quarantine_dir, f"{stage}-*.jsonl"),
-        (run_dir.failures_dir, "*.json"),
-    ):
-        for path in sorted(folder.glob(pattern)):
-            path.unlink()
+def discard(run_dir: RunDir, stage: Stage, *, keep: str) -> None:
+    """Remove a stage's results and their quarantined records, but those of the fingerprint `keep`.
+
+    Failures are of settings, too, and count under those alone.
+    """
+    for entry in files.list_files(run_dir.results_dir(stage)):
+        quarantine = ""
+        with suppress(ShardReadError):
+            header = read_header(entry.path)
+            if header.fingerprint == keep:
+                continue
+            quarantine = header.quarantine
+        files.remove(entry.path, entry.version)
+        if quarantine:
+            files.erase(run_dir.quarantine(quarantine))
 
 
 def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, worker: str) -> None:
@@ -279,23 +275,24 @@ def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, work
         ConfigError: when one is on another kind of device, or in another precision, than where it
             made results before, or makes them now.
     """
-    with changing(run_dir, worker):
-        run_file = read_run_file(run_dir)
-        new = {}
+
+    def noted(run_file: RunFile | None) -> RunFile:
+        assert run_file is not None, "the run was opened before"
+        all_of_them = dict(run_file.engines)
         for role, said in engines.items():
-            noted = run_file.engines.get(role, said)
-            if precision(said) != precision(noted) and is_relied_on(run_dir, noted, worker):
+            before = run_file.engines.get(role, said)
+            if precision(said) != precision(before) and is_relied_on(run_dir, before, worker):
                 raise ConfigError(
                     f"{role} would run here on {' in '.join(precision(said))}, but this run's "
-                    f"{role} is on {' in '.join(precision(noted))}, and log-probs of different "
+                    f"{role} is on {' in '.join(precision(before))}, and log-probs of different "
                     "precisions do not compare: mend this machine's devices (is the GPU driver "
                     "loaded?) or leave it out; to change the whole run, give another --work_dir"
                 )
-            if role not in run_file.engines or precision(said) != precision(noted):
-                new[role] = said
-        if new:
-            run_file.engines |= new
-            save(run_dir, run_file)
+            if role not in run_file.engines or precision(said) != precision(before):
+                all_of_them[role] = said
+        return msgspec.structs.replace(run_file, engines=all_of_them)
+
+    change(run_dir, noted)
 
 
 def precision(said: Mapping[str, Any]) -> tuple[str, str]:
@@ -306,22 +303,6 @@ def precision(said: Mapping[str, Any]) -> tuple[str, str]:
 def is_relied_on(run_dir: RunDir, noted: Mapping[str, Any], worker: str) -> bool:
     """Whether results exist that a noted engine made, or other workers are at some."""
     return has_results(run_dir, noted["stage"]) or any(at != worker for at in at_work(run_dir))
-
-
-def save(run_dir: RunDir, run_file: RunFile) -> None:
-    encoded = msgspec.json.format(msgspec.json.encode(run_file, order="deterministic"), indent=2)
-    write_atomic(run_dir.run_json, encoded + b"\n")
-
-
-@contextmanager
-def changing(run_dir: RunDir, worker: str, *, name: str = "run") -> Iterator[Lease]:
-    """Hold the lease under which run.json is changed; waits for it."""
-    while (
-        lease := Lease.acquire(run_dir.leases_dir, name, worker_id=worker, timeout_s=30.0)
-    ) is None:
-        time.sleep(POLL_S)
-    with lease:
-        yield lease
 
 
 def kept_settings(config: RunConfig) -> dict[str, Any]:
@@ -337,8 +318,10 @@ def kept_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def kept_path(path: str) -> str:
-    """A path that holds wherever the run is resumed from; a model of the hub by its id."""
-    return path if is_hub_model(path) else os.path.abspath(os.path.expanduser(path))
+    """A path that holds wherever the run is resumed from; a URL, and a model of the hub, as is."""
+    if is_hub_model(path):
+        return path
+    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def as_read_back(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from stream_engine.store import files
+from stream_engine.store.base import Location
 
 CHECKSUM = "checksum"
 
@@ -20,12 +22,12 @@ def sealed(content: Mapping[str, Any]) -> bytes:
     return msgspec.json.format(encoded, indent=2) + b"\n"
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
+def read_sealed(path: Location) -> dict[str, Any] | None:
     """The object that a file holds; None when it is missing, or not what was written."""
+    data = files.read_bytes(path)
     try:
-        data = path.read_bytes()
-        content = msgspec.json.decode(data)
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError, UnicodeDecodeError):
+        content = msgspec.json.decode(data or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     if not isinstance(content, dict) or sealed(content) != data:
         return None

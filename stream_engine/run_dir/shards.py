@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from tarfile import TarError
 from typing import Any, BinaryIO
 
@@ -21,7 +20,8 @@ import msgspec
 
 from stream_engine.errors import ShardReadError
 from stream_engine.records import EncodedImage, Sample, ShardInfo, sample_key
-from stream_engine.store.atomic import atomic_writer
+from stream_engine.store import files
+from stream_engine.store.base import Location, Version
 
 CHUNK_BYTES = 1 << 20
 
@@ -40,15 +40,24 @@ class StoredSample(msgspec.Struct, frozen=True, kw_only=True):
     metainfos: str = ""
 
 
-def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> ShardInfo:
-    """Write one shard atomically, one sample at a time; returns its line for the manifest."""
+def write_shard(
+    path: Location, index: int, samples: Iterable[Sample], *, over: Version | None = None
+) -> ShardInfo:
+    """Write one shard, one sample at a time; returns its line for the manifest.
+
+    Args:
+        over: the version of a tar that no manifest lists, which this one replaces.
+
+    Raises:
+        ChangedError: when another process has put a tar there.
+    """
     from webdataset import TarWriter
 
     keys: list[str] = []
     ids: list[str] = []
     images: Counter[int] = Counter()
-    with atomic_writer(path) as file:
-        hashing = HashingWriter(file)
+    with files.spool(path.parent) as new:
+        hashing = HashingWriter(new.file)
         with TarWriter(
             hashing, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
         ) as tar:
@@ -57,7 +66,8 @@ def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> Shar
                 keys.append(sample.key)
                 ids.append(sample.idx)
                 images[len(sample.images)] += 1
-    assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
+        assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
+        new.publish(path, over)
     return ShardInfo(
         index=index,
         num_samples=len(keys),
@@ -69,7 +79,7 @@ def write_shard(path: str | Path, index: int, samples: Iterable[Sample]) -> Shar
     )
 
 
-def read_shard(path: str | Path, info: ShardInfo, *, verify: bool = True) -> Iterator[Sample]:
+def read_shard(path: Location, info: ShardInfo, *, verify: bool = True) -> Iterator[Sample]:
     """Yield the samples of a shard in order, one at a time.
 
     `verify` compares size and checksum before the first sample is yielded; number and order of
@@ -79,7 +89,6 @@ def read_shard(path: str | Path, info: ShardInfo, *, verify: bool = True) -> Ite
         ShardReadError: when the tar is missing, torn or is not what `info` says; it names the
             tar, and the first bad member where one can be told.
     """
-    path = Path(path)
     if verify:
         problem = checksum_problem(path, info)
         if problem:
@@ -87,7 +96,7 @@ def read_shard(path: str | Path, info: ShardInfo, *, verify: bool = True) -> Ite
     yield from checked_samples(path, info)
 
 
-def checked_samples(path: Path, info: ShardInfo) -> Iterator[Sample]:
+def checked_samples(path: Location, info: ShardInfo) -> Iterator[Sample]:
     """The samples in a tar, after comparing their keys with the manifest's."""
     num_read = 0
     for members in tar_samples(path):
@@ -104,7 +113,7 @@ def checked_samples(path: Path, info: ShardInfo) -> Iterator[Sample]:
         )
 
 
-def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
+def tar_samples(path: Location) -> Iterator[dict[str, Any]]:
     """WebDataset samples (`__key__` and suffix -> bytes) of one tar, streaming.
 
     Raises:
@@ -124,7 +133,7 @@ def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
             yield {**content, "__url__": str(path)}
 
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             yield from group_by_keys(members(file))
     except (TarError, OSError, EOFError, ValueError) as error:
         detail = str(error.args[0]) if error.args else type(error).__name__
@@ -149,7 +158,7 @@ def sample_members(sample: Sample) -> dict[str, Any]:
     return members
 
 
-def parse_members(path: Path, key: str, members: dict[str, Any]) -> Sample:
+def parse_members(path: Location, key: str, members: dict[str, Any]) -> Sample:
     """A sample from its members, the inverse of `sample_members`."""
     if "json" not in members:
         raise ShardReadError(path, "member is missing", f"{key}.json")
@@ -172,12 +181,12 @@ def parse_members(path: Path, key: str, members: dict[str, Any]) -> Sample:
     return Sample(images=tuple(images), **fields)
 
 
-def checksum_problem(path: Path, info: ShardInfo) -> str:
+def checksum_problem(path: Location, info: ShardInfo) -> str:
     """What is wrong with the tar's bytes, or an empty string."""
     digest = hashlib.sha256()
     num_bytes = 0
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 num_bytes += len(chunk)
@@ -190,12 +199,12 @@ def checksum_problem(path: Path, info: ShardInfo) -> str:
     return ""
 
 
-def first_damage(path: Path, info: ShardInfo) -> ShardReadError | None:
+def first_damage(path: Location, info: ShardInfo) -> ShardReadError | None:
     """The error that names the first damaged member, if the samples themselves tell.
 
     A key is a hash of its sample's content, so a changed image shows in its own key.
     """
-    if not path.is_file():
+    if not files.exists(path):
         return None
     try:
         for sample in checked_samples(path, info):

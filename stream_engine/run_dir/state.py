@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -19,8 +18,9 @@ from stream_engine.records import ShardInfo
 from stream_engine.run_dir.failures import ShardFailure, read_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import ResultHeader, count_lines, read_header
-from stream_engine.store.atomic import stat_if_there
+from stream_engine.run_dir.results import ResultHeader, read_header
+from stream_engine.store import files
+from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.leases import LeaseInfo, list_leases
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ class Shard(msgspec.Struct, frozen=True):
 class Seen(msgspec.Struct, frozen=True):
     """A result file as it was when its header was read; None when that failed."""
 
-    mtime_ns: int
-    num_bytes: int
+    version: Version
     header: ResultHeader | None
 
 
@@ -60,11 +59,11 @@ class RunState:
         self.fingerprints = dict(fingerprints)
         self.max_shard_retries = max_shard_retries
         self.shards: list[Shard] = []
-        self.manifest = Manifest(run_dir.manifest)
+        self.manifest = Manifest(run_dir)
         self.failures: dict[int, ShardFailure] = {}
         self.leases: list[LeaseInfo] = []
         self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
-        self._failure_times: dict[int, int] = {}
+        self._clock = (0.0, 0.0)
         self._refreshed = float("-inf")
         self._refresh_cost_s = 0.0
 
@@ -84,6 +83,7 @@ class RunState:
         self.leases = [
             lease for lease in list_leases(self.run_dir.leases_dir) if not lease.is_stale
         ]
+        self._clock = files.now(self.run_dir.leases_dir), time.monotonic()
         self._refreshed = time.monotonic()
         self._refresh_cost_s = self._refreshed - started
         return self
@@ -92,7 +92,7 @@ class RunState:
         """Look at the files of one shard afresh, whatever was seen of them before."""
         for stage in STAGES:
             self._seen[stage].pop(shard.index, None)
-            self._look(stage, shard, self.run_dir.result(stage, shard.index))
+            self._look(stage, shard, files.stat(self.run_dir.result(stage, shard.index)))
         failure = read_failure(self.run_dir, shard.index)
         self.failures.pop(shard.index, None)
         if failure is not None:
@@ -155,7 +155,12 @@ class RunState:
     def wait_s(self, shard: Shard) -> float:
         """Seconds until a shard that failed may be tried again; 0 when it may be now."""
         failure = self.failure(shard)
-        return 0.0 if failure is None else max(0.0, failure.retry_at - time.time())
+        return 0.0 if failure is None else max(0.0, failure.retry_at - self.now())
+
+    def now(self) -> float:
+        """The time by the store's clock, which stamped what is compared with it."""
+        at, ticks = self._clock
+        return at + time.monotonic() - ticks
 
     def num_quarantined(self, stage: Stage) -> int:
         """Samples that a stage set aside."""
@@ -167,10 +172,7 @@ class RunState:
         return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
 
     def _refresh_manifest(self) -> None:
-        stat = stat_if_there(self.run_dir.manifest)
-        if stat is None or stat.st_size == self.manifest.size:
-            return
-        self.manifest = Manifest.load(self.run_dir)
+        self.manifest.refresh()
         shards = self.manifest.shards
         new = shards.at(shards.offsets[len(self.shards) :])
         self.shards.extend(slim(info) for info in new)
@@ -179,65 +181,51 @@ class RunState:
         """Read the headers of results that are new, or were not complete the last time."""
         present = dict(numbered(self.run_dir.results_dir(stage)))
         for shard in self.shards:
-            path = present.get(shard.index)
-            if path is None:
+            entry = present.get(shard.index)
+            if entry is None:
                 self._seen[stage].pop(shard.index, None)
             elif not self.is_complete(stage, shard):
-                self._look(stage, shard, path)
+                self._look(stage, shard, entry)
 
-    def _look(self, stage: Stage, shard: Shard, path: Path) -> None:
+    def _look(self, stage: Stage, shard: Shard, entry: Entry | None) -> None:
         """Read a result's header unless the file is as it was and could be read.
 
         One that could not may be whole: a network file system fails a read now and then.
         """
         seen = self._seen[stage]
-        stat = stat_if_there(path)
-        if stat is None:
+        if entry is None:
             seen.pop(shard.index, None)
             return
         old = seen.get(shard.index)
-        is_new = old is None or (old.mtime_ns, old.num_bytes) != (stat.st_mtime_ns, stat.st_size)
-        if is_new or old is None or old.header is None:
-            header = self._read_header(stage, path, shard.index, warn=is_new)
-            seen[shard.index] = Seen(stat.st_mtime_ns, stat.st_size, header)
-
-    def _read_header(
-        self, stage: Stage, path: Path, index: int, *, warn: bool
-    ) -> ResultHeader | None:
-        """A result's header; None when the file is torn or its quarantine file is another's."""
+        if old is not None and old.version == entry.version and old.header is not None:
+            return
+        header = None
         try:
-            header = read_header(path)
+            header = read_header(entry.path)
         except ShardReadError as error:
-            if warn:
+            if old is None or old.version != entry.version:
                 logger.warning("%s; if that stays so, it will be made again", error)
-            return None
-        lines = count_lines(self.run_dir.stage_quarantine(stage, index))
-        return header if lines == header.num_quarantined else None
+        seen[shard.index] = Seen(entry.version, header)
 
     def _refresh_failures(self) -> None:
         present = dict(numbered(self.run_dir.failures_dir))
         for index in self.failures.keys() - present.keys():
             del self.failures[index]
-        for index, path in present.items():
-            stat = stat_if_there(path)
-            if stat is None:
-                self.failures.pop(index, None)
-                continue
-            if index in self.failures and self._failure_times.get(index) == stat.st_mtime_ns:
+        for index, entry in present.items():
+            if index in self.failures and self.failures[index].version == entry.version:
                 continue
             failure = read_failure(self.run_dir, index)
             if failure is not None:
                 self.failures[index] = failure
-                self._failure_times[index] = stat.st_mtime_ns
+            else:
+                self.failures.pop(index, None)
 
 
 def slim(info: ShardInfo) -> Shard:
     return Shard(info.index, info.num_samples, info.sha256, info.images)
 
 
-def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The files of a folder that are named by a shard's index; temporary ones are not."""
-    if not folder.is_dir():
-        return []
-    found = ((path.stem, path) for path in folder.iterdir())
-    return sorted((int(stem), path) for stem, path in found if stem.isdecimal())
+def numbered(folder: Location) -> list[tuple[int, Entry]]:
+    """The files of a folder that are named by a shard's index, in order."""
+    found = ((entry.path.stem, entry) for entry in files.list_files(folder))
+    return sorted((int(stem), entry) for stem, entry in found if stem.isdecimal())

@@ -5,22 +5,23 @@ Knows how to count and to name problems, not how to do anything about them. Impo
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from stream_engine.config import STAGES
+from stream_engine.errors import ShardReadError
 from stream_engine.records import Failure
 from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.run_dir.state import SHARD_LEASE, RunState
+from stream_engine.store.base import Location
 
 MAX_NAMED = 20
 
@@ -129,7 +130,7 @@ def collect(state: RunState) -> Status:
                 host=lease.host,
                 holds=lease.name,
                 shard=shard_of(lease.name),
-                since_s=round(max(0.0, time.time() - lease.started), 1),
+                since_s=round(lease.held_s, 1),
                 heartbeat_s=round(lease.age_s, 1),
                 is_alive=lease.is_alive,
             )
@@ -181,21 +182,29 @@ def problems(state: RunState, *, limit: int = MAX_NAMED) -> list[str]:
     if len(failed) > limit:
         lines.append(f"... {len(failed) - limit} more shards; see {state.run_dir.failures_dir}")
     total = collect(state).samples.quarantined
-    named = list(islice(quarantined(state.run_dir), limit))
+    named = list(islice(quarantined(state), limit))
     lines.extend(describe_failure(failure) for failure in named)
     if total > len(named):
         lines.append(f"... {total - len(named)} more records; see {state.run_dir.quarantine_dir}")
     return lines
 
 
-def quarantined(run_dir: RunDir) -> Iterator[Failure]:
-    """Every record that was set aside, file by file."""
-    for path in quarantine_files(run_dir):
-        yield from read_quarantine(path)
+def quarantined(state: RunState) -> Iterator[Failure]:
+    """Every record that was set aside: those of the inputs, then those of each stage.
+
+    A file that is lost or damaged is passed over; `validate` names it.
+    """
+    headers = (state.header(stage, shard) for stage in STAGES for shard in state.shards)
+    names = [header.quarantine for header in headers if header is not None and header.quarantine]
+    for path in rejects_files(state) + [state.run_dir.quarantine(name) for name in names]:
+        with suppress(ShardReadError):
+            yield from read_quarantine(path)
 
 
-def quarantine_files(run_dir: RunDir) -> list[Path]:
-    return sorted(run_dir.quarantine_dir.glob("[!.]*.jsonl"))
+def rejects_files(state: RunState) -> list[Location]:
+    """The files of the records that were rejected when the inputs were read."""
+    names = [info.quarantine for info in state.manifest.inputs.values() if info.quarantine]
+    return [state.run_dir.quarantine(name) for name in names]
 
 
 def describe_failure(failure: Failure) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
-from stream_engine.run_dir.results import RECORD_TYPES, read_results
+from stream_engine.run_dir.results import RECORD_TYPES, quarantined_by, read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState
 
@@ -22,8 +22,11 @@ def damaged_parts(state: RunState) -> Iterator[str]:
             for _ in read_shard(state.run_dir.shard(info.index), info):
                 pass
             for stage in STAGES:
-                if state.header(stage, shard) is None:
+                header = state.header(stage, shard)
+                if header is None:
                     continue
+                for _ in quarantined_by(state.run_dir, header):
+                    pass
                 path = state.run_dir.result(stage, info.index)
                 for record in read_results(path, RECORD_TYPES[stage]):
                     if record.key not in info.keys:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from stream_engine.errors import ConfigError
-from stream_engine.store.atomic import fsync_folder
+from stream_engine.store.local import fsync_folder
 
 ABANDONED_AFTER_S = 3600.0
 

@@ -1,13 +1,13 @@
-"""Leases: which worker holds what, kept in files, so that workers meet in a directory only.
+"""Leases: which worker holds what, kept in files, so that workers meet in a store only.
 
-A lease is a file that `os.link` creates exclusively; its holder touches it every timeout / 6. It is
-stale when nobody touched it for `timeout_s` by the file system's own clock, or when its holder ran
-in this very operating system and is gone.
+A lease is a file that its holder replaces every timeout / 6: each beat is a new version of it. It
+is stale when nobody has replaced it for `timeout_s` by the store's own clock, or when its holder
+ran in this very operating system and is gone. To take it over is to replace the version that was
+found stale, which fails if its holder has beaten since; so of several contenders one alone has it.
+Giving it back removes the file.
 
-Ending a lease, by release or take-over, is a right that is given out once: whoever links the file
-`.<name>.<token>.0.end` may end the lease with that token, and nobody else. Should that one die in
-between, the next contender links `.1.end`, and so on. The file's content says who holds the lease;
-`verify` reads it.
+A holder that was stopped and wakes up finds another version, and holds nothing. `number` grows with
+each holder of a name.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import msgspec
 
-from stream_engine.errors import LeaseLostError
-from stream_engine.store.atomic import is_gone, temporary_path
+from stream_engine.errors import ChangedError, LeaseLostError
+from stream_engine.store import files
+from stream_engine.store.base import Entry, Location, Version
+from stream_engine.store.local import PROC, system_identity
 
 BEATS_PER_TIMEOUT = 6
-PROC = Path("/proc")
+SUFFIX = ".json"
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """The content of a lease file: which process holds it, and since when."""
 
     token: str
+    number: int = 0
+    beat: int = 0
     worker_id: str
     host: str
     pid: int
@@ -42,6 +43,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     process_start: str
     """The kernel's start time of the process, since pids are used again."""
     started: float
+    """By the store's clock."""
     timeout_s: float
 
 
@@ -52,58 +54,65 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     host: str
     pid: int
-    started: float
+    held_s: float
+    """Seconds since it was taken."""
     age_s: float
     """Seconds since the last heartbeat."""
     is_alive: bool | None
     is_stale: bool
+    version: Version
 
 
 class Lease:
     """An exclusive, renewed claim on a name. Made by `acquire`; also a context manager."""
 
     def __init__(
-        self, path: Path, holder: Holder, descriptor: int, taken_from: Holder | None
+        self, path: Location, holder: Holder, version: Version, taken_from: Holder | None
     ) -> None:
         """`taken_from` is the holder that ended, or fell silent, without giving the lease back."""
         self.path = path
         self.name = path.stem
         self.holder = holder
         self.taken_from = taken_from
-        self._descriptor = descriptor
+        self._version = version
+        self._writing = threading.Lock()
+        self._is_lost = False
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease-{self.name}", daemon=True)
         self._heart.start()
 
     @classmethod
-    def acquire(cls, folder: Path, name: str, *, worker_id: str, timeout_s: float) -> Lease | None:
+    def acquire(
+        cls, folder: Location, name: str, *, worker_id: str, timeout_s: float
+    ) -> Lease | None:
         """Take the lease if it is free or stale; None when somebody else holds it."""
-        path = folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        holder = this_process(worker_id, timeout_s)
-        with ExitStack() as stack:
-            with claim_file(path, holder) as claim:
-                # Touched through its own inode: a successor's file is never refreshed by mistake.
-                descriptor = os.open(claim, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                is_ours, taken_from = claim_name(path, claim, timeout_s)
-            if not is_ours:
+        path = folder / f"{name}{SUFFIX}"
+        found = files.read(path)
+        now = files.now(folder)
+        number, before, version = int(now * 1000), None, None
+        if found is not None:
+            before, version = holder_of(*found), found[1].version
+            if not is_stale(before, found[1], now, timeout_s):
                 return None
-            # Its heart beats only now: a lease whose taking failed half way falls silent.
-            stack.pop_all()
-            return cls(path, holder, descriptor, taken_from)
+            number = max(before.number + 1, number)
+        holder = this_process(worker_id, timeout_s, number=number, now=now)
+        try:
+            version = write(path, holder, version)
+        except ChangedError:
+            return None  # somebody else was faster, or its holder lives
+        return cls(path, holder, version, before)
 
     def verify(self) -> None:
-        """Check that the lease is still held.
+        """Renew the lease, which shows that it is still held.
 
         Raises:
             LeaseLostError: when it was taken over, or its file is gone.
         """
-        current = read_lease(self.path)
-        if self._stop.is_set() or current is None or current[0].token != self.holder.token:
-            to = f" to {current[0].worker_id}" if current else ""
+        self._renew()
+        if self._stop.is_set() or self._is_lost:
+            found = files.read(self.path)
+            to = f" to {holder_of(*found).worker_id}" if found is not None else ""
             raise LeaseLostError(f"lease {self.name} was lost{to}: {self.path}")
-        self._touch()
 
     def release(self) -> None:
         """Give the lease back; does nothing when it is no longer held."""
@@ -111,12 +120,13 @@ class Lease:
             return
         self._stop.set()
         self._heart.join()
-        os.close(self._descriptor)
-        with claim_file(self.path, self.holder) as claim:
-            now = claim.stat().st_mtime
-            with right_to_end(self.path, self.holder.token, claim, now, 0.0) as ok:
-                if ok:
-                    self.path.unlink(missing_ok=True)
+        with self._writing:
+            while not self._is_lost:
+                try:
+                    files.remove(self.path, self._version, durable=False)
+                    return
+                except ChangedError:
+                    self._look()
 
     def __enter__(self) -> Lease:
         return self
@@ -126,46 +136,78 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.holder.timeout_s / BEATS_PER_TIMEOUT):
-            self._touch()
+            with suppress(OSError):  # the next beat may come through; verify() is what decides
+                self._renew()
+            if self._is_lost:
+                return
 
-    def _touch(self) -> None:
-        # A failed touch is not fatal: verify() is what decides.
-        with suppress(OSError):
-            os.utime(self._descriptor)
+    def _renew(self) -> None:
+        with self._writing:
+            if self._stop.is_set() or self._is_lost:
+                return
+            self.holder = msgspec.structs.replace(self.holder, beat=self.holder.beat + 1)
+            try:
+                self._version = write(self.path, self.holder, self._version)
+            except ChangedError:
+                self._look()
+
+    def _look(self) -> None:
+        """See whether the lease is ours after all: a write that failed half way may be through."""
+        found = files.read(self.path)
+        if found is not None and holder_of(*found).token == self.holder.token:
+            self._version = found[1].version
+        else:
+            self._is_lost = True
 
 
-def list_leases(folder: Path) -> list[LeaseInfo]:
+def write(path: Location, holder: Holder, version: Version | None) -> Version:
+    """Put a lease's content over that version. A power cut may take it: its process is gone too."""
+    return files.replace(path, msgspec.json.encode(holder), version, durable=False)
+
+
+def list_leases(folder: Location) -> list[LeaseInfo]:
     """All leases in a folder, sorted by name."""
-    if not folder.is_dir():
+    found = [entry for entry in files.list_files(folder) if entry.path.suffix == SUFFIX]
+    if not found:
         return []
-    now = file_system_time(folder)
+    now = files.now(folder)
     infos = []
-    for path in sorted(folder.glob("[!.]*.json")):
-        current = read_lease(path)
+    for one in found:
+        current = files.read(one.path)
         if current is None:
             continue
-        holder, touched = current
+        holder, entry = holder_of(*current), current[1]
         infos.append(
             LeaseInfo(
-                name=path.stem,
+                name=one.path.stem,
                 worker_id=holder.worker_id,
                 host=holder.host,
                 pid=holder.pid,
-                started=holder.started,
-                age_s=max(0.0, now - touched),
+                held_s=max(0.0, now - holder.started),
+                age_s=max(0.0, now - entry.modified),
                 is_alive=is_alive(holder),
-                is_stale=is_stale(holder, touched, now),
+                is_stale=is_stale(holder, entry, now),
+                version=entry.version,
             )
         )
     return infos
 
 
-def is_stale(holder: Holder, touched: float, now: float, timeout_s: float = 0.0) -> bool:
-    """Whether a lease touched at that time may be taken over.
+def end_leases_of(folder: Location, worker_id: str) -> None:
+    """Remove whatever leases a worker holds."""
+    for lease in list_leases(folder):
+        if lease.worker_id == worker_id:
+            with suppress(ChangedError):
+                files.remove(folder / f"{lease.name}{SUFFIX}", lease.version, durable=False)
+
+
+def is_stale(holder: Holder, entry: Entry, now: float, timeout_s: float = 0.0) -> bool:
+    """Whether a lease may be taken over.
 
     The longer of both timeouts counts: the holder's says how often it promised to beat.
     """
-    return is_alive(holder) is False or now - touched > max(timeout_s, holder.timeout_s)
+    age_s = now - entry.modified
+    return is_alive(holder) is False or age_s > max(timeout_s, holder.timeout_s)
 
 
 def is_alive(holder: Holder) -> bool | None:
@@ -184,27 +226,19 @@ def is_alive(holder: Holder) -> bool | None:
     return None
 
 
-def this_process(worker_id: str, timeout_s: float) -> Holder:
+def this_process(worker_id: str, timeout_s: float, *, number: int, now: float) -> Holder:
     """A new holder: this process, with a fresh token."""
     return Holder(
         token=uuid.uuid4().hex,
+        number=number,
         worker_id=worker_id,
         host=socket.gethostname(),
         pid=os.getpid(),
         system=system_identity(),
         process_start=process_start(os.getpid()) or "",
-        started=time.time(),
+        started=now,
         timeout_s=timeout_s,
     )
-
-
-def system_identity() -> str:
-    """Boot id and process namespace of this system; empty where there is no /proc."""
-    try:
-        boot_id = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id}/{os.readlink(PROC / 'self/ns/pid')}"
-    except OSError:
-        return ""
 
 
 def process_start(pid: int) -> str | None:
@@ -217,107 +251,21 @@ def process_start(pid: int) -> str | None:
     return "" if state in "ZX" else fields[18]
 
 
-def read_lease(path: Path) -> tuple[Holder, float] | None:
-    """Holder and time of the last heartbeat; None when the file is gone.
+def holder_of(content: bytes, entry: Entry) -> Holder:
+    """Who holds a lease, by its file.
 
-    The file is opened before its times are read: a network file system then asks its server.
+    Only a crash of the whole system leaves a file that tells nobody; it goes stale like any other.
     """
     try:
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            content = file.read()
-    except OSError as error:
-        if is_gone(error):
-            return None
-        raise
-    try:
-        return msgspec.json.decode(content, type=Holder), stat.st_mtime
+        return msgspec.json.decode(content, type=Holder)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # Only a crash of the whole system leaves this; it goes stale like any other.
-        token = f"damaged-{stat.st_ino}"
-        unknown = Holder(
-            token=token,
+        return Holder(
+            token=f"damaged-{entry.version}",
             worker_id="unknown",
             host="unknown",
             pid=0,
             system="",
             process_start="",
-            started=stat.st_mtime,
+            started=entry.modified,
             timeout_s=0.0,
         )
-        return unknown, stat.st_mtime
-
-
-@contextmanager
-def claim_file(path: Path, holder: Holder) -> Iterator[Path]:
-    """A temporary file with the holder's data, ready to be linked to a name."""
-    claim = temporary_path(path)
-    claim.write_bytes(msgspec.json.encode(holder))
-    try:
-        yield claim
-    finally:
-        claim.unlink(missing_ok=True)
-
-
-def link_exclusively(claim: Path, name: Path) -> bool:
-    """Give the claim a second name unless that name is taken."""
-    links = claim.stat().st_nlink
-    try:
-        os.link(claim, name)
-    except FileExistsError:
-        # On NFS the answer to a link that did happen can get lost and the retry then fails.
-        return claim.stat().st_nlink > links
-    return True
-
-
-def claim_name(path: Path, claim: Path, timeout_s: float) -> tuple[bool, Holder | None]:
-    """Make the claim the lease at `path` if that is free or stale; False when it is held.
-
-    Beside it stands the holder of the stale lease, if there was one.
-    """
-    now = claim.stat().st_mtime
-    while not link_exclusively(claim, path):
-        current = read_lease(path)
-        if current is None:
-            continue  # released just now
-        holder, touched = current
-        if not is_stale(holder, touched, now, timeout_s):
-            return False, None
-        with right_to_end(path, holder.token, claim, now, timeout_s) as ok:
-            if ok:
-                os.replace(claim, path)
-            return ok, holder
-    return True, None
-
-
-@contextmanager
-def right_to_end(
-    path: Path, token: str, claim: Path, now: float, timeout_s: float
-) -> Iterator[bool]:
-    """Whether this process, alone, may end the lease with that token."""
-    rights = [path.with_name(f".{path.stem}.{token}.0.end")]
-    while not link_exclusively(claim, rights[-1]):
-        current = read_lease(rights[-1])
-        if current is None or not is_stale(*current, now, timeout_s):
-            yield False
-            return
-        rights.append(path.with_name(f".{path.stem}.{token}.{len(rights)}.end"))
-    try:
-        lease = read_lease(path)
-        yield lease is not None and lease[0].token == token
-    finally:
-        for right in reversed(rights):
-            right.unlink(missing_ok=True)
-
-
-def file_system_time(folder: Path) -> float:
-    """Now, by the clock that stamps files in this folder; this machine's where it is read-only."""
-    probe = temporary_path(folder / "clock")
-    try:
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError:
-        return time.time()

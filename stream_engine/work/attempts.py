@@ -40,6 +40,7 @@ from stream_engine.run_dir.failures import (
     note_alone,
     record_failure,
 )
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import RunState, Shard
 from stream_engine.store.leases import Holder
 from stream_engine.text import describe
@@ -87,8 +88,7 @@ class Attempts:
         is_last = failure is not None and failure.attempts >= max_retries
         process: Process = ShardWork.outcomes
         if failure is not None and failure.needs_isolation(max_retries):
-            noted = note_alone(self.run_dir, failure, "")
-            process = functools.partial(isolated, failure=noted)
+            process = Isolation(note_alone(self.run_dir, failure, ""))
         return Way(process, is_last, is_first=failure is None)
 
     def settle(self, shard: Shard, stage: Stage, error: object, way: Way) -> bool:
@@ -175,33 +175,42 @@ class Attempts:
         logger.debug("%s", failure.traceback)
 
 
-def isolated(
-    work: ShardWork, inputs: Mapping[str, Any], *, failure: ShardFailure
-) -> Iterator[StageRecord | Failure]:
-    """Outcomes one input at a time: what raises becomes a Failure, unless the whole shard does.
+class Isolation:
+    """Makes outcomes one input at a time: what raises is a Failure, unless the whole shard does.
 
-    So does what ended its workers; `failure` is the shard's, in which the input at work is noted.
+    So is what ended its workers. `failure` is the shard's, in which the input at work is noted.
     """
-    if failure.stage != work.stage:
-        failure = failure.at_stage(work.stage, work.fingerprints[work.stage])
-    raised: list[tuple[str, Exception]] = []
-    num_good = work.num_kept
-    for key, item in inputs.items():
-        if (num_deaths := failure.deaths.get(key, 0)) >= MAX_DEATHS_ALONE:
-            detail = f"{num_deaths} workers ended while they processed it alone: {failure.error}"
-            yield work.named(Failure(reason="ends_worker", detail=detail, key=key))
-            continue
-        failure = note_alone(work.run_dir, failure, key)
-        outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
-        if isinstance(outcomes, Exception):
-            if isinstance(outcomes, UNMENDABLE) or is_device_lost(outcomes):
-                raise outcomes
-            raised.append((key, outcomes))
-        else:
-            num_good += 1
-            yield from outcomes
-    note_alone(work.run_dir, failure, "")
-    if raised and not num_good:
-        raise raised[-1][1]
-    for key, error in raised:
-        yield work.named(Failure(reason="error", detail=describe(error), key=key))
+
+    def __init__(self, failure: ShardFailure) -> None:
+        self.failure = failure
+
+    def note(self, run_dir: RunDir, key: str) -> None:
+        self.failure = note_alone(run_dir, self.failure, key)
+
+    def __call__(
+        self, work: ShardWork, inputs: Mapping[str, Any]
+    ) -> Iterator[StageRecord | Failure]:
+        if self.failure.stage != work.stage:
+            self.failure = self.failure.at_stage(work.stage, work.fingerprints[work.stage])
+        raised: list[tuple[str, Exception]] = []
+        num_good = work.num_kept
+        for key, item in inputs.items():
+            if (num_deaths := self.failure.deaths.get(key, 0)) >= MAX_DEATHS_ALONE:
+                ended = f"{num_deaths} workers ended while they processed it alone"
+                detail = f"{ended}: {self.failure.error}"
+                yield work.named(Failure(reason="ends_worker", detail=detail, key=key))
+                continue
+            self.note(work.run_dir, key)
+            outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
+            if isinstance(outcomes, Exception):
+                if isinstance(outcomes, UNMENDABLE) or is_device_lost(outcomes):
+                    raise outcomes
+                raised.append((key, outcomes))
+            else:
+                num_good += 1
+                yield from outcomes
+        self.note(work.run_dir, "")
+        if raised and not num_good:
+            raise raised[-1][1]
+        for key, error in raised:
+            yield work.named(Failure(reason="error", detail=describe(error), key=key))

@@ -86,7 +86,7 @@ class Meter:
                 WorkerRow(
                     name=lease.worker_id,
                     doing=f"shard {index}",
-                    since_s=time.time() - lease.started,
+                    since_s=lease.held_s,
                     questions_per_s=_rate(workers.get(lease.worker_id), 0),
                     tokens_per_s=_rate(workers.get(lease.worker_id), 1),
                 )

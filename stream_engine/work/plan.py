@@ -16,16 +16,15 @@ from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import (
+from stream_engine.run_dir.refusals import (
     DEMO_DATASET,
-    changed_inputs,
-    has_results,
-    read_run_file,
     refuse_foreign,
     refuse_no_input,
     refuse_unwritable,
 )
+from stream_engine.run_dir.run_json import changed_inputs, has_results, read_run_file
 from stream_engine.run_dir.state import RunState
+from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.work.loaded_engines import EngineKey, engine_key
 from stream_engine.work.other_python import find_python
@@ -88,7 +87,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     yield from batch_lines(pipeline, config, placement, device=device, rank=rank)
     yield f"input     {', '.join(config.dataset_path) or 'what the run already has'}"
     yield f"work_dir  {config.work_dir}"
-    if not run_dir.run_json.exists():
+    if not files.exists(run_dir.run_json):
         yield "state     new"
         return
     run_file = read_run_file(run_dir)

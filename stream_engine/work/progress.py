@@ -9,12 +9,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from stream_engine.store.base import Location, ObjectPath
 from stream_engine.text import duration, printable
+from stream_engine.work.stored_log import StoredLog
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -66,7 +67,7 @@ class LineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger:
+def set_up_logging(log_file: Location, *, worker: str, echo: bool) -> logging.Logger:
     """Log everything of this package to `log_file`, and to stderr when `echo` (else warnings)."""
     logger = logging.getLogger(LOGGER_NAME)
     logger.setLevel(logging.INFO)
@@ -74,8 +75,7 @@ def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(log_file, encoding="utf-8")
+    to_file = file_handler(log_file)
     to_file.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {worker} %(message)s"))
     to_screen = ScreenHandler()
     to_screen.setFormatter(LineFormatter("%(message)s"))
@@ -83,6 +83,14 @@ def set_up_logging(log_file: Path, *, worker: str, echo: bool) -> logging.Logger
     logger.addHandler(to_file)
     logger.addHandler(to_screen)
     return logger
+
+
+def file_handler(log_file: Location) -> logging.Handler:
+    """What adds lines to a log file."""
+    if isinstance(log_file, ObjectPath):
+        return StoredLog(log_file)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    return logging.FileHandler(log_file, encoding="utf-8")
 
 
 def line(progress: Progress) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
 
 from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
-from stream_engine.errors import ConfigError, NoPicturesError
-from stream_engine.inputs.ingest import IngestReport, discard_refused, ingest
+from stream_engine.errors import ConfigError, LeaseLostError, NoPicturesError
+from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.inputs.rejects import discard_refused
 from stream_engine.inputs.sources import input_fingerprint, list_inputs
 from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MIN_RECORDS_TO_JUDGE = 200
+VERIFY_S = 1.0
+"""How often a reader asks whether it still holds the lease."""
 
 
 class InputQueue:
@@ -47,6 +51,8 @@ class InputQueue:
         self.limits: dict[str, int | None] = {}
         self.manifest_start = 0
         self.num_added = 0
+        self.held: Lease | None = None
+        self.verified = 0.0
 
     def begin(self, *, read_input: bool) -> None:
         """Note which inputs there are, and in which state; `state` is fresh."""
@@ -62,16 +68,25 @@ class InputQueue:
         lease = self.lease()
         if lease is None:
             return False
-        with lease:
-            self.state.refresh()
-            sources = self.unread_sources()
-            named = [source for source in sources if source not in self.limits]
-            for group in (named, *([source] for source in sources if source in self.limits)):
-                if group:
-                    logger.info("reading %s", ", ".join(group))
-                    self.num_added += self.ingest(group).added
+        try:
+            with lease:
+                self.held = lease
+                self.read_all()
+        except LeaseLostError as error:
+            logger.warning("%s", error)
+            return False  # another worker reads them now
         self.unread = {}
         return True
+
+    def read_all(self) -> None:
+        """Read the inputs that are left to read, under the lease."""
+        self.state.refresh()
+        sources = self.unread_sources()
+        named = [source for source in sources if source not in self.limits]
+        for group in (named, *([source] for source in sources if source in self.limits)):
+            if group:
+                logger.info("reading %s", ", ".join(group))
+                self.num_added += self.ingest(group).added
 
     def ingest(self, sources: list[str]) -> IngestReport:
         """Read some inputs; what is refused as a whole, with nothing taken of it, is forgotten."""
@@ -85,7 +100,7 @@ class InputQueue:
             if isinstance(error, NoPicturesError) or len(manifest.shards) == num_shards:
                 for source in map(canonical_source, named):
                     if source not in manifest.inputs:
-                        forget_source(self.run_dir, source, worker=self.worker)
+                        forget_source(self.run_dir, source)
             raise
         discard_refused(self.run_dir, self.state.refresh().manifest.inputs)
         logger.info("%s", describe_ingest(report))
@@ -125,7 +140,10 @@ class InputQueue:
         return part
 
     def ingest_progress(self, report: IngestReport) -> None:
-        """Show how far reading is, and stop it when the data are plainly wrong."""
+        """Show how far reading is; stop it when the data are plainly wrong or the lease is lost."""
+        if self.held is not None and time.monotonic() - self.verified > VERIFY_S:
+            self.held.verify()
+            self.verified = time.monotonic()
         rejected = sum(report.rejected.values())
         refuse_bad_input(report.rejected, report.read, self.max_bad_fraction)
         self.show(f"reading input: {report.read} records, {rejected} rejected")

@@ -22,16 +22,15 @@ from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.refusals import refuse_foreign, refuse_no_input, refuse_unwritable
 from stream_engine.run_dir.run_json import (
     RunFile,
     open_run,
     read_run_file,
-    refuse_foreign,
-    refuse_no_input,
-    refuse_unwritable,
 )
 from stream_engine.run_dir.state import RunState
-from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.run_dir.status import Status, collect, no_pairs, problems, rejects_files
+from stream_engine.store import files
 from stream_engine.text import printable
 from stream_engine.work.follower import follow
 from stream_engine.work.loaded_engines import LoadedEngines
@@ -65,6 +64,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     problems: list[str]
     """Every failed shard and quarantined record, one line each; long lists are cut."""
+    rejects_files: list[str]
+    """Where the records are listed that were rejected when they were read."""
     rejected: list[str]
     """The reasons for which records were rejected when they were read."""
     no_pairs: str | None
@@ -167,7 +168,7 @@ def report_of(
 ) -> RunReport:
     """How the run stands now, and what this process did for it."""
     folder = state.run_dir.dataset_dir
-    has_dataset = config.run_stage in (None, 2) and folder.is_dir()
+    has_dataset = config.run_stage in (None, 2) and files.exists(state.run_dir.stats_json)
     return RunReport(
         samples_added_here=num_added,
         shards_done_here=num_done,
@@ -176,6 +177,7 @@ def report_of(
         dataset=str(folder) if has_dataset else None,
         status=collect(state),
         problems=problems(state),
+        rejects_files=[str(path) for path in rejects_files(state)],
         rejected=sorted({r for info in state.manifest.inputs.values() for r in info.rejected}),
         no_pairs=no_pairs(state.run_dir) if has_dataset else None,
         notes=[
@@ -214,7 +216,7 @@ def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) ->
     refuse_no_input(run_dir, config)
     check_inputs(config, known=whole_manifest(run_dir).inputs)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
-    run_file, notes = open_run(run_dir, config, inputs, worker=rank.worker_id)
+    run_file, notes = open_run(run_dir, config, inputs)
     for note in notes:
         logger.info("%s", note)
     return run_file

@@ -32,12 +32,14 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import (
     RECORD_TYPES,
     ResultHeader,
+    quarantined_by,
     read_header,
-    read_quarantine,
     read_results,
     write_results,
 )
 from stream_engine.run_dir.shards import read_shard
+from stream_engine.store import files
+from stream_engine.store.base import Version
 from stream_engine.store.leases import Lease
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class ShardWork:
         self.stage = stage
         started = time.monotonic()
         inputs = self.inputs(stage, samples)
+        over = files.version_of(self.run_dir.result(stage, self.info.index))
         records, failures = self.on_file(stage, inputs.keys())
         self.num_kept = len(records)
         missing = {k: v for k, v in inputs.items() if k not in records and k not in failures}
@@ -131,7 +134,7 @@ class ShardWork:
                 f"failed in a model's forward, the last with: {broken[-1].detail}"
             )
         seconds = time.monotonic() - started
-        self.write(stage, inputs.keys(), records, failures, seconds, num_tokens)
+        self.write(stage, inputs.keys(), records, failures, seconds, num_tokens, over)
 
     def inputs(self, stage: Stage, samples: Sequence[Sample]) -> dict[str, Any]:
         """What reaches a stage, by key in the shard's order."""
@@ -146,7 +149,7 @@ class ShardWork:
     ) -> tuple[dict[str, StageRecord], dict[str, Failure]]:
         """Records and failures of an earlier result that still count."""
         path = self.run_dir.result(stage, self.info.index)
-        if not path.exists():
+        if not files.exists(path):
             return {}, {}
         wanted = set(keys)
         try:
@@ -157,7 +160,7 @@ class ShardWork:
             ):
                 return {}, {}
             records = {r.key: r for r in read_results(path, RECORD_TYPES[stage]) if r.key in wanted}
-            aside = read_quarantine(self.run_dir.stage_quarantine(stage, self.info.index))
+            aside = quarantined_by(self.run_dir, header)
             failures = {f.key: f for f in aside if f.key in wanted and f.key not in records}
         except ShardError as error:
             logger.warning("%s; it is made again", error)
@@ -167,7 +170,7 @@ class ShardWork:
     def is_whole(self, stage: Stage, num_inputs: int) -> bool:
         """Whether the result on file speaks for all inputs (its quarantine file included)."""
         path = self.run_dir.result(stage, self.info.index)
-        return path.exists() and read_header(path).num_samples == num_inputs
+        return files.exists(path) and read_header(path).num_samples == num_inputs
 
     def outcomes(self, inputs: Mapping[str, Any]) -> Iterator[StageRecord | Failure]:
         """The pipeline's outcomes for these inputs."""
@@ -201,8 +204,12 @@ class ShardWork:
         failures: Mapping[str, Failure],
         seconds: float,
         num_tokens: int,
+        over: Version | None,
     ) -> None:
-        """Write the result, in the shard's order, if the lease still stands."""
+        """Write the result, in the shard's order, if the lease still stands, and read its ends.
+
+        `over` is the version of the result that was on file before.
+        """
         order = list(keys)
         header = ResultHeader(
             stage=stage,
@@ -227,7 +234,10 @@ class ShardWork:
             header,
             [records[key] for key in order if key in records],
             [failures[key] for key in order if key in failures],
+            over=over,
         )
+        # A disk that loses what it took fails this stage, and not the next one that reads it.
+        read_header(self.run_dir.result(stage, self.info.index))
 
 
 def tokens_of(outcome: Any) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store.leases import list_leases
+from stream_engine.store.leases import end_leases_of
 
 
 @contextmanager
@@ -31,9 +31,7 @@ def exit_on_sigterm(run_dir: RunDir, worker_id: str) -> Iterator[None]:
         if not received and not isinstance(error, SystemExit):
             raise
         # The signal may have come while a lease was being taken, before anybody owned it.
-        for lease in list_leases(run_dir.leases_dir):
-            if lease.worker_id == worker_id:
-                run_dir.lease(lease.name).unlink(missing_ok=True)
+        end_leases_of(run_dir.leases_dir, worker_id)
         if isinstance(error, SystemExit):
             raise
         # It broke into something (a lock being taken) that made an error of its own of it.

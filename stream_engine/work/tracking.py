@@ -25,6 +25,8 @@ from stream_engine.outputs.reading import read_pairs
 from stream_engine.outputs.validate import holds_dataset
 from stream_engine.records import DatasetPair
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.store import files
+from stream_engine.store.base import Location
 from stream_engine.text import describe
 from stream_engine.work.progress import Progress
 
@@ -137,6 +139,11 @@ class Tensorboard(Backend):
         self.writer.close()
 
 
+def on_disk(logs: Location) -> Path:
+    """Where a tracker writes files: beside the logs, or here when those are in an object store."""
+    return logs if isinstance(logs, Path) else Path(f"{logs.parent.name}-logs")
+
+
 BACKENDS: dict[str, type[Backend]] = {
     "trackio": Trackio,
     "wandb": Wandb,
@@ -159,10 +166,12 @@ class Tracker:
         self.step = 0
         if config.track is None or not is_first:
             return
-        name = self.run_dir.root.resolve().name
+        root = self.run_dir.root
+        name = (root.resolve() if isinstance(root, Path) else root).name
+        logs = self.run_dir.logs_dir
         try:
             kind = BACKENDS[config.track]
-            self.backend = kind(name, shown_settings(config), self.run_dir.logs_dir)
+            self.backend = kind(name, shown_settings(config), on_disk(logs))
         except ImportError as error:
             raise ConfigError(
                 f"track {config.track} needs a package: pip install {config.track} ({error})"
@@ -182,9 +191,9 @@ class Tracker:
         """The final statistics and some pairs, of the dataset on file."""
         if self.backend is None:
             return
-        stats = self.run_dir.stats_json
-        if stats.is_file():
-            self.log(final_values(msgspec.json.decode(stats.read_bytes())))
+        stats = files.read_bytes(self.run_dir.stats_json)
+        if stats is not None:
+            self.log(final_values(msgspec.json.decode(stats)))
         self.carefully(self.send_pairs)
         self.carefully(lambda backend: backend.finish())
 

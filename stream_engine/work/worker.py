@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from stream_engine.config import RunConfig, Stage, WorkerConfig
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, LeaseLostError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Sample
@@ -24,6 +24,7 @@ from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
+from stream_engine.store import files
 from stream_engine.store.leases import Lease
 from stream_engine.text import describe
 from stream_engine.work.attempts import Attempts
@@ -177,7 +178,7 @@ class Worker:
                         continue
                     if lease.taken_from is None:
                         return stages, shard, lease
-                    with lease:
+                    with lease, suppress(LeaseLostError):  # or another has noted it by now
                         self.attempts.record_death(stages, shard, lease.taken_from)
         return None
 
@@ -193,7 +194,7 @@ class Worker:
             return
         self.reserved = found
         index = found[1].index
-        if found[0] != stages or self.run_dir.result("rollouts", index).exists():
+        if found[0] != stages or files.exists(self.run_dir.result("rollouts", index)):
             return
         if self.state.failure(found[1]) is not None:
             return  # it may kill this worker: not while another shard is in its hands
@@ -263,6 +264,9 @@ class Worker:
                 return False
             try:
                 return self.attempt(left, shard, lease)
+            except LeaseLostError as error:
+                logger.warning("%s", error)
+                return False
             finally:
                 self.state.refresh_shard(shard)
 
@@ -274,6 +278,10 @@ class Worker:
         work = self.shard_work(left, shard, lease, ahead)
         with self.meter.shard():
             error = caught(functools.partial(work.do, left, way.process))
+        if isinstance(error, Exception) and isinstance(
+            lost := caught(lease.verify), LeaseLostError
+        ):
+            error = lost  # whoever holds the shard now says what is wrong with it
         return self.attempts.settle(shard, work.stage, error, way)
 
     def is_broken(self) -> bool:

@@ -48,7 +48,7 @@ def test_a_file_being_written_is_known_as_temporary(tmp_path, monkeypatch):
     """Two workers began a demo run at once: one took the other's half-written file for a
     stranger's and refused the folder."""
     from stream_engine.demo import data
-    from stream_engine.store.atomic import is_temporary
+    from stream_engine.store.local import is_temporary
 
     seen = []
     make = data._row

@@ -16,7 +16,9 @@ from stream_engine.errors import DeviceLostError, WorkerDiedError
 from stream_engine.records import SampleRollouts
 from stream_engine.run_dir.failures import MAX_DEATHS_ALONE, MAX_DEATHS_TOGETHER, record_failure
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import quarantined_by, read_header
 from stream_engine.run_dir.state import shard_lease
+from stream_engine.store import files
 from stream_engine.store.leases import list_leases, this_process
 from stream_engine.work.runner import RunReport, run
 from tests.conftest import write_questions
@@ -41,7 +43,7 @@ def _run(settings: dict[str, object]) -> None:
 
 def plant_dead_lease(run_dir: RunDir, shard: int) -> None:
     """The lease of a worker that was killed at a shard."""
-    dead = msgspec.structs.replace(this_process("dead", 60), process_start="1")
+    dead = msgspec.structs.replace(this_process("dead", 60, number=1, now=0.0), process_start="1")
     path = run_dir.lease(shard_lease(shard))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.encode(dead))
@@ -64,9 +66,9 @@ def test_a_record_that_kills_its_process_is_set_aside_and_the_others_go_on(tmp_p
             assert run_dir.result("rewards", 1).exists() and run_dir.result("rewards", 2).exists()
         assert num_deaths <= MAX_DEATHS_TOGETHER + MAX_DEATHS_ALONE
     assert (num_deaths, status) == (MAX_DEATHS_TOGETHER + MAX_DEATHS_ALONE, 2)
-    assert not list(run_dir.failures_dir.glob("*.json"))
-    quarantined = run_dir.stage_quarantine("rollouts", 0).read_text()
-    assert quarantined.count("\n") == 1 and "ends_worker" in quarantined
+    assert not files.list_files(run_dir.failures_dir)
+    (failure,) = quarantined_by(run_dir, read_header(run_dir.result("rollouts", 0)))
+    assert failure.reason == "ends_worker"
 
 
 @pytest.mark.usefixtures("echo")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stream_engine.store.leases import list_leases
 from tests.conftest import DEMO_FLAGS, answers, parts
 from tests.processes import run_rank, start_rank
 
@@ -81,4 +82,4 @@ def test_sigterm_frees_the_lease_at_once(demo_questions: Path, tmp_path: Path) -
     rank.terminate()
     rank.join(timeout=60)
     assert rank.exitcode == 143, (tmp_path / "log").read_text()
-    assert not list((tmp_path / "run/leases").glob("[!.]*.json"))
+    assert not list_leases(tmp_path / "run/leases")

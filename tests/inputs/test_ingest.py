@@ -13,8 +13,18 @@ from stream_engine.inputs.ingest import IngestReport, ingest
 from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.shards import write_shard
-from tests.inputs.ingested import CONFIG, counts, ids_of, numbers, quarantined, samples_of
+from stream_engine.store import files
+from tests.inputs.ingested import (
+    CONFIG,
+    counts,
+    durable,
+    ids_of,
+    numbers,
+    quarantined,
+    samples_of,
+)
 from tests.samples import make_row, make_sample, tree, write_jsonl, write_parquet
 
 
@@ -114,7 +124,7 @@ def test_two_inputs_may_both_count_from_zero(tmp_path: Path):
     assert len({sample.key for sample in samples_of(together)}) == 7
     for path in (first, other):
         ingest(apart, [str(path)], CONFIG)
-    assert tree(together.root) == tree(apart.root)
+    assert durable(together.root) == durable(apart.root)
 
 
 def test_a_sample_that_another_input_brought_holds_its_id_in_this_one_too(run_dir, tmp_path: Path):
@@ -190,7 +200,8 @@ def test_only_the_unreadable_files_of_an_input_are_tried_again(run_dir, tmp_path
 def test_a_mended_file_makes_the_input_whole(run_dir: RunDir, tmp_path: Path):
     source = mixed_folder(tmp_path / "data")
     ingest(run_dir, [str(source)], CONFIG)
-    write_shard(source / "b.tar", 0, [make_sample(i) for i in range(10, 40)])
+    cut = files.version_of(source / "b.tar")
+    write_shard(source / "b.tar", 0, [make_sample(i) for i in range(10, 40)], over=cut)
     write_parquet(source / "c.parquet", numbers(50, 52))
     report = ingest(run_dir, [str(source)], CONFIG)
     assert report.rejected == {"empty_question": 1}
@@ -243,9 +254,11 @@ def test_progress_reaches_the_caller_who_may_stop(run_dir: RunDir, tmp_path: Pat
     with pytest.raises(TooManyBad):
         ingest(run_dir, [str(path)], CONFIG, on_progress=watch)
     assert seen[0] <= 5 and seen[-1] == 100
-    assert len(quarantined(run_dir)) == 95
+    (unfinished,) = run_dir.quarantine_dir.glob("input-*-unfinished.jsonl")
+    assert len(list(read_quarantine(unfinished))) == 95
     assert not Manifest.load(run_dir).is_read(str(path), input_fingerprint(str(path)))
     assert counts(ingest(run_dir, [str(path)], CONFIG))[:2] == (205, 5)
+    assert not files.exists(unfinished) and len(quarantined(run_dir)) == 200
 
 
 def test_what_an_interrupted_input_added_is_known_to_the_next_input(run_dir, tmp_path: Path):
@@ -287,16 +300,16 @@ def test_the_caller_can_stop_before_a_shard_is_put_in_place(run_dir: RunDir, tmp
     path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 4))
     with pytest.raises(LeaseLost):
         ingest(run_dir, [str(path)], CONFIG, on_progress=stop)
-    assert list(run_dir.shards_dir.iterdir()) == []
+    assert files.list_files(run_dir.shards_dir) == []
 
 
 def test_counts_that_do_not_add_up_are_refused(run_dir: RunDir, tmp_path: Path, monkeypatch):
     """A shard writer that swallows a sample is noticed."""
     write_shard = ingest_module.write_shard
 
-    def lossy(path, index, samples):
+    def lossy(path, index, samples, *, over):
         samples = list(samples)
-        return write_shard(path, index, samples[:-1] if index == 1 else samples)
+        return write_shard(path, index, samples[:-1] if index == 1 else samples, over=over)
 
     monkeypatch.setattr(ingest_module, "write_shard", lossy)
     path = write_jsonl(tmp_path / "a.jsonl", numbers(0, 10))
@@ -325,4 +338,4 @@ def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Pat
     manifest = Manifest.load(run_dir)
     assert len(manifest.shards) == 10_001
     assert manifest.shards[9_999].ids[-1] == "9999-7"
-    assert msgspec.json.decode(run_dir.manifest.read_bytes().splitlines()[-1])["added"] == 1
+    assert msgspec.json.decode(run_dir.manifest_part(1).read_bytes().splitlines()[-1])["added"] == 1

@@ -10,9 +10,9 @@ import pytest
 
 from stream_engine.inputs.ingest import ingest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store.atomic import is_temporary
-from tests.inputs.ingested import CONFIG, numbers
-from tests.samples import make_row, tree, write_jsonl
+from stream_engine.store.local import is_temporary
+from tests.inputs.ingested import CONFIG, durable, numbers
+from tests.samples import make_row, write_jsonl
 
 
 def ingest_until_step(root: str, sources: list[str], fatal_step: int) -> None:
@@ -34,8 +34,8 @@ def ingest_until_step(root: str, sources: list[str], fatal_step: int) -> None:
 
         return call
 
-    os.replace = dying(os.replace)
-    os.fsync = dying(os.fsync)
+    for name in ("link", "symlink", "rename", "unlink", "fsync"):
+        setattr(os, name, dying(getattr(os, name)))
     ingest(RunDir(root), sources, CONFIG)
 
 
@@ -69,11 +69,7 @@ def sources(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def undisturbed(tmp_path: Path, sources: list[str]) -> dict[str, bytes]:
     ingest(RunDir(tmp_path / "undisturbed"), sources, CONFIG)
-    return tree(tmp_path / "undisturbed")
-
-
-def durable(root: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(root).items() if not is_temporary(name)}
+    return durable(tmp_path / "undisturbed")
 
 
 def test_a_kill_at_every_write_changes_nothing(tmp_path: Path, sources, undisturbed, spawn):

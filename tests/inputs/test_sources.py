@@ -100,6 +100,7 @@ def test_the_manifest_beside_a_runs_shards_is_not_data(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     write_shard(run_dir.shard(0), 0, [make_sample(0)])
     run_dir.manifest.write_text("{}")
+    run_dir.manifest_part(1).write_text("{}")
     assert names(run_dir.shards_dir) == ["000000.tar"]
 
 

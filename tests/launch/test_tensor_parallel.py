@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import DEMO_FLAGS, ROOT, answers
+from stream_engine.store.leases import list_leases
+from tests.conftest import DEMO_FLAGS, ROOT, answers, rows_file
 from tests.launch.test_launchers import ENVIRONMENT, free_port
 from tests.processes import run_rank, start_rank
 
@@ -25,7 +26,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    part = run / "dataset/train-00000-of-00001.parquet"
+    part = rows_file(run / "dataset")
     return pq.read_table(part, columns=COLUMNS).to_pylist()
 
 
@@ -90,7 +91,7 @@ def test_a_lost_rank_ends_its_worker_and_another_run_resumes(
     for rank in ranks:
         rank.join(timeout=60)
     assert ranks[0].exitcode == status, log.read_text()
-    assert not list((run / "leases").glob("shard-*.json"))
+    assert not list_leases(run / "leases")
     if status == 1:
         assert "stream-engine: " in log.read_text()
     assert run_rank(words, log=log) == 0, log.read_text()

@@ -63,7 +63,9 @@ def export(
     writer: Export = EXPORTS[name](folder, max_part_bytes=max_part_bytes)
     for row in rows:
         assert writer.write(row) is None
-    return writer.close()
+    parts = writer.close()
+    writer.describe(lambda name: name)
+    return parts
 
 
 def first_row(folder: Path) -> dict[str, Any]:

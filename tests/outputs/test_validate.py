@@ -17,6 +17,7 @@ import pytest
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.validate import validate
 from stream_engine.run_dir.paths import RunDir
+from tests.conftest import rows_file
 from tests.synthetic import run_merge, synthetic_sample, write_run
 
 
@@ -44,7 +45,7 @@ def test_what_a_merge_writes_has_no_problems(good_run: RunDir) -> None:
     assert validate(good_run.root) == []
     for name in EXPORTS:
         assert validate(folder_of(good_run, name)) == []
-    assert validate(good_run.dataset_dir / "train-00000-of-00001.parquet") == []
+    assert validate(rows_file(good_run.dataset_dir)) == []
 
 
 def row_problems(folder: Path) -> list[str]:
@@ -54,7 +55,7 @@ def row_problems(folder: Path) -> list[str]:
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the first row of a parquet dataset; the rest stays."""
-    path = folder / "train-00000-of-00001.parquet"
+    path = rows_file(folder)
     table = pq.read_table(path)
     rows = table.to_pylist()
     change(rows[0])
@@ -90,7 +91,7 @@ RLAIFV_FAULTS = {
 def test_a_bad_trl_row_is_named(run_dir: RunDir, problem: str) -> None:
     rewrite(folder_of(run_dir, "trl"), TRL_FAULTS[problem])
     (found,) = row_problems(folder_of(run_dir, "trl"))
-    assert "train-00000-of-00001.parquet, row 0: " in found
+    assert f"{rows_file(folder_of(run_dir, 'trl'))}, row 0: " in found
     assert problem in found
 
 
@@ -98,12 +99,12 @@ def test_a_bad_trl_row_is_named(run_dir: RunDir, problem: str) -> None:
 def test_a_bad_rlaifv_row_is_named(run_dir: RunDir, problem: str) -> None:
     rewrite(run_dir.dataset_dir, RLAIFV_FAULTS[problem])
     (found,) = row_problems(run_dir.dataset_dir)
-    assert "train-00000-of-00001.parquet, row 0: " in found
+    assert f"{rows_file(run_dir.dataset_dir)}, row 0: " in found
     assert problem in found
 
 
 def change_jsonl(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = folder / "train.jsonl"
+    path = rows_file(folder)
     first, *others = path.read_text().splitlines()
     row = json.loads(first)
     change(row)
@@ -144,8 +145,8 @@ def test_a_bad_jsonl_row_is_named(
 ) -> None:
     folder = folder_of(run_dir, name)
     change_jsonl(folder, change)
-    (found,) = row_problems(folder)
-    assert "train.jsonl, row 0: " in found
+    found, *_ = row_problems(folder)
+    assert f"{rows_file(folder)}, row 0: " in found
     assert problem in found
 
 
@@ -155,24 +156,24 @@ def test_a_row_with_images_after_one_without_is_a_problem_where_none_leads(
 ) -> None:
     """`datasets` then types the column by rows without images, if there are enough of these."""
     folder = folder_of(run_dir, name)
-    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines = rows_file(folder).read_text().splitlines()
     lines.sort(key=lambda line: len(json.loads(line)["images"]))
     assert json.loads(lines[0])["images"] == []
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    rows_file(folder).write_text("\n".join(lines) + "\n")
     (found,) = row_problems(folder)
     assert "the first row with images is not the first of all" in found
 
 
 def test_parquet_without_image_metadata_is_a_problem(run_dir: RunDir) -> None:
     """As pandas writes it: images would load as dicts, and TRL refuse them."""
-    path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"
+    path = rows_file(folder_of(run_dir, "trl"))
     pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
     (found,) = row_problems(path.parent)
     assert "they load as dicts" in found
 
 
 def test_missing_reserved_and_mistyped_columns_are_problems(run_dir: RunDir) -> None:
-    path = folder_of(run_dir, "trl") / "train-00000-of-00001.parquet"
+    path = rows_file(folder_of(run_dir, "trl"))
     table = pq.read_table(path)
     table = table.drop_columns(["images", "margin"])
     table = table.append_column("label", pa.array([1] * table.num_rows))
@@ -187,7 +188,7 @@ def test_missing_reserved_and_mistyped_columns_are_problems(run_dir: RunDir) -> 
 
 
 def test_lost_rows_and_torn_parts_are_problems(run_dir: RunDir) -> None:
-    path = run_dir.dataset_dir / "train-00000-of-00001.parquet"
+    path = rows_file(run_dir.dataset_dir)
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
     (found,) = row_problems(run_dir.dataset_dir)
@@ -209,11 +210,11 @@ def zeros(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "damage", "says"),
     [
-        ("trl", "train-00000-of-00001.parquet", zeros, "its content is not what was written"),
+        ("trl", "rows", zeros, "its content is not what was written"),
         ("llama_factory", "dataset_info.json", Path.unlink, "is lost"),
-        ("llama_factory", "train/train-00000-of-00001.parquet", zeros, "its content is not what"),
+        ("llama_factory", "rows", zeros, "its content is not what"),
         ("llama_factory_jsonl", "images", shutil.rmtree, "is lost"),
-        ("ms_swift_jsonl", "train.jsonl", lambda path: path.write_text(""), "0 bytes, "),
+        ("ms_swift_jsonl", "rows", lambda path: path.write_text(""), "is lost"),
         ("rlaifv", "README.md", Path.unlink, "is lost"),
         ("rlaifv", "stats.json", Path.unlink, "is lost; the next merge makes"),
         ("rlaifv", "stats.json", zeros, "is not what was written; the next merge makes"),
@@ -226,8 +227,9 @@ def test_a_damaged_or_lost_file_is_named_and_the_next_merge_mends_it(
     A lost stats.json made each later merge refuse its own folder."""
     folder = run_dir.dataset_dir if name == "rlaifv" else run_dir.export_dir(name)
     time.sleep(0.01)  # the record is older than what is written now
-    damage(folder / file)
-    assert any(f"{folder / file}" in p and says in p for p in validate(folder)), validate(folder)
+    path = rows_file(folder) if file == "rows" else folder / file
+    damage(path)
+    assert any(f"{path}" in p and says in p for p in validate(folder)), validate(folder)
     run_merge(run_dir, format=tuple(EXPORTS))
     assert validate(folder) == []
 

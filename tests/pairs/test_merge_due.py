@@ -9,6 +9,7 @@ import pytest
 
 from stream_engine.pairs import merger
 from stream_engine.run_dir.paths import RunDir
+from tests.conftest import rows_file
 from tests.pairs.test_merger import is_current
 from tests.synthetic import (
     run_merge,
@@ -43,12 +44,12 @@ def add_shard_with_old_files(run_dir: RunDir) -> dict:
 
 
 def remove_part(run_dir: RunDir) -> dict:
-    (run_dir.dataset_dir / "train-00000-of-00001.parquet").unlink()
+    rows_file(run_dir.dataset_dir).unlink()
     return {}
 
 
 def cut_part(run_dir: RunDir) -> dict:
-    path = run_dir.dataset_dir / "train-00000-of-00001.parquet"
+    path = rows_file(run_dir.dataset_dir)
     path.write_bytes(path.read_bytes()[:-1])
     return {}
 

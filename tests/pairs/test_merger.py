@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +16,21 @@ import pytest
 
 from stream_engine.config import RunConfig
 from stream_engine.errors import (
+    ChangedError,
     ConfigError,
     ConservationError,
     MissingStageError,
     ShardReadError,
 )
 from stream_engine.outputs.formats.rlaifv import RlaifvExport
+from stream_engine.outputs.validate import validate
 from stream_engine.pairs import merger
 from stream_engine.pairs.merger import export, merge, merge_is_current
 from stream_engine.records import PreferencePair, Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, write_records
+from tests.conftest import rows_file
 from tests.synthetic import (
     FINGERPRINTS,
     SyntheticPipeline,
@@ -109,7 +114,7 @@ def test_shard_size_does_not_change_the_dataset(tmp_path: Path) -> None:
         write_run(run_dir, samples(20), samples_per_shard=size)
         run_merge(run_dir, format=("rlaifv", "trl"))
         folders = (run_dir.dataset_dir, run_dir.export_dir("trl"))
-        contents.append([bytes_of(folder)["train-00000-of-00001.parquet"] for folder in folders])
+        contents.append([rows_file(folder).read_bytes() for folder in folders])
     assert contents[0] == contents[1] == contents[2]
 
 
@@ -244,28 +249,105 @@ def test_a_pipeline_that_ranks_differently_each_time_is_noticed(run_dir: RunDir)
     assert not run_dir.dataset_dir.exists()
 
 
-def test_a_merge_killed_before_the_swap_leaves_the_old_dataset(run_dir: RunDir) -> None:
-    run_merge(run_dir)
-    before = bytes_of(run_dir.dataset_dir)
-    killed = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, signal, sys\n"
-            "from stream_engine.store.folders import FolderSwap\n"
-            "from stream_engine.run_dir.paths import RunDir\n"
-            "from tests.synthetic import run_merge\n"
-            "FolderSwap.commit = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "run_merge(RunDir(sys.argv[1]), rank=2)\n",
-            str(run_dir.root),
-        ],
+MERGE_UNTIL = """
+import os, signal, sys
+from stream_engine.outputs.publication import Publication
+from stream_engine.run_dir.paths import RunDir
+from tests.synthetic import run_merge
+count, put = 0, Publication.put
+def ending(function):
+    def call(*arguments, **options):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            print("there", flush=True)
+            os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+        return function(*arguments, **options)
+    return call
+def watched(self, *arguments, **options):
+    for name in ("replace", "link", "symlink", "rename", "unlink"):
+        setattr(os, name, ending(getattr(os, name)))
+    put(self, *arguments, **options)
+Publication.put = watched
+run_merge(RunDir(sys.argv[1]), rank=2)
+"""
+
+
+def merge_until(run_dir: RunDir, step: int, signal_name: str) -> subprocess.Popen[str]:
+    """A merge of other settings that ends, or stops, before its n-th change of a file."""
+    words = [sys.executable, "-c", MERGE_UNTIL, str(run_dir.root), str(step), signal_name]
+    return subprocess.Popen(
+        words,
         cwd=Path(__file__).parents[2],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert killed.returncode == -signal.SIGKILL
-    assert bytes_of(run_dir.dataset_dir) == before
-    assert list(run_dir.root.glob(".dataset.*.tmp"))
-    assert run_merge(run_dir, rank=2).is_new
-    assert not list(run_dir.root.glob(".dataset.*.tmp")), "what the killed merge left is removed"
+
+
+def merge_in_spite(run_dir: RunDir, **settings: int) -> None:
+    """Merge, and again when that finished what another process had begun."""
+    while True:
+        try:
+            run_merge(run_dir, **settings)
+            return
+        except ChangedError:
+            continue
+
+
+def named_by_the_card(folder: Path) -> dict[str, bytes]:
+    """What `load_dataset` reads."""
+    (pattern,) = re.findall(r"path: (train\S+)", (folder / "README.md").read_text())
+    found = {path.name: path.read_bytes() for path in folder.glob(pattern)}
+    assert found, pattern
+    return found
+
+
+def test_a_merge_killed_at_any_file_leaves_the_old_or_the_new_dataset(run_dir: RunDir) -> None:
+    for rank in (2, 1):
+        run_merge(run_dir, rank=rank)
+        copy = shutil.copytree(run_dir.dataset_dir, run_dir.root.parent / f"rank-{rank}")
+    old, new = (named_by_the_card(run_dir.root.parent / name) for name in ("rank-1", "rank-2"))
+    assert old != new and copy.name == "rank-1"
+    seen: list[str] = []
+    for step in range(1, 100, 2):
+        process = merge_until(run_dir, step, "SIGKILL")
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error
+        there = named_by_the_card(run_dir.dataset_dir)
+        assert there in (old, new), step
+        seen.append("old" if there == old else "new")
+        if process.returncode == 0:
+            break
+        merge_in_spite(run_dir, rank=3, distance=50)
+        merge_in_spite(run_dir, rank=1)
+        assert named_by_the_card(run_dir.dataset_dir) == old and validate(run_dir.dataset_dir) == []
+        assert len(list(run_dir.dataset_dir.glob("train-0*"))) == 1, "old rows are removed"
+        assert not list(run_dir.root.glob(".*.tmp")), "what the killed merge left is removed"
+    assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"} and len(seen) > 5
+
+
+def test_a_merge_that_was_stopped_puts_no_older_dataset_over_a_newer_one(run_dir: RunDir) -> None:
+    """A process that was stopped for longer than its lease woke up, and swapped its dataset in."""
+    run_merge(run_dir, rank=1)
+    ends: list[str] = []
+    for step in range(1, 100, 2):
+        process = merge_until(run_dir, step, "SIGSTOP")
+        assert process.stdout is not None
+        if process.stdout.readline() != "there\n":
+            process.communicate()
+            break
+        merge_in_spite(run_dir, rank=3, distance=50)
+        newer = named_by_the_card(run_dir.dataset_dir)
+        process.send_signal(signal.SIGCONT)
+        _, error = process.communicate()
+        assert named_by_the_card(run_dir.dataset_dir) == newer, (step, error)
+        run_merge(run_dir, rank=3, distance=50)
+        assert validate(run_dir.dataset_dir) == [], step
+        assert process.returncode == 0 or "another process has written it" in error, error
+        ends.append("done" if process.returncode == 0 else "refused")
+        run_merge(run_dir, rank=1)
+    assert ends[0] == "refused" and len(ends) > 5
 
 
 def test_a_folder_with_other_files_is_never_overwritten(run_dir: RunDir) -> None:

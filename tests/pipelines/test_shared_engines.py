@@ -14,7 +14,7 @@ from stream_engine.work.stage_inputs import stage_inputs
 def load(pipeline, folder):
     run_dir = RunDir(folder)
     run_dir.root.mkdir(parents=True, exist_ok=True)
-    open_run(run_dir, pipeline.config, stage_inputs(pipeline), worker="w")
+    open_run(run_dir, pipeline.config, stage_inputs(pipeline))
     return LoadedEngines(run_dir, pipeline, Rank(threads_set=True)).get(STAGES, keep=STAGES)
 
 

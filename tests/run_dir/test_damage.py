@@ -9,8 +9,9 @@ import pytest
 from stream_engine.cli.main import main
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.store import files
 from stream_engine.work.runner import RunReport, run
-from tests.conftest import file_states, parts, write_questions
+from tests.conftest import file_states, parts, rows_file, write_questions
 from tests.echo_pipeline import CALLS, echo_config
 from tests.synthetic import rows_of
 
@@ -53,7 +54,7 @@ def test_a_damaged_result_is_set_aside_and_the_rest_is_merged(run_dir: RunDir, s
     (problem,) = report.problems
     assert str(damaged) in problem and "checksum" in problem
     assert f"`stream-engine retry-failed {run_dir.root}` computes it again" in problem
-    assert not damaged.exists()
+    assert not files.exists(damaged)
     assert run_dir.damaged(stage, 1).read_bytes() == content
     assert not append(run_dir).merged_here  # it is settled: no more work, no more merges
 
@@ -86,7 +87,7 @@ def test_a_retry_computes_a_damaged_result_again(run_dir: RunDir, stage: str) ->
 def test_rewards_of_lost_answers_are_not_used_for_new_ones(run_dir: RunDir) -> None:
     flip_a_bit(run_dir.result("rollouts", 1))
     append(run_dir)
-    assert not run_dir.result("rewards", 1).exists()
+    assert not files.exists(run_dir.result("rewards", 1))
     CALLS.clear()
     main(["retry-failed", str(run_dir.root)])
     assert {call.split()[0] for call in CALLS} == {"rollouts", "rewards"}
@@ -120,7 +121,7 @@ def test_a_damaged_tar_leaves_its_shard_out_and_says_what_mends_it(run_dir: RunD
 def test_an_export_leaves_a_damaged_shard_out_too(run_dir: RunDir) -> None:
     flip_a_bit(run_dir.result("rewards", 1))
     assert main(["export", str(run_dir.root), "--format", "ms_swift_jsonl"]) == 0
-    rows = (run_dir.export_dir("ms_swift_jsonl") / "train.jsonl").read_text()
+    rows = rows_file(run_dir.export_dir("ms_swift_jsonl")).read_text()
     assert "number 3" in rows and "number 5" not in rows
     assert main(["status", str(run_dir.root), "--check"]) == 2
 

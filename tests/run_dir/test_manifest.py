@@ -49,27 +49,45 @@ def test_a_run_without_a_manifest_has_no_shards(run_dir: RunDir):
     assert not run_dir.root.exists()
 
 
-@pytest.mark.parametrize("num_bytes", [1, 30, -1])
-def test_a_torn_last_line_is_dropped_and_cut_off(run_dir: RunDir, num_bytes: int):
+@pytest.mark.parametrize("damage", [b"", b'{"kind"', bytes(50) + b"\n"])
+def test_a_damaged_last_line_is_an_error_that_says_what_helps(run_dir: RunDir, damage: bytes):
+    """Lines are added by replacing the whole file: no kill and no power cut leaves half of one."""
     manifest = Manifest.load(run_dir)
     manifest.append_shard(make_info(0))
+    manifest.append_shard(make_info(1))
     whole = run_dir.manifest.read_bytes()
-    manifest.append_shard(make_info(1))
-    line = run_dir.manifest.read_bytes()[len(whole) :]
-    run_dir.manifest.write_bytes(whole + line[:num_bytes])
+    run_dir.manifest.write_bytes(whole[:-1] if not damage else whole + damage)
+    with pytest.raises(ShardReadError, match=r"line [23] is damaged\. Put a copy"):
+        Manifest.load(run_dir)
 
+
+def test_a_full_part_is_followed_by_the_next(run_dir: RunDir, monkeypatch):
+    monkeypatch.setattr("stream_engine.run_dir.manifest.PART_BYTES", 1000)
+    manifest, reader = Manifest.load(run_dir), Manifest.load(run_dir)
+    infos = [make_info(i, num_samples=5) for i in range(20)]
+    for i, info in enumerate(infos):
+        manifest.append_shard(info, source="/a")
+        assert len(reader.refresh().shards) == i + 1
+    manifest.append_input(input_info("/a"))
+    sizes = [path.stat().st_size for path in run_dir.shards_dir.glob("manifest*.jsonl")]
+    assert len(sizes) > 5 and max(sizes) <= 1000
+    for loaded in (manifest, reader.refresh(), Manifest.load(run_dir)):
+        assert list(loaded.shards) == infos
+        assert [loaded.shards[i] for i in (0, 7, 19)] == [infos[i] for i in (0, 7, 19)]
+        assert loaded.shards[4:9] == infos[4:9]
+        assert list(loaded.inputs) == ["/a"]
+
+
+def test_a_part_that_was_put_back_from_a_copy_is_read_anew(run_dir: RunDir):
     manifest = Manifest.load(run_dir)
-    assert list(manifest.shards) == [make_info(0)]
+    manifest.append_shard(make_info(0))
+    copy = run_dir.manifest.read_bytes()
     manifest.append_shard(make_info(1))
-    assert run_dir.manifest.read_bytes() == whole + line
-
-
-def test_a_last_line_of_zeros_is_dropped(run_dir: RunDir):
-    """A power failure can leave a file with its size but without its content."""
-    Manifest.load(run_dir).append_shard(make_info(0))
-    with open(run_dir.manifest, "ab") as file:
-        file.write(bytes(50) + b"\n")
-    assert list(Manifest.load(run_dir).shards) == [make_info(0)]
+    reader = Manifest.load(run_dir)
+    run_dir.manifest.write_bytes(copy)
+    assert list(reader.refresh().shards) == [make_info(0)]
+    run_dir.manifest.unlink()
+    assert list(reader.refresh().shards) == []
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(run_dir: RunDir):

@@ -12,6 +12,7 @@ from webdataset import WebDataset
 from stream_engine.errors import ShardReadError
 from stream_engine.records import Sample, ShardInfo
 from stream_engine.run_dir.shards import image_extension, read_shard, write_shard
+from stream_engine.store import files
 from tests.samples import make_sample, picture
 
 
@@ -40,9 +41,10 @@ def test_equal_samples_make_equal_bytes_in_any_process(shard, samples, tmp_path:
     path, _ = shard
     script = (
         "import os, sys\n"
+        "from pathlib import Path\n"
         "from stream_engine.run_dir.shards import write_shard\n"
         "from tests.samples import make_sample\n"
-        "write_shard(sys.argv[1], 0, [make_sample(i, num_images=i % 3) for i in range(6)])\n"
+        "write_shard(Path(sys.argv[1]), 0, [make_sample(i, num_images=i % 3) for i in range(6)])\n"
     )
     again = tmp_path / "again.tar"
     environment = {**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "USER": "other"}
@@ -181,7 +183,7 @@ def test_a_missing_image_member_is_named(shard):
 def test_samples_in_another_order_are_refused(tmp_path: Path, samples):
     path = tmp_path / "000000.tar"
     info = write_shard(path, 0, samples)
-    write_shard(path, 0, reversed(samples))
+    write_shard(path, 0, reversed(samples), over=files.version_of(path))
     with pytest.raises(ShardReadError, match="unexpected sample"):
         list(read_shard(path, info, verify=False))
 

@@ -14,6 +14,7 @@ import pytest
 from stream_engine.cli.main import main
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.store import files
 from stream_engine.store.leases import Lease
 from stream_engine.work.runner import run
 from tests.conftest import ROOT, write_questions
@@ -108,7 +109,7 @@ def test_the_command_that_inspect_prints_runs_the_shard_in_the_foreground(
     assert main(["work", str(finished.root), "--shard", "0"]) == 0
     assert main(["merge", str(finished.root)]) == 2  # the two bad records are still set aside
     assert main(["status", str(finished.root), "--check"]) == 2
-    assert not list(finished.failures_dir.glob("*.json"))
+    assert not files.list_files(finished.failures_dir)
 
 
 @pytest.mark.parametrize("by_key", [False, True])

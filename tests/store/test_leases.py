@@ -13,8 +13,8 @@ import pytest
 
 from stream_engine.errors import LeaseLostError
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store import leases
-from stream_engine.store.leases import Lease, list_leases, read_lease, this_process
+from stream_engine.store import files, leases, local
+from stream_engine.store.leases import Lease, list_leases, this_process
 
 HOLD = """
 import sys, time
@@ -75,7 +75,8 @@ def foreign_lease(run_dir: RunDir, *, age_s: float, timeout_s: float = 60.0, **c
     path = run_dir.lease("shard-000000")
     path.parent.mkdir(parents=True, exist_ok=True)
     foreign = {"worker_id": "far", "host": "elsewhere", "system": "other-boot/pid:[1]", **changes}
-    holder = msgspec.structs.replace(this_process("far", timeout_s), **foreign)
+    mine = this_process("far", timeout_s, number=1, now=time.time() - age_s)
+    holder = msgspec.structs.replace(mine, **foreign)
     path.write_bytes(msgspec.json.encode(holder))
     os.utime(path, (time.time() - age_s, time.time() - age_s))
     return path
@@ -89,7 +90,7 @@ def test_a_held_lease_is_refused_to_others_and_free_after_release(run_dir: RunDi
     lease.release()
     with acquire(run_dir, "other") as second:
         second.verify()
-    assert list(run_dir.leases_dir.iterdir()) == []
+    assert list_leases(run_dir.leases_dir) == []
 
 
 def test_release_twice_is_harmless_and_verify_then_fails(run_dir: RunDir):
@@ -168,8 +169,8 @@ def test_same_host_name_in_another_container_is_not_judged_by_its_pid(run_dir: R
 def test_heartbeat_keeps_a_lease_beyond_its_timeout(run_dir: RunDir):
     with acquire(run_dir, timeout_s=1.5) as lease:
         time.sleep(2.0)
-        holder, touched = read_lease(lease.path)
-        assert not leases.is_stale(holder, touched, time.time())
+        content, entry = files.read(lease.path)
+        assert not leases.is_stale(leases.holder_of(content, entry), entry, time.time())
         assert acquire(run_dir, "other", timeout_s=1.5) is None
 
 
@@ -205,7 +206,7 @@ def test_exactly_one_thread_wins_every_take_over(run_dir: RunDir):
         assert len(won) == 1
         won[0].verify()
         won[0].release()
-        assert list(run_dir.leases_dir.iterdir()) == []
+        assert list_leases(run_dir.leases_dir) == []
 
 
 def test_a_paused_owner_finds_out_that_it_lost(run_dir: RunDir, start_holder):
@@ -236,38 +237,6 @@ def test_a_heartbeat_does_not_refresh_the_successors_lease(run_dir: RunDir):
     old.release()
 
 
-def test_a_contender_that_died_while_taking_over_does_not_block_the_next(run_dir: RunDir):
-    path = foreign_lease(run_dir, age_s=100)
-    token = read_lease(path)[0].token
-    dead = msgspec.structs.replace(this_process("dead", 60), process_start="1")
-    for generation in range(2):
-        right = path.with_name(f".{path.stem}.{token}.{generation}.end")
-        right.write_bytes(msgspec.json.encode(dead))
-    assert acquire(run_dir) is not None
-    assert [entry.name for entry in run_dir.leases_dir.iterdir()] == ["shard-000000.json"]
-
-
-def test_a_contender_that_is_taking_over_is_waited_for(run_dir: RunDir):
-    path = foreign_lease(run_dir, age_s=100)
-    token = read_lease(path)[0].token
-    right = path.with_name(f".{path.stem}.{token}.0.end")
-    right.write_bytes(msgspec.json.encode(this_process("alive", 60)))
-    assert acquire(run_dir) is None
-
-
-@pytest.mark.parametrize(("age_s", "is_taken"), [(1, False), (100, True)])
-def test_a_contender_elsewhere_that_fell_silent_while_taking_over_is_passed(
-    run_dir: RunDir, age_s: float, is_taken: bool
-):
-    """Its process cannot be seen from here: the time since its last beat is all there is."""
-    silent = foreign_lease(run_dir, age_s=age_s).read_bytes()
-    path = foreign_lease(run_dir, age_s=100)
-    right = path.with_name(f".{path.stem}.{read_lease(path)[0].token}.0.end")
-    right.write_bytes(silent)
-    os.utime(right, (time.time() - age_s, time.time() - age_s))
-    assert (acquire(run_dir) is not None) == is_taken
-
-
 def test_a_damaged_lease_file_goes_stale_like_any_other(run_dir: RunDir):
     path = foreign_lease(run_dir, age_s=0)
     path.write_bytes(b"\0" * 100)
@@ -285,8 +254,7 @@ def test_a_lease_file_replaced_while_it_is_read_counts_as_gone(
     def stale(*args: object):
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
-    monkeypatch.setattr(leases, "open", stale, raising=False)
-    assert read_lease(path) is None
+    monkeypatch.setattr(local, "open", stale, raising=False)
     assert list_leases(run_dir.leases_dir) == []
 
 
@@ -310,15 +278,15 @@ def test_no_leases_folder_means_no_leases(run_dir: RunDir):
 
 
 def test_a_lease_whose_taking_failed_half_way_falls_silent(run_dir: RunDir, monkeypatch):
-    """One EIO when the claim was unlinked: the lease's heart beat on, and all workers waited."""
-    unlink, failures = Path.unlink, [OSError(errno.EIO, "Input/output error")]
+    """One I/O error after the link: the lease's heart beat on, and all workers waited."""
+    link, failures = os.link, [OSError(errno.EIO, "Input/output error")]
 
-    def failing(path: Path, missing_ok: bool = False) -> None:
-        if path.name.endswith(".tmp") and failures:
+    def failing(source: str, target: str) -> None:
+        link(source, target)
+        if failures:
             raise failures.pop()
-        unlink(path, missing_ok=missing_ok)
 
-    monkeypatch.setattr(Path, "unlink", failing)
+    monkeypatch.setattr(os, "link", failing)
     before = threading.active_count()
     with pytest.raises(OSError, match="Input/output"):
         Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
@@ -330,3 +298,46 @@ def test_a_lease_whose_taking_failed_half_way_falls_silent(run_dir: RunDir, monk
         lease = Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
     assert lease is not None, "nobody got the lease again"
     lease.release()
+
+
+def test_numbers_grow_with_each_holder(run_dir: RunDir):
+    numbers = []
+    for _ in range(4):
+        with acquire(run_dir) as lease:
+            numbers.append(lease.holder.number)
+        time.sleep(0.002)
+    foreign_lease(run_dir, age_s=100, number=numbers[-1] + 10**9)
+    with acquire(run_dir) as lease:
+        numbers.append(lease.holder.number)
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == numbers[-2] + 10**9 + 1
+
+
+def test_a_clock_that_is_wrong_by_an_hour_judges_no_lease(run_dir: RunDir, monkeypatch):
+    """Times are the file system's own, whatever this machine believes."""
+    lease = acquire(run_dir, timeout_s=5)
+    real = time.time
+    for wrong_s in (3600, -3600):
+        monkeypatch.setattr(time, "time", lambda wrong_s=wrong_s: real() + wrong_s)
+        assert acquire(run_dir, "other", timeout_s=5) is None
+        (info,) = list_leases(run_dir.leases_dir)
+        assert not info.is_stale and info.age_s < 60 and info.held_s < 60
+    lease.release()
+
+
+def test_a_failed_beat_that_came_through_after_all_keeps_the_lease(run_dir: RunDir, monkeypatch):
+    lease = acquire(run_dir)
+    rename, failures = os.rename, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(source: str, target: str) -> None:
+        rename(source, target)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        lease.verify()
+    lease.verify()
+    assert acquire(run_dir, "other") is None
+    lease.release()
+    assert list_leases(run_dir.leases_dir) == []

@@ -19,7 +19,7 @@ from stream_engine.run_dir.failures import (
     record_failure,
 )
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.work.attempts import isolated
+from stream_engine.work.attempts import Isolation
 from stream_engine.work.shard_work import ShardWork
 
 
@@ -68,7 +68,7 @@ def test_a_record_that_survived_one_stage_begins_the_next_without_deaths(
     """And the note of which record is at work names that stage: else a death there is nobody's."""
     deaths = {"": MAX_DEATHS_TOGETHER, "a": MAX_DEATHS_ALONE}
     before = msgspec.structs.replace(failure, stage="rollouts", fingerprint="first", deaths=deaths)
-    outcomes = list(isolated(work, {"a": None, "b": None}, failure=before))
+    outcomes = list(Isolation(before)(work, {"a": None, "b": None}))
     assert [type(outcome) for outcome in outcomes] == [SampleRewards] * 2
     assert [(f.stage, f.fingerprint, f.alone) for f in work.noted if f is not None] == [
         ("rewards", "second", "a"),
@@ -80,7 +80,7 @@ def test_a_record_that_survived_one_stage_begins_the_next_without_deaths(
 
 def test_when_every_record_raises_the_shard_does(work: Scoring, failure: ShardFailure) -> None:
     with pytest.raises(RuntimeError, match="no such token"):
-        list(isolated(work, {"bad": None}, failure=failure))
+        list(Isolation(failure)(work, {"bad": None}))
 
 
 def test_the_last_record_of_a_shard_that_raises_is_set_aside(
@@ -88,6 +88,6 @@ def test_the_last_record_of_a_shard_that_raises_is_set_aside(
 ) -> None:
     """The others are on file: it is the record that is at fault, and not the whole shard."""
     work.num_kept = 2
-    (outcome,) = isolated(work, {"bad": None}, failure=failure)
+    (outcome,) = Isolation(failure)(work, {"bad": None})
     assert isinstance(outcome, Failure)
     assert (outcome.reason, outcome.key, outcome.row) == ("error", "bad", 2)

@@ -56,7 +56,8 @@ def start(code: list[str], argv: list[str], log: Path) -> subprocess.Popen[bytes
 
 
 def leases(work_dir: Path) -> list[Path]:
-    return list((work_dir / "leases").glob("shard-*.json"))
+    found = (work_dir / "leases").glob("shard-*.json")
+    return [path for path in found if path.stat().st_size]
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_models_that_do_not_fit_together_are_staged() -> None:
 def test_staged_engines_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
     settings = config(work_dir=str(tmp_path), device="cpu", dataset_path=("none.parquet",))
     pipeline = pipeline_class("dpo_reward")(settings)
-    open_run(RunDir(tmp_path), settings, stage_inputs(pipeline), worker="test")
+    open_run(RunDir(tmp_path), settings, stage_inputs(pipeline))
     engines = LoadedEngines(RunDir(tmp_path), pipeline, Rank(threads_set=True))
     engines.one_at_a_time = True
     stages = ("rollouts", "rewards")

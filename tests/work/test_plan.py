@@ -19,7 +19,8 @@ from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import DEMO_DATASET, open_run
+from stream_engine.run_dir.refusals import DEMO_DATASET
+from stream_engine.run_dir.run_json import open_run
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.plan import plan_lines, read_shape
 from stream_engine.work.stage_inputs import stage_inputs
@@ -211,7 +212,7 @@ def test_run_json_keeps_the_confirmed_plans(
     free(monkeypatch, num_bytes)
     settings = config(tmp_path, max_new_tokens=200)
     pipeline = pipeline_class("dpo_reward")(settings)
-    open_run(RunDir(tmp_path), settings, stage_inputs(pipeline), worker="test")
+    open_run(RunDir(tmp_path), settings, stage_inputs(pipeline))
     engines = LoadedEngines(RunDir(tmp_path), pipeline, Rank(threads_set=True))
     engines.one_at_a_time = placement == "staged"
     by_role = engines.get(STAGES, keep=STAGES)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.work import reading
+from stream_engine.store import files
+from stream_engine.store.leases import list_leases
+from stream_engine.work import reading, shard_work
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.runner import RunReport, begin, run
 from stream_engine.work.signals import exit_on_sigterm
@@ -78,7 +81,7 @@ def test_a_shard_that_raises_once_is_tried_again(tmp_path: Path) -> None:
     report = run_on(tmp_path, ["flaky at first", *TEN])
     assert report.exit_status == 0
     assert report.status.samples.done == 11
-    assert not list((tmp_path / "run/failures").glob("*.json"))
+    assert not files.list_files(tmp_path / "run/failures")
 
 
 def test_records_set_aside_by_a_stage_are_named_and_counted(tmp_path: Path) -> None:
@@ -115,7 +118,7 @@ def test_a_worker_that_lost_its_device_ends_and_the_next_one_goes_on(tmp_path: P
         run_on(tmp_path, ["lost at first", *TEN])
     failure = read_failure(RunDir(tmp_path / "run"), 0)
     assert failure is not None and failure.num_deaths == 1
-    assert not list((tmp_path / "run/leases").glob("[!.]*"))
+    assert not list_leases(tmp_path / "run/leases")
     assert {call.split(maxsplit=1)[1] for call in CALLS} <= {"lost at first", *TEN[:3]}
     report = run_on(tmp_path, ["lost at first", *TEN])
     assert (report.status.samples.done, report.exit_status) == (11, 0)
@@ -155,8 +158,8 @@ def test_a_failed_shard_is_left_alone_until_a_retry(tmp_path: Path) -> None:
 def test_settings_that_no_retry_can_mend_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="do not go together"):
         run_on(tmp_path, [*TEN, "settings are wrong"])
-    assert not list((tmp_path / "run/failures").glob("*.json"))
-    assert not list((tmp_path / "run/leases").glob("[!.]*"))
+    assert not files.list_files(tmp_path / "run/failures")
+    assert not list_leases(tmp_path / "run/leases")
 
 
 def test_plainly_bad_data_stop_the_run_early(tmp_path: Path) -> None:
@@ -219,16 +222,23 @@ def test_a_torn_result_is_made_again(tmp_path: Path, stage: str) -> None:
     assert parts(tmp_path / "run/dataset") == before
 
 
-def test_a_torn_manifest_line_is_dropped_and_its_shard_made_again(tmp_path: Path) -> None:
-    run_on(tmp_path, TEN)
-    before = file_states(tmp_path / "run/results")
-    manifest = RunDir(tmp_path / "run").manifest
-    lines = manifest.read_bytes().splitlines(keepends=True)
-    manifest.write_bytes(b"".join(lines[:2]) + lines[2][:50])
-    CALLS.clear()
+def test_a_result_that_cannot_be_read_back_is_an_attempt_and_not_made_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses what is written made the same shard go round without end."""
+    write_results = shard_work.write_results
+
+    def lossy(run_dir: RunDir, header: Any, *arguments: Any, over: str | None) -> None:
+        write_results(run_dir, header, *arguments, over=over)
+        if header.shard == 1:
+            path = run_dir.result(header.stage, header.shard)
+            path.write_bytes(path.read_bytes()[:-20])
+
+    monkeypatch.setattr(shard_work, "write_results", lossy)
     report = run_on(tmp_path, TEN)
-    assert report.exit_status == 0 and report.status.samples.done == 10
-    assert not CALLS and file_states(tmp_path / "run/results") == before
+    assert report.exit_status == 2 and report.status.shards.failed == 1
+    (problem,) = report.problems
+    assert "the file is cut or changed at its end" in problem and "(3 attempts)" in problem
 
 
 def test_appended_input_is_computed_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Knows no trainer and no run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -83,7 +84,10 @@ class Export(ABC):
 
     @abstractmethod
     def close(self) -> list[Part]:
-        """Finish every file, durably; returns the files that hold rows, in order."""
+        """Finish every file; returns those that hold rows, in order."""
+
+    def describe(self, name: Callable[[str], str]) -> None:  # noqa: B027  most need none
+        """Write what tells trainers of these files; `name` is what one will be called."""
 
 
 class ParquetExport(Export):

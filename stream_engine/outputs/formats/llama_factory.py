@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from stream_engine.outputs.formats.prompt import (
     has_media_mark,
     marked_question,
 )
-from stream_engine.outputs.parquet import IMAGE, STRING, Part, fsync_file
+from stream_engine.outputs.parquet import IMAGE, STRING
 
 TURN = {"from": STRING, "value": STRING}
 COLUMNS = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
@@ -46,9 +46,9 @@ class LlamaFactoryExport(ParquetExport):
             return turns
         return {**turns, "images": embedded_images(row.sample), **extras(row)}
 
-    def close(self) -> list[Part]:
-        write_info(self.folder, {split: (split, COLUMNS | IMAGES) for split in self.parts})
-        return super().close()
+    def describe(self, name: Callable[[str], str]) -> None:
+        folders = {split: name(f"{split}/").rstrip("/") for split in self.parts}
+        write_info(self.folder, {s: (folders[s], COLUMNS | IMAGES) for s in self.parts})
 
 
 class LlamaFactoryJsonlExport(JsonlExport):
@@ -58,13 +58,12 @@ class LlamaFactoryJsonlExport(JsonlExport):
         turns = turns_of(row)
         return turns if isinstance(turns, str) else {**turns, **extras(row)}
 
-    def close(self) -> list[Part]:
+    def describe(self, name: Callable[[str], str]) -> None:
         files = {
-            split: (file.path.name, COLUMNS | (IMAGES if file.has_images else {}))
+            split: (name(file.path.name), COLUMNS | (IMAGES if file.has_images else {}))
             for split, file in self.files.items()
         }
         write_info(self.folder, files)
-        return super().close()
 
 
 def turns_of(row: PairRow) -> dict[str, Any] | str:
@@ -91,4 +90,3 @@ def write_info(folder: Path, files: Mapping[Split, tuple[str, Mapping[str, str]]
     }
     path = folder / "dataset_info.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
-    fsync_file(path)

@@ -1,0 +1,125 @@
+"""How a dataset comes to stand in its folder: whole, and never an older one over a newer one.
+
+    dataset/train-00000-of-00002-1f0c8a2e.parquet   rows; the end of the name is their content's
+    dataset/dataset_info.json, stats.json, README.md   replaced, in this order, the card last
+
+Files of rows are put beside those of the dataset that stands, under names that no other content
+has. Then the few files of fixed names are replaced, each only if it is still the one that was there
+when this merge began; the card, whose `data_files` name exactly these rows, is the last, and from
+then on `load_dataset` reads the new dataset. What the old one held is removed after that. A merge
+that was stopped for a while and wakes up finds other versions, and ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from stream_engine.errors import ChangedError, ConfigError
+from stream_engine.outputs.published import CARD, IMAGES, RECORD, entries_of, is_ours, parts_of
+from stream_engine.store import files
+from stream_engine.store.base import Location, Version
+
+ROWS = re.compile(r"(train|test)(-\d{5}-of-\d{5})?-[0-9a-f]{8}(\.parquet|\.jsonl|/.+)")
+"""Names of files of rows, and of folders of them, as `with_token` makes them."""
+
+
+class Publication:
+    """One dataset on its way into a folder.
+
+    Raises:
+        ConfigError: when the folder holds files that are not ours.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        if not is_ours(folder) and holds_other_files(folder):
+            raise ConfigError(f"{folder} holds other files; name a new or empty folder")
+        self.folder = folder
+        self.began = files.now(folder.parent)
+        self.versions = {name: entry.version for name, entry in entries_of(folder).items()}
+
+    def put(self, scratch: Path, rows: Mapping[str, str], *, card: bytes, record: bytes) -> None:
+        """Publish what lies in `scratch`, with card and record.
+
+        Args:
+            rows: the files of rows in `scratch`, and their names in the dataset.
+
+        Raises:
+            ChangedError: when another process has published a dataset there meanwhile.
+        """
+        names = [
+            path.relative_to(scratch).as_posix()
+            for path in sorted(scratch.rglob("*"))
+            if path.is_file()
+        ]
+        fixed = [n for n in names if n not in rows and not n.startswith(f"{IMAGES}/")]
+        self.check_unchanged()
+        for name in names:
+            if name not in fixed:
+                files.take(scratch / name, self.folder / rows.get(name, name))
+        mine = {name: files.version_of(self.folder / name) for name in rows.values()}
+        try:
+            for name in fixed:
+                self.replace(name, (scratch / name).read_bytes())
+            self.replace(RECORD, record)
+            self.replace(CARD, card)
+        except ChangedError:
+            self.take_back(mine)
+            raise
+        self.remove_others({*rows.values(), *fixed, RECORD, CARD})
+
+    def take_back(self, rows: Mapping[str, Version | None]) -> None:
+        """Remove the rows of a dataset that did not come to stand."""
+        stands = {part.name for part in parts_of(self.folder)}
+        for name, version in rows.items():
+            path = self.folder / name
+            if path.name not in stands and files.version_of(path) == version:
+                self.erase(path)
+
+    def erase(self, path: Location) -> None:
+        files.erase(path)
+        if isinstance(path, Path) and path.parent != self.folder:
+            with suppress(OSError):  # others' files are still in it
+                path.parent.rmdir()
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError when another dataset is there than when this merge began."""
+        for name in (RECORD, CARD):
+            if files.version_of(self.folder / name) != self.versions.get(name):
+                raise ChangedError(self.folder / name)
+
+    def replace(self, name: str, content: bytes) -> None:
+        files.replace(self.folder / name, content, self.versions.get(name))
+
+    def remove_others(self, names: set[str]) -> None:
+        """Remove rows of earlier datasets, and what of ours the new one has not.
+
+        Rows that were put there since this merge began are of one that comes after it.
+        """
+        for name, entry in entries_of(self.folder).items():
+            if name in names:
+                continue
+            if ROWS.fullmatch(name):
+                if entry.modified < self.began:
+                    self.erase(entry.path)
+            elif name in self.versions:
+                with suppress(ChangedError):
+                    files.remove(entry.path, self.versions[name])
+
+
+def with_token(name: str, token: str) -> str:
+    """The name of a file of rows, or of a pattern for them, that no other content has."""
+    folder, slash, inner = name.partition("/")
+    if slash:
+        return f"{folder}-{token}/{inner}"
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{token}.{suffix}"
+
+
+def holds_other_files(folder: Location) -> bool:
+    """Whether something is there that is not ours."""
+    if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
+        return True
+    return bool(files.list_files(folder) or files.list_folders(folder))

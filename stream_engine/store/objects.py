@@ -1,0 +1,314 @@
+"""Object storage: `s3://`, `gs://`, `az://`, by conditional puts.
+
+The package obstore (Rust's object_store) does the requests: it has conditional puts, ranged reads
+and multipart uploads for all three, and reads credentials and endpoints as the AWS, Google and
+Azure tools do. A version is an object's ETag.
+
+A request whose answer was lost is sent again, and its condition then fails on its own effect. So
+every object bears a random mark of who wrote it (user metadata), and a failed condition is believed
+only when the mark is another's.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+from stream_engine.errors import ChangedError, ConfigError
+from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Version
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+T = TypeVar("T")
+
+SCHEMES = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "azure://")
+IN_MEMORY_BYTES = 8 << 20
+"""What a spool holds before it goes to a temporary file of this machine."""
+READ_BYTES = 4 << 20
+CLOCK_S = 60.0
+"""For how long the store's clock is told from this machine's monotonic one."""
+TIMEOUT_S = "30s"
+MAX_SAID = 300
+MARK = "written-by"
+
+
+def is_object_url(path: str) -> bool:
+    """Whether a path names an object store that can be written to."""
+    return path.startswith(SCHEMES)
+
+
+def object_path(url: str) -> ObjectPath:
+    """A URL taken apart.
+
+    Raises:
+        ConfigError: when it names no bucket.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise ConfigError(f"{url!r} names no bucket; write {scheme}://bucket/folder")
+    parts = [part for part in key.split("/") if part]
+    if any(part in (".", "..") for part in parts):
+        raise ConfigError(f"{url!r}: a name in an object store has no '.' or '..'")
+    return ObjectPath(f"{scheme}://{bucket}", "/".join(parts))
+
+
+def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: Any) -> T:
+    """The answer to a request; what fails it is an OSError, as a disk's would be.
+
+    Raises:
+        FileNotFoundError: for an object that is not there.
+        ConditionError: when the condition of a put does not hold.
+        OSError: for everything else, after the tries that obstore makes by itself.
+    """
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+    try:
+        return request(*args, **options)
+    except (AlreadyExistsError, PreconditionError) as error:
+        raise ConditionError from error
+    except FileNotFoundError:
+        raise
+    except BaseError as error:
+        said = " ".join(str(error).split())[:MAX_SAID]
+        raise OSError(errno.EIO, said, str(path)) from error
+
+
+class ConditionError(Exception):
+    """The condition of a put does not hold."""
+
+
+class ObjectStore:
+    """The objects of one bucket."""
+
+    def __init__(self, root: str) -> None:
+        """`root` is scheme and bucket.
+
+        Raises:
+            ConfigError: when the package is missing, or the store cannot be set up.
+        """
+        try:
+            from obstore.store import from_url
+        except ImportError as error:
+            raise ConfigError(f"{root} needs the package obstore: pip install obstore") from error
+        self.root = root
+        client: Any = {"timeout": TIMEOUT_S}
+        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            client["allow_http"] = True
+        try:
+            self.bucket: Bucket = from_url(root, client_options=client, **settings(root))
+        except Exception as error:
+            raise ConfigError(f"cannot open {root}: {error}") from error
+        self._clock: tuple[float, float] | None = None
+
+    def read(self, path: Location) -> tuple[bytes, Entry] | None:
+        import obstore
+
+        try:
+            found = ask(path, obstore.get, self.bucket, key_of(path))
+            data = bytes(found.bytes())
+        except FileNotFoundError:
+            return None
+        return (data, entry_of(path, found.meta)) if data else None
+
+    def stat(self, path: Location) -> Entry | None:
+        entry = self.stat_even_if_empty(path)
+        return entry if entry is not None and entry.size else None
+
+    def stat_even_if_empty(self, path: Location) -> Entry | None:
+        """An object as it is, removed ones included."""
+        import obstore
+
+        try:
+            return entry_of(path, ask(path, obstore.head, self.bucket, key_of(path)))
+        except FileNotFoundError:
+            return None
+
+    def list_files(self, folder: Location) -> list[Entry]:
+        prefix = key_of(folder)
+        return [
+            entry_of(folder / name, meta)
+            for meta in self.below(prefix)["objects"]
+            if meta["size"] and not (name := meta["path"].rpartition("/")[2]).startswith(".")
+        ]
+
+    def list_folders(self, folder: Location) -> list[Location]:
+        names = [p.rstrip("/").rpartition("/")[2] for p in self.below(key_of(folder))["prefixes"]]
+        return [folder / name for name in names if not name.startswith(".")]
+
+    def below(self, prefix: str) -> dict[str, list[Any]]:
+        """Objects and common prefixes right below a prefix, by name."""
+        import obstore
+
+        found = ask(
+            f"{self.root}/{prefix}", obstore.list_with_delimiter, self.bucket, prefix or None
+        )
+        return {
+            "objects": sorted(found["objects"], key=lambda meta: meta["path"]),
+            "prefixes": sorted(found["common_prefixes"]),
+        }
+
+    def open(self, path: Location) -> BinaryIO:
+        entry = self.stat(path)
+        if entry is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return cast(BinaryIO, io.BufferedReader(RangedReader(self.bucket, entry), READ_BYTES))
+
+    def spool(self, folder: Location) -> Spool:
+        return ObjectSpool(self)
+
+    def take(self, source: Path, path: Location) -> None:
+        import obstore
+
+        ask(path, obstore.put, self.bucket, key_of(path), source)
+        source.unlink()
+
+    def erase(self, path: Location) -> None:
+        import obstore
+
+        ask(path, obstore.delete, self.bucket, key_of(path))
+
+    def now(self, folder: Location) -> float:
+        """Asked of the store once a minute."""
+        import obstore
+
+        ticks = time.monotonic()
+        if self._clock is None or ticks - self._clock[1] > CLOCK_S:
+            probe = folder / f".clock-{uuid.uuid4().hex[:12]}"
+            ask(probe, obstore.put, self.bucket, key_of(probe), b"now")
+            asked = ask(probe, obstore.head, self.bucket, key_of(probe))["last_modified"]
+            ask(probe, obstore.delete, self.bucket, key_of(probe))
+            self._clock = asked.timestamp(), ticks
+        return self._clock[0] + ticks - self._clock[1]
+
+    def put(self, path: Location, file: BinaryIO, size: int, version: Version | None) -> Version:
+        """Write an object where it is that version, or (None) absent; returns its new version.
+
+        Raises:
+            ChangedError: when it is not.
+        """
+        import obstore
+
+        mode: Any = "create" if version is None else {"e_tag": version}
+        body, mark = file if size else b"", uuid.uuid4().hex
+        try:
+            # A condition needs a single request: multipart uploads have none.
+            written = ask(
+                *(path, obstore.put, self.bucket, key_of(path), body),
+                mode=mode,
+                use_multipart=False,
+                attributes={MARK: mark},
+            )
+            return cast(str, written["e_tag"])
+        except (ConditionError, FileNotFoundError) as error:
+            there, its_mark = self.marked(path)
+            if there is not None and its_mark == mark:
+                return there.version
+            if there is not None and version is None and not there.size:
+                return self.put(path, rewound(file), size, there.version)
+            raise ChangedError(path) from error
+
+    def marked(self, path: Location) -> tuple[Entry | None, str]:
+        """An object as it is, removed ones included, and the mark of who wrote it."""
+        import obstore
+
+        try:
+            found = ask(path, obstore.get, self.bucket, key_of(path))
+            return entry_of(path, found.meta), str(found.attributes.get(MARK, ""))
+        except FileNotFoundError:
+            return None, ""
+
+
+class RangedReader(io.RawIOBase):
+    """An object's bytes at any place, by ranged requests of as much as its buffer asks for."""
+
+    def __init__(self, bucket: Bucket, entry: Entry) -> None:
+        self.bucket = bucket
+        self.entry = entry
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.entry.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises OSError (ESTALE) when the object was replaced since it was opened."""
+        import obstore
+
+        length = min(len(buffer), self.entry.size - self.position)
+        if length <= 0:
+            return 0
+        path = self.entry.path
+        span = (self.position, self.position + length)
+        found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})
+        if found.meta["e_tag"] != self.entry.version:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        data = found.bytes()
+        buffer[: len(data)] = memoryview(data)
+        self.position += len(data)
+        return len(data)
+
+
+class ObjectSpool(Spool):
+    """An object in the making: in memory, and beyond 8 MiB in a temporary file of this machine."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        self.file = cast(BinaryIO, tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES))  # noqa: SIM115
+
+    def publish(
+        self, path: Location, version: Version | None = None, *, durable: bool = True
+    ) -> Version:
+        size = self.file.seek(0, os.SEEK_END)
+        return self.store.put(path, rewound(self.file), size, version)
+
+    def drop(self) -> None:
+        self.file.close()
+
+
+def rewound(file: BinaryIO) -> BinaryIO:
+    """The file at its beginning."""
+    file.seek(0)
+    return file
+
+
+def key_of(path: Location) -> str:
+    assert isinstance(path, ObjectPath), path
+    return path.key
+
+
+def entry_of(path: Location, meta: Any) -> Entry:
+    return Entry(path, meta["e_tag"] or "", meta["size"], meta["last_modified"].timestamp())
+
+
+def settings(root: str) -> dict[str, Any]:
+    """What one kind of store needs beside what its own tools read."""
+    if not root.startswith("s3://"):
+        return {}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return {"conditional_put": "etag", "region": region or "us-east-1"}
+
+
+@cache
+def object_store(root: str) -> ObjectStore:
+    """The store of a bucket, opened once a process."""
+    return ObjectStore(root)
