@@ -20,9 +20,11 @@ from stream_engine.config import RunConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.store.locations import is_hub_model
 
-FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-DUPLICATES = ("original/*", "consolidated*", "onnx/*", "*/.*")
-"""The same weights in the layout of other programs."""
+PATTERNS: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"],
+    "ignore_patterns": ["original/*", "consolidated*", "onnx/*"],  # for other programs
+}
+"""What is fetched of a repository: one set of weights, and what belongs to it."""
 SETTINGS = ("instruct_model_path", "reward_model_path", "vision_tower_path")
 
 
@@ -65,12 +67,7 @@ def checkpoint_folder(name: str, *, setting: str = "model") -> Path:
     lock = locks / f"stream_engine--{re.sub(r'[^A-Za-z0-9.-]+', '--', name)}.lock"
     try:
         with WeakFileLock(lock):
-            folder = snapshot_download(
-                repo_id,
-                revision=revision or None,
-                allow_patterns=list(FILES),
-                ignore_patterns=list(DUPLICATES),
-            )
+            folder = snapshot_download(repo_id, revision=revision or None, **PATTERNS)
     except (OSError, ValueError) as error:  # what it raises without network, name or right
         line = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -82,4 +79,21 @@ def checkpoint_folder(name: str, *, setting: str = "model") -> Path:
             f"{setting} {name!r} has no weights as safetensors, and others are not fetched: "
             "download it yourself and give its folder"
         )
+    return Path(folder)
+
+
+def cached_folder(path: str) -> Path:
+    """Where a checkpoint lies on disk; a model of the hub is looked for in its cache alone, and
+    where it is not there the path comes back as it is."""
+    from huggingface_hub import snapshot_download
+
+    if not is_hub_model(path):
+        return Path(path)
+    repo_id, _, revision = path.partition("@")
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision or None, local_files_only=True, **PATTERNS
+        )
+    except (OSError, ValueError):  # what it raises without one
+        return Path(path)
     return Path(folder)

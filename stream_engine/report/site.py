@@ -27,6 +27,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stream_engine import __version__
 from stream_engine.config import InputConfig
 from stream_engine.errors import CheckpointError, ConfigError, RecordError
+from stream_engine.models.hub import cached_folder
 from stream_engine.models.pieces import load_pieces
 from stream_engine.pictures import small_picture
 from stream_engine.records import Sample
@@ -153,7 +154,7 @@ class LazyPieces:
     def __call__(self, token_ids: Any) -> list[str]:
         if self.pieces is None:
             try:
-                self.pieces = load_pieces(Path(self.checkpoint or ""))
+                self.pieces = load_pieces(cached_folder(self.checkpoint or ""))
             except CheckpointError:
                 self.pieces = lambda ids: [f"#{token_id} " for token_id in ids]
         return self.pieces(token_ids)

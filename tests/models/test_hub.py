@@ -17,6 +17,11 @@ from tests import hub_server
 from tests.conftest import ROOT, write_questions
 
 NAME = "acme/instruct"
+CACHED = """
+import sys
+from stream_engine.models.hub import cached_folder
+print(*map(cached_folder, sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -68,6 +73,14 @@ def test_a_model_is_fetched_once_by_processes_that_start_together(
         assert "models--acme--instruct" in out
     assert hub.asked["file model.safetensors"] == 1
     assert not hub.asked["file pytorch_model.bin"] and not hub.asked["file modeling_acme.py"]
+    found = subprocess.run(
+        [sys.executable, "-c", CACHED, NAME, "acme/nothing"],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "models--acme--instruct" in found[0] and found[1] == "acme/nothing"
     offline = engine(tmp_path / "home", hub, *words, HF_HUB_OFFLINE="1")
     assert offline.wait(timeout=200) == 0
 
