@@ -82,6 +82,7 @@ def export_all(asked: list[Asked], format: str, folder: Path) -> None:
         row = PairRow(question.sample, answer(0, "So."), answer(1, "Not so."), pair(question))
         assert export.write(row) is None, question.name
     export.close()
+    export.describe(lambda name: name)
 
 
 def answer(index: int, text: str) -> Answer:

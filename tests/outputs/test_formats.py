@@ -378,7 +378,7 @@ def test_unknown_format_is_refused_with_the_known_ones() -> None:
         ("ms-swift", "did you mean 'ms_swift'"),
         ("axolotl", "axolotl reads the rows of `trl`"),
         ("OpenRLHF", "pictures would be lost"),
-        ("verl", "would lose them"),
+        ("verl", "pictures would be lost"),
     ],
 )
 def test_a_name_that_is_nearly_one_or_another_trainers_is_answered(name: str, says: str) -> None:

@@ -36,7 +36,7 @@ EXPORTS: dict[str, type[Export]] = {
 OTHER_TRAINERS = {
     "axolotl": "axolotl reads the rows of `trl` (see that dataset's card)",
     "openrlhf": "OpenRLHF's DPO reads texts only, so that the pictures would be lost",
-    "verl": "verl has no DPO on pictures: its rows would lose them",
+    "verl": "verl trains on pairs of texts only, so that the pictures would be lost",
 }
 """Trainers that have no format of their own here, and why."""
 
