@@ -27,6 +27,8 @@ from stream_engine.store.local import PROC, system_identity
 
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
+GIVEN_BACK: set[str] = set()
+"""Tokens of this process that hold nothing, though a file that could not be changed may say so."""
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,14 +94,19 @@ class Lease:
         number, before, version = int(now * 1000), None, None
         if found is not None:
             before, version = holder_of(*found), found[1].version
-            if not is_stale(before, found[1], now, timeout_s):
-                return None
             number = max(before.number + 1, number)
+            if before.token in GIVEN_BACK:
+                before = None
+            elif not is_stale(before, found[1], now, timeout_s):
+                return None
         holder = this_process(worker_id, timeout_s, number=number, now=now)
         try:
             version = write(path, holder, version)
         except ChangedError:
             return None  # somebody else was faster, or its holder lives
+        except OSError:
+            GIVEN_BACK.add(holder.token)
+            raise
         return cls(path, holder, version, before)
 
     def verify(self) -> None:
@@ -115,15 +122,20 @@ class Lease:
             raise LeaseLostError(f"lease {self.name} was lost{to}: {self.path}")
 
     def release(self) -> None:
-        """Give the lease back; does nothing when it is no longer held."""
+        """Give the lease back; does nothing when it is no longer held.
+
+        Where the file cannot be removed it stands until this process takes the name again, or ends.
+        """
         if self._stop.is_set():
             return
         self._stop.set()
         self._heart.join()
-        with self._writing:
+        GIVEN_BACK.add(self.holder.token)
+        with self._writing, suppress(OSError):
             while not self._is_lost:
                 try:
                     files.remove(self.path, self._version, durable=False)
+                    GIVEN_BACK.discard(self.holder.token)
                     return
                 except ChangedError:
                     self._look()

@@ -341,3 +341,46 @@ def test_a_failed_beat_that_came_through_after_all_keeps_the_lease(run_dir: RunD
     assert acquire(run_dir, "other") is None
     lease.release()
     assert list_leases(run_dir.leases_dir) == []
+
+
+@pytest.mark.parametrize("call", ["open", "utime", "symlink", "rename"])
+def test_a_lease_that_could_not_be_given_back_is_free_for_its_own_process(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    """A worker whose disk failed once waited a minute for the lease that it had held itself."""
+    lease = acquire(run_dir)
+    module = local if call == "open" else os
+    function, failures = getattr(module, call, open), [OSError(errno.EIO, "Input/output error")]
+
+    def failing(path, *arguments, **options):
+        if failures and arguments[:1] != ("rb",):
+            raise failures.pop()
+        return function(path, *arguments, **options)
+
+    monkeypatch.setattr(module, call, failing, raising=False)
+    lease.release()
+    assert not failures
+    again = acquire(run_dir) or acquire(run_dir)  # the first may finish what had begun
+    assert again is not None and again.taken_from is None
+    again.verify()
+
+
+def test_a_lease_that_failed_half_way_is_free_for_its_own_process(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever came next finished it: the file then named a holder that held nothing."""
+    with acquire(run_dir):
+        pass  # its file is there, and empty
+    rename, failures = os.rename, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def failing(*arguments):
+        if failures:
+            raise failures.pop()
+        return rename(*arguments)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="No space"):
+        acquire(run_dir)
+    assert acquire(run_dir) is None
+    again = acquire(run_dir)
+    assert again is not None and again.taken_from is None
