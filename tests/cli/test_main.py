@@ -435,3 +435,4 @@ def test_an_input_that_is_refused_as_a_whole_is_not_kept(
     assert main(["shard", f"{tmp_path}/w"]) == 0
     settings = json.loads((tmp_path / "w/run.json").read_text())["settings"]
     assert settings["dataset_path"] == [str(right)]
+    assert not list((tmp_path / "w/quarantine").glob("input-*"))
