@@ -435,4 +435,5 @@ def test_an_input_that_is_refused_as_a_whole_is_not_kept(
     assert main(["shard", f"{tmp_path}/w"]) == 0
     settings = json.loads((tmp_path / "w/run.json").read_text())["settings"]
     assert settings["dataset_path"] == [str(right)]
-    assert not list((tmp_path / "w/quarantine").glob("input-*"))
+    kept = (tmp_path / "w/quarantine").glob("input-*")
+    assert not any(path.stat().st_size for path in kept)  # an erased file may leave its name
