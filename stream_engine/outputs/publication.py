@@ -24,6 +24,9 @@ from stream_engine.store.base import Location, Version
 
 ROWS = re.compile(r"(train|test)(-\d{5}-of-\d{5})?-[0-9a-f]{8}(\.parquet|\.jsonl|/.+)")
 """Names of files of rows, and of folders of them, as `with_token` makes them."""
+PICTURE = re.compile(rf"{IMAGES}/(-|[0-9a-f]{{32}}\.\d+\.\w+)")
+BESIDE_ROWS = re.compile(r"assets/(-|example\.\w+)|train-logps\.parquet|dataset_info\.json")
+"""Names that a first publication may leave when it is ended before the record is written."""
 
 
 class Publication:
@@ -34,7 +37,7 @@ class Publication:
     """
 
     def __init__(self, folder: Location) -> None:
-        if not is_ours(folder) and holds_other_files(folder):
+        if not is_ours(folder) and holds_other_files(folder) and not is_begun(folder):
             raise ConfigError(f"{folder} holds other files; name a new or empty folder")
         self.folder = folder
         self.began = files.now(folder.parent)
@@ -116,6 +119,22 @@ def with_token(name: str, token: str) -> str:
         return f"{folder}-{token}/{inner}"
     stem, _, suffix = name.rpartition(".")
     return f"{stem}-{token}.{suffix}"
+
+
+def is_begun(folder: Location) -> bool:
+    """Whether a folder holds nothing but what a first publication put there before it was ended."""
+    names = list(entries_of(folder))
+    names += [f"{IMAGES}/{entry.path.name}" for entry in files.list_files(folder / IMAGES)]
+    folders = files.list_folders(folder)
+    if any(map(files.list_folders, folders)):
+        return False
+    names += [f"{inner.name}/-" for inner in folders if not files.list_files(inner)]
+    has_rows = any(map(ROWS.fullmatch, names))
+    return bool(names) and all(
+        PICTURE.fullmatch(name)
+        or (has_rows and (ROWS.fullmatch(name) or BESIDE_ROWS.fullmatch(name)))
+        for name in names
+    )
 
 
 def holds_other_files(folder: Location) -> bool:

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults.hook import Change, kind_of
-from tests.faults.scenes import SCENES, Facts, Scene, Stage, differences, facts
-from tests.faults.trial import Ended, Harm, run, start
+from tests.faults.hook import Change, Deed, kind_of
+from tests.faults.scenes import SCENES, Outcome, Scene, Stage, differences, facts
+from tests.faults.stalls import stalled
+from tests.faults.trial import Harm, run, start
 from tests.faults.verdicts import Verdict, detail_of, faults_of_ends, faults_of_facts
 
 
@@ -45,7 +46,7 @@ class Campaign:
         supplied = "supply" in scene.before
         return self.stage.words(command or scene.command, work, supplied=supplied)
 
-    def expected(self, scene: Scene) -> tuple[Ended, Facts]:
+    def expected(self, scene: Scene) -> Outcome:
         return self.stage.outcome((*scene.before, scene.command))
 
     def draw(self, scene: Scene, rng: random.Random) -> int:
@@ -60,7 +61,7 @@ class Campaign:
 
         A shard that is named as failed is no fault where what the command says mends it.
         """
-        before, expected = self.expected(scene)
+        before, expected, _ = self.expected(scene)
         ends = [run(work, self.words(scene, work), folder)]
         found = facts(work)
         if ends[0].status == 2 and names_failed_shard(ends[0].output):
@@ -92,9 +93,10 @@ def harmed(campaign: Campaign, scene: Scene, fault: str, rng: random.Random) -> 
     return Verdict(fault, scene.name, 0, met, tuple(dict.fromkeys(faults)), detail)
 
 
-DEEDS = {"kill": "kill", "EIO": "eio", "ENOSPC": "enospc"}
+DEEDS: dict[str, Deed] = {"kill": "kill", "EIO": "eio", "ENOSPC": "enospc"}
 FAULTS: dict[str, Callable[[Campaign, Scene, str, random.Random], Verdict]] = {
-    name: harmed for name in DEEDS
+    **{name: harmed for name in DEEDS},
+    "stall": stalled,
 }
 
 

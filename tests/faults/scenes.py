@@ -11,9 +11,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
+import pyarrow.parquet
 
 from stream_engine.config import STAGES
 from stream_engine.errors import StreamEngineError
@@ -54,6 +55,14 @@ class Scene(NamedTuple):
     command: str
 
 
+class Outcome(NamedTuple):
+    """How a command ended, and what it left."""
+
+    ended: Ended
+    facts: Facts
+    in_any_order: Facts
+
+
 SCENES = {
     scene.name: scene
     for scene in (
@@ -76,7 +85,7 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.made: dict[tuple[str, ...], Path] = {}
-        self.outcomes: dict[tuple[str, ...], tuple[Ended, Facts]] = {}
+        self.outcomes: dict[tuple[str, ...], Outcome] = {}
         self.num_trials = 0
         for name in ("plain", "supplied"):
             (folder / name).mkdir(parents=True)
@@ -112,12 +121,14 @@ class Stage:
             folder = self.folder / f"state-{len(self.made)}"
             folder.mkdir()
             work = folder / "work"
-            supplied = "supply" in commands
+            late = self.folder / "supplied/late.png"
+            if "supply" in commands:
+                late.unlink(missing_ok=True)
             for name in commands:
                 if name == "supply":
-                    shutil.copy(self.folder / "plain/there.png", self.folder / "supplied/late.png")
+                    shutil.copy(self.folder / "plain/there.png", late)
                     continue
-                ended = run(work, self.words(name, work, supplied=supplied), folder)
+                ended = run(work, self.words(name, work, supplied="supply" in commands), folder)
                 assert ended.status in (0, 2) and not ended.has_traceback, ended.output
             self.made[commands] = work
         return self.made[commands]
@@ -131,16 +142,17 @@ class Stage:
             shutil.copytree(self.state(commands), folder / "work", symlinks=True)
         return folder, folder / "work"
 
-    def outcome(self, commands: tuple[str, ...]) -> tuple[Ended, Facts]:
+    def outcome(self, commands: tuple[str, ...]) -> Outcome:
         """How the last of these commands ends undisturbed, and what is there then."""
         if commands not in self.outcomes:
             *before, last = commands
             folder, work = self.copy(tuple(before))
-            words = self.words(last, work, supplied="supply" in before)
-            ended = run(work, words, folder)
+            ended = run(work, self.words(last, work, supplied="supply" in before), folder)
             assert ended.status in (0, 2) and not ended.has_traceback, ended.output
-            self.outcomes[commands] = ended, facts(work)
-            assert not [name for name in self.outcomes[commands][1] if "cannot be read" in name]
+            found = Outcome(ended, facts(work), facts_in_any_order(work))
+            assert not [name for name in found.facts if "cannot be read" in name], found.facts
+            self.outcomes[commands] = found
+            shutil.rmtree(folder)
         return self.outcomes[commands]
 
 
@@ -210,6 +222,23 @@ def dataset_facts(work: Path) -> Iterator[tuple[str, object]]:
                 yield name, re.findall(rb"path: .*", path.read_bytes())
             else:
                 yield name, path.read_bytes()
+
+
+def facts_in_any_order(work: Path) -> Facts:
+    """What must be there however shards are cut: two commands that read came in another order."""
+    run_dir = RunDir(work)
+    keys = [key for info in Manifest.load(run_dir).shards for key in info.keys]
+    found: Facts = {"samples": sorted(keys)}
+    for name, value in result_facts(work):
+        if not name.startswith("counts"):
+            kind = name.rpartition(" of ")[0]
+            lists = cast(list[object], found.setdefault(kind, []))
+            lists.extend(cast(list[object], value))
+    rows = []
+    for path in (work / "dataset").glob("train-0*"):
+        rows += pyarrow.parquet.read_table(path).to_pylist()
+    found["rows"] = rows
+    return {name: sorted(map(repr, cast(list[object], value))) for name, value in found.items()}
 
 
 def differences(found: Facts, expected: Facts) -> list[str]:

@@ -13,8 +13,9 @@ from tests.faults.verdicts import Verdict, faults_of_facts, table
 
 TRIALS = {
     "kill": [("run", 1), ("append", 2), ("merge again", 3), ("retry-failed", 4), ("shard", 5)],
-    "EIO": [("run", 1), ("work", 2), ("overwrite", 3)],
-    "ENOSPC": [("run", 1), ("export", 2), ("append", 3)],
+    "EIO": [("run", 1), ("work", 2), ("export", 1010)],
+    "ENOSPC": [("run", 1), ("work", 20), ("append", 3)],
+    "stall": [("run", 1), ("append", 2), ("overwrite", 3), ("shard", 1000), ("merge", 5)],
 }
 """Scene and seed, by kind of fault."""
 

@@ -6,6 +6,7 @@ milliseconds. The pipeline is `echo`, which loads no model.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -112,6 +113,7 @@ def run_command(
     from stream_engine import pipelines
     from stream_engine.cli.main import main
 
+    gc.freeze()  # what is shared with the server stays so
     torch.set_num_threads(1)
     pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)

@@ -1,0 +1,89 @@
+"""A dataset comes to stand in its folder whole, and a folder of others is left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stream_engine.config import RunConfig
+from stream_engine.errors import ConfigError
+from stream_engine.outputs.publication import Publication
+from stream_engine.outputs.validate import validate
+from stream_engine.pairs.merger import export
+from stream_engine.run_dir.paths import RunDir
+from tests.conftest import rows_file
+from tests.synthetic import FINGERPRINTS, SyntheticPipeline, synthetic_sample, write_run
+
+
+class Ended(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(tmp_path / "run")
+    write_run(run_dir, [synthetic_sample(i) for i in range(8)])
+    return run_dir
+
+
+def export_to(run_dir: RunDir, format: str) -> Path:
+    config = RunConfig()
+    return Path(
+        export(run_dir, config, SyntheticPipeline(config), FINGERPRINTS, format=format).dataset
+    )
+
+
+@pytest.mark.parametrize("format", ["rlaifv", "trl", "llama_factory", "ms_swift_jsonl"])
+def test_a_first_publication_that_ended_at_any_file_is_made_again(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """The folder held rows and no record, and was refused as somebody else's for ever."""
+    num_ended = 0
+    for step in range(1, 100):
+        calls = 0
+
+        def ending(function, step=step):
+            def call(*arguments, **options):
+                nonlocal calls
+                calls += 1
+                if calls == step:
+                    raise Ended
+                return function(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("link", "replace"):
+                patch.setattr(os, name, ending(getattr(os, name)))
+            try:
+                folder = export_to(finished, format)
+                break
+            except Ended:
+                num_ended += 1
+        folder = export_to(finished, format)
+        assert validate(folder) == []
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        folder.rmdir()
+    assert num_ended >= 3 and rows_file(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["dataset_info.json"],
+        ["images/cat.png"],
+        ["train-00000-of-00001.parquet"],
+        ["train-00000-of-00001-0123abcd.parquet", "notes.txt"],
+        ["images/0123456789abcdef0123456789abcdef.0.png", "dataset_info.json"],
+    ],
+)
+def test_a_folder_of_others_is_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        path = tmp_path / "dataset" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="holds other files"):
+        Publication(tmp_path / "dataset")
