@@ -53,8 +53,10 @@ def run_rank(argv: Sequence[object], *, log: Path) -> int | None:
 def _rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     import torch
 
+    from stream_engine import pipelines
     from stream_engine.cli.main import main
 
+    pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
     os.environ.update(environment)
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

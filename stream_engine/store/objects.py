@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
@@ -38,7 +39,10 @@ CLOCK_S = 60.0
 """For how long the store's clock is told from this machine's monotonic one."""
 TIMEOUT_S = "30s"
 MAX_SAID = 300
+RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=90)}
+REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
 MARK = "written-by"
+DEFAULT_REGION = "us-east-1"
 
 
 def is_object_url(path: str) -> bool:
@@ -80,7 +84,7 @@ def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: 
         raise
     except BaseError as error:
         said = " ".join(str(error).split())[:MAX_SAID]
-        raise OSError(errno.EIO, said, str(path)) from error
+        raise OSError(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
 
 
 class ConditionError(Exception):
@@ -101,11 +105,11 @@ class ObjectStore:
         except ImportError as error:
             raise ConfigError(f"{root} needs the package obstore: pip install obstore") from error
         self.root = root
-        client: Any = {"timeout": TIMEOUT_S}
-        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-            client["allow_http"] = True
+        client: Any = {"timeout": TIMEOUT_S, "allow_http": True}  # where the address says http://
         try:
-            self.bucket: Bucket = from_url(root, client_options=client, **settings(root))
+            self.bucket: Bucket = from_url(
+                root, client_options=client, retry_config=RETRIES, **settings(root)
+            )
         except Exception as error:
             raise ConfigError(f"cannot open {root}: {error}") from error
         self._clock: tuple[float, float] | None = None
@@ -210,6 +214,10 @@ class ObjectStore:
             )
             return cast(str, written["e_tag"])
         except (ConditionError, FileNotFoundError) as error:
+            if version is None and isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(
+                    errno.ENOENT, "there is no such bucket", self.root
+                ) from error
             there, its_mark = self.marked(path)
             if there is not None and its_mark == mark:
                 return there.version
@@ -249,6 +257,12 @@ class RangedReader(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
+
+    def readall(self) -> bytes:
+        found = bytearray(max(0, self.entry.size - self.position))
+        for start in range(0, len(found), READ_BYTES):
+            self.readinto(memoryview(found)[start : start + READ_BYTES])
+        return bytes(found)
 
     def readinto(self, buffer: Any) -> int:
         """Raises OSError (ESTALE) when the object was replaced since it was opened."""
@@ -301,11 +315,28 @@ def entry_of(path: Location, meta: Any) -> Entry:
 
 
 def settings(root: str) -> dict[str, Any]:
-    """What one kind of store needs beside what its own tools read."""
+    """What S3 needs beside what obstore reads of the environment itself.
+
+    Region, address and credentials are those that the AWS tools would use, profiles included, where
+    boto3 is installed.
+    """
     if not root.startswith("s3://"):
         return {}
+    found: dict[str, Any] = {"conditional_put": "etag"}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return {"conditional_put": "etag", "region": region or "us-east-1"}
+    try:
+        from boto3 import Session
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return found | {"region": region or DEFAULT_REGION}
+    session = Session()
+    found["region"] = region = region or session.region_name or DEFAULT_REGION
+    address = session.client("s3", region_name=region).meta.endpoint_url
+    if "amazonaws.com" not in address:
+        found["endpoint"] = address
+    if session.get_credentials() is not None:
+        found["credential_provider"] = Boto3CredentialProvider(session)
+    return found
 
 
 @cache

@@ -350,12 +350,28 @@ def test_a_merge_that_was_stopped_puts_no_older_dataset_over_a_newer_one(run_dir
     assert ends[0] == "refused" and len(ends) > 5
 
 
+def test_a_first_merge_killed_at_any_file_is_done_again(run_dir: RunDir) -> None:
+    """Its rows stood in a folder without a record, which each later merge refused."""
+    for step in range(1, 100, 3):
+        process = merge_until(run_dir, step, "SIGKILL")
+        process.communicate()
+        merge_in_spite(run_dir, rank=2)
+        assert validate(run_dir.dataset_dir) == [], step
+        shutil.rmtree(run_dir.dataset_dir)
+        if process.returncode == 0:
+            break
+    assert step > 10
+
+
 def test_a_folder_with_other_files_is_never_overwritten(run_dir: RunDir) -> None:
     run_dir.dataset_dir.mkdir()
     (run_dir.dataset_dir / "thesis.tex").write_text("precious")
     with pytest.raises(ConfigError, match="holds other files"):
         run_merge(run_dir)
     assert (run_dir.dataset_dir / "thesis.tex").read_text() == "precious"
+    (run_dir.dataset_dir / "thesis.tex").rename(run_dir.dataset_dir / "dataset_info.json")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run_merge(run_dir)
 
 
 def test_the_first_format_is_in_dataset_and_others_beside_it(run_dir: RunDir) -> None:

@@ -1,0 +1,206 @@
+"""Files of a run in an object store: the same promises as on a disk, against a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from stream_engine.errors import ChangedError, ConfigError
+from stream_engine.store import files
+from stream_engine.store.base import Location
+from stream_engine.store.files import location
+from stream_engine.store.leases import Lease, list_leases
+from stream_engine.store.objects import object_store
+from tests.s3 import Fault, FaultyProxy, environment, s3_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch):
+    """Read and write at an address from now on."""
+
+    def at(address: str) -> None:
+        for name, value in environment(address).items():
+            monkeypatch.setenv(name, value)
+        object_store.cache_clear()
+
+    yield at
+    object_store.cache_clear()
+
+
+@pytest.fixture
+def folder(server: str, use, request: pytest.FixtureRequest) -> Location:
+    use(server)
+    return location(f"s3://bucket/{request.node.name.replace('[', '-').rstrip(']')}")
+
+
+def test_an_object_is_created_once(folder: Location):
+    path = folder / "a" / "file.json"
+    version = files.create(path, b"data")
+    entry = files.stat(path)
+    assert entry is not None and (entry.version, entry.size) == (version, 4)
+    with pytest.raises(ChangedError, match=r"file\.json"):
+        files.create(path, b"other")
+    assert files.read_bytes(path) == b"data"
+
+
+def test_an_object_is_replaced_over_the_version_that_was_read_and_no_other(folder: Location):
+    path = folder / "file"
+    first = files.create(path, b"one")
+    second = files.replace(path, b"two", first)
+    for stale in (first, None):
+        with pytest.raises(ChangedError):
+            files.replace(path, b"three", stale)
+    assert files.read_bytes(path) == b"two" and files.version_of(path) == second
+
+
+def test_a_removed_object_is_absent_and_may_be_created_again(folder: Location):
+    path = folder / "file"
+    version = files.create(path, b"data")
+    files.remove(path, version)
+    assert files.read(path) is None and files.stat(path) is None
+    assert files.list_files(folder) == []
+    with pytest.raises(FileNotFoundError):
+        files.open_file(path)
+    files.create(path, b"again")
+    assert files.read_bytes(path) == b"again"
+    files.erase(path)
+    assert files.read(path) is None
+
+
+def test_listings_tell_files_and_folders_by_name(folder: Location):
+    for name in ("b", "a", ".hidden"):
+        files.create(folder / name, b"x")
+    files.create(folder / "inner" / "c", b"yy")
+    files.create(folder / ".secret" / "d", b"z")
+    assert [(e.path.name, e.size) for e in files.list_files(folder)] == [("a", 1), ("b", 1)]
+    assert files.list_folders(folder) == [folder / "inner"]
+    assert files.list_files(folder / "missing") == files.list_folders(folder / "missing") == []
+
+
+def test_a_large_object_is_streamed_and_read_at_any_place(folder: Location):
+    path, content = folder / "big", os.urandom(21 << 20)
+    with files.spool(folder) as new:
+        new.file.write(content)
+        new.publish(path)
+    with files.open_file(path) as file:
+        assert file.seek(-100, os.SEEK_END) == len(content) - 100
+        assert file.read() == content[-100:]
+        file.seek(5 << 20)
+        assert file.read(9 << 20) == content[5 << 20 : 14 << 20]
+        file.seek(0)
+        assert file.read() == content
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(folder: Location):
+    path = folder / "big"
+    version = files.create(path, b"a" * (12 << 20))
+    with files.open_file(path) as file:
+        assert file.read(10) == b"a" * 10
+        files.replace(path, b"b" * (12 << 20), version)
+        with pytest.raises(OSError, match="Stale"):
+            file.seek(8 << 20)
+            file.read(10)
+
+
+def test_of_many_threads_each_change_is_made_once(folder: Location):
+    path = folder / "number"
+    files.create(path, b"0")
+
+    def add() -> None:
+        for _ in range(8):
+            while True:
+                found = files.read(path)
+                assert found is not None
+                try:
+                    files.replace(path, b"%d" % (int(found[0]) + 1), found[1].version)
+                    break
+                except ChangedError:
+                    continue
+
+    threads = [threading.Thread(target=add) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files.read_bytes(path) == b"40"
+
+
+@pytest.mark.parametrize("fault", ["lost", "fail", "repeat"])
+def test_a_request_that_is_lost_failed_or_repeated_is_done_once(
+    folder: Location, server: str, use, fault: Fault
+):
+    """An answer that did not arrive: the request is sent again and meets its own effect."""
+    with FaultyProxy(server, lambda number, *_: fault if number % 2 else "") as proxy:
+        use(proxy.address)
+        path = folder / "file"
+        version = files.create(path, b"0")
+        for i in range(1, 6):
+            version = files.replace(path, b"%d" % i, version)
+        assert files.read_bytes(path) == b"5"
+        files.remove(path, version)
+        assert files.read(path) is None
+        assert proxy.num_changes >= 7
+
+
+def test_an_answer_that_was_lost_hides_no_other_writer(folder: Location, server: str, use):
+    """The request was refused and its answer lost: it is not taken for done."""
+    path = folder / "file"
+    files.create(path, b"theirs")
+    with FaultyProxy(server, lambda number, *_: "lost" if number == 1 else "") as proxy:
+        use(proxy.address)
+        with pytest.raises(ChangedError):
+            files.create(path, b"theirs")
+        assert proxy.num_changes == 2
+
+
+def test_one_contender_has_a_lease_and_a_stale_one_is_taken_over(folder: Location, monkeypatch):
+    lease = Lease.acquire(folder, "shard-000000", worker_id="me", timeout_s=2)
+    assert lease is not None
+    assert Lease.acquire(folder, "shard-000000", worker_id="other", timeout_s=2) is None
+    (info,) = list_leases(folder)
+    assert (info.name, info.worker_id, info.is_stale) == ("shard-000000", "me", False)
+    lease.verify()
+    monkeypatch.setattr("stream_engine.store.leases.is_alive", lambda holder: None)
+    lease._stop.set()  # its heart stops, as that of a process that was stopped
+    lease._heart.join()
+    lease._stop.clear()
+    taken = None
+    for _ in range(100):
+        taken = Lease.acquire(folder, "shard-000000", worker_id="other", timeout_s=2)
+        if taken is not None:
+            break
+        threading.Event().wait(0.1)
+    assert taken is not None and taken.taken_from is not None
+    assert taken.taken_from.worker_id == "me" and taken.holder.number > lease.holder.number
+    lease.release()
+    (info,) = list_leases(folder)
+    assert info.worker_id == "other"
+    taken.release()
+    assert list_leases(folder) == []
+
+
+def test_a_bucket_that_is_not_there_is_said(folder: Location):
+    with pytest.raises(FileNotFoundError, match="there is no such bucket"):
+        files.create(location("s3://nobody/run/x"), b"x")
+
+
+def test_a_store_that_cannot_be_reached_is_said_in_one_line(use, monkeypatch):
+    use("http://127.0.0.1:1")
+    monkeypatch.setattr("stream_engine.store.objects.RETRIES", {"max_retries": 0})
+    with pytest.raises(OSError, match="can the store be reached") as caught:
+        files.read(location("s3://bucket/run/x"))
+    assert "\n" not in str(caught.value) and "s3://bucket/run/x" in str(caught.value)
+
+
+def test_a_name_without_a_bucket_is_refused():
+    with pytest.raises(ConfigError, match="names no bucket"):
+        location("s3://")
