@@ -9,12 +9,30 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
+from stream_engine.errors import ConfigError
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.manifest import ShardLine
+from stream_engine.text import describe
 
 CACHE_KIB = 32_768
+
+
+class Database(sqlite3.Connection):
+    """Says what a person can do when its file cannot be written."""
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            raise ConfigError(unwritable(error)) from error
+
+    def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+        try:
+            return super().executemany(*arguments)
+        except sqlite3.OperationalError as error:
+            raise ConfigError(unwritable(error)) from error
 
 
 class KnownSamples:
@@ -24,9 +42,17 @@ class KnownSamples:
     """
 
     def __init__(self, shards: Iterable[ShardLine] = ()) -> None:
-        """Take up the samples of existing shards."""
-        self._folder = tempfile.TemporaryDirectory(prefix="stream-engine-")
-        self._database = sqlite3.connect(f"{self._folder.name}/known.sqlite", isolation_level=None)
+        """Take up the samples of existing shards.
+
+        Raises:
+            ConfigError: when the temporary folder cannot be written, now or later.
+        """
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="stream-engine-")
+        except OSError as error:
+            raise ConfigError(unwritable(error)) from error
+        path = f"{self._folder.name}/known.sqlite"
+        self._database = sqlite3.connect(path, isolation_level=None, factory=Database)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute(
@@ -114,6 +140,14 @@ class KnownSamples:
             )
             return "pending"
         return "known"
+
+
+def unwritable(error: Exception) -> str:
+    """What to do when there is no place for temporary files."""
+    return (
+        f"temporary files cannot be written ({describe(error)}): set TMPDIR to a folder that can "
+        "be written and has space; the same command resumes"
+    )
 
 
 def hashed(idx: str) -> bytes:

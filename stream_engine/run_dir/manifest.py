@@ -1,8 +1,9 @@
 """The manifest: an append-only list of the shards, and of the inputs that were read to their end.
 
-One JSON line each, in parts of at most 256 KiB: a line is added by replacing the last part by
-itself and the line, or by creating the next part. So two processes can never both add one, and
-nobody reads half of one. Only the holder of the ingest lease adds; anybody reads at any time.
+One JSON line each, with a checksum of what stands before it, in parts of at most 256 KiB: a line is
+added by replacing the last part by itself and the line, or by creating the next part. So two
+processes can never both add one, and nobody reads half of one. Only the holder of the ingest lease
+adds; anybody reads at any time.
 
 Memory: a shard's line holds its samples' keys, so lines are read when they are asked for; the
 manifest itself keeps one offset per shard, counted over all parts.
@@ -10,6 +11,8 @@ manifest itself keeps one offset per shard, counted over all parts.
 
 from __future__ import annotations
 
+import re
+import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +30,7 @@ from stream_engine.store.locations import canonical_source
 
 PART_BYTES = 256 << 10
 """A part that would grow beyond is full; a longer line has a part of its own."""
+CHECKSUM = re.compile(rb',"checksum":"([0-9a-f]{8})"}\n$')
 
 
 class RowCounts(msgspec.Struct, kw_only=True):
@@ -231,6 +235,9 @@ class Manifest:
 
     def _add(self, line: bytes) -> bool:
         """Take up a complete line; False when it is damaged."""
+        found = CHECKSUM.search(line)
+        if found is not None and found[1] != checksum(line[: found.start()]):
+            return False
         try:
             kind = msgspec.json.decode(line, type=LineKind)
             if kind.kind == "input":
@@ -318,7 +325,8 @@ class Manifest:
 
     def _append(self, line: ShardLine | InputInfo) -> None:
         """Raises ChangedError when another process has added a line since this one looked."""
-        encoded = msgspec.json.encode(line) + b"\n"
+        open_line = msgspec.json.encode(line)[:-1]
+        encoded = open_line + b',"checksum":"' + checksum(open_line) + b'"}\n'
         if self.parts and len(self._last) + len(encoded) <= PART_BYTES:
             part, content = self.parts[-1], self._last + encoded
             version = files.replace(part.path, content, part.version)
@@ -330,6 +338,11 @@ class Manifest:
             self._last = encoded
             self.parts.append(Part(path, self.end, len(encoded), version))
         assert self._add(encoded), encoded
+
+
+def checksum(content: bytes) -> bytes:
+    """Eight hex digits, which tell a bit that changed."""
+    return b"%08x" % zlib.crc32(content)
 
 
 def count_pictures(of_shards: Iterable[dict[int, int]]) -> dict[int, int]:

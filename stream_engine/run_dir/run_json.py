@@ -35,6 +35,7 @@ from stream_engine.errors import ChangedError, ConfigError, SettingsChangedError
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_header
+from stream_engine.run_dir.sealed import is_broken, sealed
 from stream_engine.run_dir.state import SHARD_LEASE
 from stream_engine.store import files
 from stream_engine.store.base import Version
@@ -104,9 +105,15 @@ def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
         found = files.read(run_dir.run_json)
         if found is None:
             return None, None
-        return msgspec.json.decode(found[0], type=RunFile), found[1].version
+        run_file = msgspec.json.decode(found[0], type=RunFile)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {run_dir.run_json}: {error}") from error
+    if is_broken(found[0]):
+        raise ConfigError(
+            f"{run_dir.run_json} is not what was written, so its settings cannot be relied on. Put "
+            "a copy of it back, or take its line `checksum` out if it was changed on purpose"
+        )
+    return run_file, found[1].version
 
 
 def open_run(
@@ -177,9 +184,9 @@ def change(run_dir: RunDir, changed: Callable[[RunFile | None], RunFile]) -> Run
         after = changed(before)
         if after == before:
             return after
-        encoded = msgspec.json.format(msgspec.json.encode(after, order="deterministic"), indent=2)
+        encoded = sealed(as_read_back(msgspec.to_builtins(after, order="deterministic")))
         try:
-            files.replace(run_dir.run_json, encoded + b"\n", version)
+            files.replace(run_dir.run_json, encoded, version)
         except ChangedError:
             time.sleep(POLL_S * random.random())
         else:
@@ -257,15 +264,17 @@ def discard(run_dir: RunDir, stage: Stage, *, keep: str) -> None:
     Failures are of settings, too, and count under those alone.
     """
     for entry in files.list_files(run_dir.results_dir(stage)):
-        quarantine = ""
-        with suppress(ShardReadError):
-            header = read_header(entry.path)
-            if header.fingerprint == keep:
-                continue
-            quarantine = header.quarantine
-        files.remove(entry.path, entry.version)
-        if quarantine:
-            files.erase(run_dir.quarantine(quarantine))
+        while (version := files.version_of(entry.path)) is not None:
+            quarantine = ""
+            with suppress(ShardReadError):
+                header = read_header(entry.path)
+                if header.fingerprint == keep:
+                    break
+                quarantine = header.quarantine
+            with suppress(ChangedError):  # or a removal that was interrupted is through now
+                files.remove(entry.path, version)
+            if quarantine and not files.exists(entry.path):
+                files.erase(run_dir.quarantine(quarantine))
 
 
 def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, worker: str) -> None:

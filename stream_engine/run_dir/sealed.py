@@ -32,3 +32,9 @@ def read_sealed(path: Location) -> dict[str, Any] | None:
     if not isinstance(content, dict) or sealed(content) != data:
         return None
     return content
+
+
+def is_broken(data: bytes) -> bool:
+    """Whether a file carries a checksum that is not its own."""
+    content = msgspec.json.decode(data)
+    return isinstance(content, dict) and CHECKSUM in content and sealed(content) != data

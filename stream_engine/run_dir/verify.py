@@ -1,21 +1,29 @@
-"""Verify a run byte by byte: shards against the manifest, results against their shards."""
+"""Verify a run byte by byte: shards and rejects against the manifest, results against shards."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
-from stream_engine.run_dir.results import RECORD_TYPES, quarantined_by, read_results
+from stream_engine.run_dir.results import (
+    RECORD_TYPES,
+    quarantined_by,
+    read_quarantine,
+    read_results,
+)
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState
 
 
 def damaged_parts(state: RunState) -> Iterator[str]:
-    """A line for every damaged shard or result, and for samples that no result accounts for.
+    """A line for every damaged file of rejects, shard or result, and for samples that no result
+    accounts for.
 
     Shards that the next run works on are one line together.
     """
+    yield from damaged_rejects(state)
     num_pending = 0
     for info, shard in zip(state.manifest.shards, state.shards):
         try:
@@ -41,3 +49,18 @@ def damaged_parts(state: RunState) -> Iterator[str]:
                 yield f"shard {info.index}: the {stage} do not account for every sample"
     if num_pending:
         yield f"{num_pending} of {len(state.shards)} shards pending; run it again"
+
+
+def damaged_rejects(state: RunState) -> Iterator[str]:
+    """A line for every file of rejected records that does not hold what was rejected."""
+    for info in state.manifest.inputs.values():
+        path, expected = state.run_dir.quarantine(info.quarantine), Counter(info.rejected)
+        if not info.quarantine:
+            continue
+        try:
+            found = Counter(failure.reason for failure in read_quarantine(path))
+        except ShardReadError as error:
+            yield str(error)
+            continue
+        if found != expected:
+            yield f"{path}: {found.total()} records, the manifest says {expected.total()}"

@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
@@ -59,6 +60,17 @@ class ScreenHandler(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+class LogFile(logging.FileHandler):
+    """A log on a disk; what the disk does not take is lost, and no more is said of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 class LineFormatter(logging.Formatter):
     """One line a message, whatever foreign text it quotes; tracebacks follow as they are."""
 
@@ -90,7 +102,7 @@ def file_handler(log_file: Location) -> logging.Handler:
     if isinstance(log_file, ObjectPath):
         return StoredLog(log_file)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    return logging.FileHandler(log_file, encoding="utf-8")
+    return LogFile(log_file, encoding="utf-8")
 
 
 def line(progress: Progress) -> str:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.faults.damage import damaged
 from tests.faults.hook import Change, Deed, kind_of
 from tests.faults.scenes import SCENES, Outcome, Scene, Stage, differences, facts
 from tests.faults.stalls import stalled
@@ -97,6 +98,7 @@ DEEDS: dict[str, Deed] = {"kill": "kill", "EIO": "eio", "ENOSPC": "enospc"}
 FAULTS: dict[str, Callable[[Campaign, Scene, str, random.Random], Verdict]] = {
     **{name: harmed for name in DEEDS},
     "stall": stalled,
+    "damage": damaged,
 }
 
 

@@ -175,7 +175,7 @@ def facts(work: Path) -> Facts:
     for part in (shard_facts, result_facts, dataset_facts):
         try:
             found |= dict(part(work))
-        except (StreamEngineError, OSError) as error:
+        except (StreamEngineError, OSError, ValueError) as error:
             found[f"{part.__name__} cannot be read"] = str(error)
     return found
 
@@ -194,7 +194,10 @@ def shard_facts(work: Path) -> Iterator[tuple[str, object]]:
 
 
 def quarantined(run_dir: RunDir, name: str) -> list[Failure]:
-    return list(read_quarantine(run_dir.quarantine(name))) if name else []
+    try:
+        return list(read_quarantine(run_dir.quarantine(name))) if name else []
+    except StreamEngineError:
+        return []
 
 
 def result_facts(work: Path) -> Iterator[tuple[str, object]]:

@@ -1,12 +1,14 @@
 import json
 import os
+import sqlite3
+import tempfile
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from stream_engine.config import InputConfig
-from stream_engine.errors import ConservationError
+from stream_engine.errors import ConfigError, ConservationError
 from stream_engine.inputs import ingest as ingest_module
 from stream_engine.inputs import readers as readers_module
 from stream_engine.inputs.ingest import IngestReport, ingest
@@ -339,3 +341,25 @@ def test_a_run_of_ten_thousand_shards_is_taken_up(run_dir: RunDir, tmp_path: Pat
     assert len(manifest.shards) == 10_001
     assert manifest.shards[9_999].ids[-1] == "9999-7"
     assert msgspec.json.decode(run_dir.manifest_part(1).read_bytes().splitlines()[-1])["added"] == 1
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_one_clear_line(
+    run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = str(write_jsonl(tmp_path / "a.jsonl", numbers(0, 3)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="set TMPDIR to a folder"):
+        ingest(run_dir, [source], CONFIG)
+    monkeypatch.undo()
+    connect = sqlite3.connect
+
+    def full(*arguments, **options):
+        database = connect(*arguments, **options)
+        database.execute("PRAGMA max_page_count=1")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(ConfigError, match=r"is full.*set TMPDIR to a folder"):
+        ingest(run_dir, [source], CONFIG)
+    monkeypatch.undo()
+    assert ingest(run_dir, [source], CONFIG).added == 3

@@ -153,3 +153,21 @@ def test_a_manifest_that_was_cut_is_told(echo: None, tmp_path: Path, capsys, kep
     assert main([*words, "--samples_per_shard=3", "--sample_k=4", "--rank=1"]) == 1
     manifest.write_bytes(whole)
     assert main(["status", str(tmp_path / "w"), "--check"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_a_damaged_file_of_rejects_is_told(echo: None, tmp_path: Path, capsys, damage: str) -> None:
+    """`status` passed it over, and `validate` said that all is well."""
+    dataset = write_questions(tmp_path / "q.jsonl", [f"what is {i} for" for i in range(4)])
+    dataset.write_text(dataset.read_text() + "{broken\n{broken\n")
+    words = f"run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {dataset}".split()
+    assert main([*words, "--sample_k=4", "--rank=1"]) == 2
+    (path,) = (tmp_path / "w/quarantine").iterdir()
+    assert main(["validate", str(tmp_path / "w")]) == 0
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    capsys.readouterr()
+    assert main(["validate", str(tmp_path / "w")]) == 2
+    assert path.name in capsys.readouterr().out

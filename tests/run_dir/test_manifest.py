@@ -201,3 +201,19 @@ def test_unfinished_shards_are_those_since_the_inputs_last_line(run_dir: RunDir)
         assert list(loaded.unfinished_shards("/a")) == [make_info(1)]
         assert list(loaded.unfinished_shards("/b")) == [make_info(2)]
         assert list(loaded.unfinished_shards("/c")) == []
+
+
+def test_a_bit_that_changed_in_a_line_is_told(run_dir: RunDir):
+    """A changed id or count was believed, and another dataset came of it without a word."""
+    manifest = Manifest.load(run_dir)
+    manifest.append_shard(make_info(0))
+    manifest.append_shard(make_info(1))
+    whole = run_dir.manifest.read_bytes()
+    for position in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        run_dir.manifest.write_bytes(changed)
+        try:
+            assert [*Manifest.load(run_dir).shards] == [make_info(0), make_info(1)], position
+        except ShardReadError as error:
+            assert "is damaged. Put a copy" in str(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,37 @@ def test_datasets_of_several_calls_are_all_kept(tmp_path: Path, dataset: Path) -
     rerun(tmp_path, more)
     kept = read_run_file(RunDir(tmp_path / "run")).config().dataset_path
     assert kept == (str(dataset), str(more))
+
+
+def test_a_setting_that_a_bad_disk_changed_is_refused(
+    tmp_path: Path, dataset: Path, capsys
+) -> None:
+    """`merge` took it, and wrote another dataset without a word."""
+    rerun(tmp_path, dataset)
+    path = tmp_path / "run/run.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"rank": 2', b'"rank": 1'))
+    assert main(["merge", str(tmp_path / "run")]) == 1
+    assert "run.json is not what was written" in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert main(["merge", str(tmp_path / "run")]) == 0
+
+
+def test_a_removal_that_was_interrupted_is_no_obstacle(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finished it, was told that the file had changed, and the command ended."""
+    rerun(tmp_path, dataset)
+    shrill = {"pipeline_options": {"echo_tone": "shrill"}, "overwrite": True}
+    rename, failures = os.rename, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(source, target):
+        if failures and "rewards" in str(target):
+            raise failures.pop()
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        rerun(tmp_path, dataset, **shrill)
+    assert rerun(tmp_path, dataset, **shrill).exit_status == 0
+    assert not failures

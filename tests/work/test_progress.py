@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,15 @@ def test_lines_do_not_follow_each_other_faster_for_it() -> None:
         view.update(Progress(doing="sampling answers"))
         view.update(Progress(doing="loading models"), at_once=True)
     assert "loading models" not in stream.getvalue()
+
+
+def test_a_disk_that_fails_costs_lines_of_the_log_and_nothing_else(tmp_path: Path, capsys) -> None:
+    """logging printed a traceback for each line that could not be written."""
+    logger = console.set_up_logging(tmp_path / "log", worker="w", echo=True)
+    (handler,) = (one for one in logger.handlers if isinstance(one, logging.FileHandler))
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(descriptor, handler.stream.fileno())
+    os.close(descriptor)
+    logger.info("all is well")
+    assert capsys.readouterr().err == "all is well\n"
+    console.set_up_logging(tmp_path / "log", worker="w", echo=True)
