@@ -79,13 +79,7 @@ class Publication:
         for name, version in rows.items():
             path = self.folder / name
             if path.name not in stands and files.version_of(path) == version:
-                self.erase(path)
-
-    def erase(self, path: Location) -> None:
-        files.erase(path)
-        if isinstance(path, Path) and path.parent != self.folder:
-            with suppress(OSError):  # others' files are still in it
-                path.parent.rmdir()
+                erase(self.folder, path)
 
     def check_unchanged(self) -> None:
         """Raise ChangedError when another dataset is there than when this merge began."""
@@ -106,10 +100,27 @@ class Publication:
                 continue
             if ROWS.fullmatch(name):
                 if entry.modified < self.began:
-                    self.erase(entry.path)
+                    erase(self.folder, entry.path)
             elif name in self.versions:
                 with suppress(ChangedError):
                     files.remove(entry.path, self.versions[name])
+
+
+def erase(folder: Location, path: Location) -> None:
+    """Take a file of rows away, and the folder that was its own."""
+    files.erase(path)
+    if isinstance(path, Path) and path.parent != folder:
+        with suppress(OSError):  # others' files are still in it
+            path.parent.rmdir()
+
+
+def remove_older_rows(folder: Location) -> None:
+    """Remove what a publication that was ended at its last step left of the dataset before."""
+    entries, stands = entries_of(folder), set(parts_of(folder))
+    for name, entry in entries.items():
+        is_older = RECORD in entries and entry.modified < entries[RECORD].modified
+        if ROWS.fullmatch(name) and entry.path not in stands and is_older:
+            erase(folder, entry.path)
 
 
 def with_token(name: str, token: str) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError, LeaseLostError
+from stream_engine.outputs.publication import remove_older_rows
 from stream_engine.outputs.published import CARD
 from stream_engine.pairs.merge_inputs import seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current
@@ -76,6 +77,8 @@ def merge_once(
             return merge_is_current(state.run_dir, config, pipeline, fingerprints)
 
         if around_damage(state, config, worker, is_up_to_date):
+            for folder in state.run_dir.dataset_folders(config.format).values():
+                remove_older_rows(folder)
             return "current"
         logger.info("building pairs from %d shards", len(state.shards))
         started = time.monotonic()

@@ -27,7 +27,7 @@ from stream_engine.errors import ConservationError, MissingStageError
 from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import SPLITS, PairRow, split_of
-from stream_engine.outputs.publication import Publication, with_token
+from stream_engine.outputs.publication import Publication, remove_older_rows, with_token
 from stream_engine.outputs.published import (
     CARD,
     content_hash,
@@ -143,6 +143,8 @@ def write_formats(
         )
     made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
+    for name in folders.keys() - set(stale):
+        remove_older_rows(folders[name])
     if stale:
         with ExitStack() as stack:
             outputs = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.faults.damage import damaged
 from tests.faults.hook import Change, Deed, kind_of
+from tests.faults.power import Replay, cut
 from tests.faults.scenes import SCENES, Outcome, Scene, Stage, differences, facts
 from tests.faults.stalls import stalled
 from tests.faults.trial import Harm, run, start
@@ -24,6 +25,7 @@ class Campaign:
     def __init__(self, folder: Path) -> None:
         self.stage = Stage(folder)
         self.recorded: dict[str, list[Change]] = {}
+        self.cuts: dict[str, tuple[Replay, list[Change]]] = {}
 
     def trial(self, seed: int, *, fault: str | None = None, scene: str | None = None) -> Verdict:
         """One trial; fault and scene are drawn unless they are given."""
@@ -99,6 +101,7 @@ FAULTS: dict[str, Callable[[Campaign, Scene, str, random.Random], Verdict]] = {
     **{name: harmed for name in DEEDS},
     "stall": stalled,
     "damage": damaged,
+    "power cut": cut,
 }
 
 

@@ -16,6 +16,7 @@ TRIALS = {
     "EIO": [("run", 1), ("work", 2), ("export", 1010)],
     "ENOSPC": [("run", 1), ("work", 20), ("append", 3)],
     "damage": [("run", 106), ("merge", 1), ("export", 119), ("append", 29), ("overwrite", 4)],
+    "power cut": [("run", 1), ("append", 2), ("merge again", 30), ("retry-failed", 4), ("work", 5)],
     "stall": [("run", 1), ("append", 2), ("overwrite", 3), ("shard", 1000), ("merge", 5)],
 }
 """Scene and seed, by kind of fault."""

@@ -87,3 +87,19 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, names: list[str]) -> None
         path.write_bytes(b"precious")
     with pytest.raises(ConfigError, match="holds other files"):
         Publication(tmp_path / "dataset")
+
+
+def test_rows_that_a_publication_could_not_remove_go_with_the_next_look(finished: RunDir) -> None:
+    """They lay beside the dataset until its pairs changed."""
+    folder = export_to(finished, "llama_factory")
+    rows = rows_file(folder)
+    old = folder / "train-0123abcd/train-00000-of-00001.parquet"
+    old.parent.mkdir()
+    old.write_bytes(b"old")
+    os.utime(old, (1, 1))
+    later = old.parent.with_name("train-89ef4567") / old.name  # of a publication that goes on
+    later.parent.mkdir()
+    later.write_bytes(b"new")
+    os.utime(later, (2**31, 2**31))
+    export_to(finished, "llama_factory")
+    assert not old.parent.exists() and later.exists() and rows.exists()
