@@ -2,8 +2,8 @@
 # nnodes=2 node_rank=0 master_addr=host0 bash launch/torchrun_multi_node.sh --work_dir /nfs/run1 --dataset_path ...
 #
 # Run the same line on every node, with its own node_rank. The nodes share nothing but the work
-# directory, which must be on a file system that all of them see. A node that dies does not stop the
-# others; run the line again to resume, with any number of nodes.
+# directory: a file system that all of them see, or object storage (--work_dir s3://bucket/run1). A node
+# that dies does not stop the others; run the line again to resume, with any number of nodes.
 #
 # A worker that is killed for memory, crashes or loses its GPU makes torchrun start this node's workers
 # again, up to max_restarts times; they take up where they were, and other nodes go on meanwhile. Eight

@@ -1,6 +1,13 @@
 """stream_engine builds DPO preference datasets for vision-language models.
 
 From Python: `RunConfig` and `run`, and `stream_engine.api`, which has every command as a function.
+
+A sample's way: read in `inputs`, kept by `run_dir`, answered in `work` by `pipelines` over `engine`
+over `models`, ranked in `pairs`, written in `outputs`, shown in `report`; `store` keeps the bytes.
+The packages are layers, and imports run down only:
+
+    cli > api > report, work > pairs > outputs > inputs > run_dir, pipelines > engine
+        > models, demo > store > pictures > config, records, text > errors
 """
 
 from typing import TYPE_CHECKING

@@ -165,12 +165,12 @@ def push(
 
 
 def report(
-    work_dir: str | Location, *, out: str | Path | None = None, rows: int = ROWS_OF_A_REPORT
+    work_dir: str | Location, *, out: str | Location | None = None, rows: int = ROWS_OF_A_REPORT
 ) -> Path:
     """Write the page of a run's counts and pairs; returns it. `rows` is of how many pairs.
 
     Raises:
-        ConfigError: when there is no run.
+        ConfigError: when there is no run, or `out` (by default in the run) is not on a disk.
     """
     from stream_engine.report.run import ReportedRun
     from stream_engine.report.site import write_report
@@ -178,7 +178,7 @@ def report(
     if rows < 0:
         raise ConfigError(f"rows must be 0 or more, it is {rows}")
     found = ReportedRun.open(work_dir)
-    folder = Path(out) if out else None
+    folder = location(out, setting="out") if out else None
     return Path(write_report(found, folder, num_rows=rows, seed=found.config.seed).page)
 
 

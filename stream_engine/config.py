@@ -60,7 +60,7 @@ class InputConfig:
     samples_per_shard: int = 128
     """Questions in one shard, the unit of work that a worker takes."""
     max_samples: int | None = None
-    """Read at most this many samples of each input (for trials)."""
+    """Read at most this many samples of each input that it is given with (for trials)."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels are rejected as decompression bombs (Pillow's own limit), and so are
     those too long for their width: more than twice that on a square, or 200 times as long."""
@@ -142,7 +142,7 @@ class RankingConfig:
     max_length_bias: float = 0.5
     """Length balance stops when mean(words of chosen - words of rejected) is at most this."""
     compat: Literal["rlaifv"] | None = None
-    """rlaifv: the selection rules of RLAIF-V's data engine, with words of our own (see README)."""
+    """rlaifv: the selection rules of RLAIF-V's data engine, with words of our own (see below)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class RunConfig(
     pipeline_name: str = "dpo_reward"
     """How answers are scored: dpo_reward, divide_and_conquer, llava_critic or a plug-in."""
     work_dir: str = "work"
-    """The run directory: everything that the run writes. An existing one is resumed."""
+    """All that the run writes: a folder, or s3://, gs://, az://. An existing one is resumed."""
     run_stage: Literal[0, 1, 2] | None = None
     """0 sample, 1 reward, 2 pairs; None runs all."""
     track: Literal["trackio", "wandb", "tensorboard"] | None = None

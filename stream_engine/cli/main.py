@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stream_engine import __version__
-from stream_engine.cli import commands, demo, reports
+from stream_engine.cli import commands, demo, notes, reports
 from stream_engine.cli.flags import (
     LineParser,
     add_settings,
@@ -32,19 +32,21 @@ from stream_engine.ranks import Rank
 from stream_engine.text import describe, printable
 
 LINGER_S = 3.0
-WORK_DIR = "the run directory (default work)"
+WORK_DIR = "the run directory, or its URL in an object store (default work)"
 LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 """What the deepspeed launcher puts before all arguments; the environment says the same."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does in a line, its own arguments, and the function behind it."""
+    """One command: what it does in a line, its own arguments, the function behind it, and what its
+    help says below the flags."""
 
     summary: str
     run: Callable[[argparse.Namespace], int]
     arguments: Callable[[argparse.ArgumentParser], None]
     takes_settings: bool = False
+    notes: str = ""
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +115,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the questions for a split `test`; default: the run's setting",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="where to; default: in the work_dir")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to, a folder or URL; default: in the work_dir"
+    )
 
 
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,18 +186,21 @@ COMMANDS = {
         commands.run_command,
         _run_arguments,
         takes_settings=True,
+        notes=notes.RUN,
     ),
     "append": Command(
         "add --dataset_path to a run and build what is new",
         commands.append,
         _work_dir_arguments,
         takes_settings=True,
+        notes=notes.RUN,
     ),
     "shard": Command(
         "only read the input and cut it into shards",
         commands.shard,
         _work_dir_arguments,
         takes_settings=True,
+        notes=notes.INPUT,
     ),
     "work": Command(
         "only run the models on the shards on hand",
@@ -206,12 +213,14 @@ COMMANDS = {
         commands.merge,
         _work_dir_arguments,
         takes_settings=True,
+        notes=notes.PAIRS + "\n" + notes.PUBLISHED,
     ),
     "retry-failed": Command(
         "try failed shards and quarantined records again, then merge",
         commands.retry_failed,
         _retry_arguments,
         takes_settings=True,
+        notes=notes.RETRY,
     ),
     "plan": Command(
         "show what a run would do, and do nothing",
@@ -219,7 +228,9 @@ COMMANDS = {
         _run_arguments,
         takes_settings=True,
     ),
-    "status": Command("show where a run stands", commands.status, _status_arguments),
+    "status": Command(
+        "show where a run stands", commands.status, _status_arguments, notes=notes.WORK_DIR
+    ),
     "inspect": Command(
         "show what happened to a shard or sample, and how to do it again",
         commands.inspect,
@@ -230,19 +241,25 @@ COMMANDS = {
         commands.validate,
         _validate_arguments,
         takes_settings=True,
+        notes=notes.VALIDATED + "\n" + notes.INPUT,
     ),
     "export": Command(
         "write the pairs of a run in other formats (--format trl,ms_swift,...)",
         commands.export,
         _export_arguments,
+        notes=notes.PUBLISHED,
     ),
     "push": Command(
         "bring a dataset to the Hugging Face hub, or go on where that was interrupted",
         commands.push,
         _push_arguments,
+        notes=notes.PUSHED,
     ),
     "report": Command(
-        "write a page to look at a run's counts and pairs", reports.report, _report_arguments
+        "write a page to look at a run's counts and pairs",
+        reports.report,
+        _report_arguments,
+        notes=notes.SHOWN,
     ),
     "show": Command("print pairs in the terminal", reports.show, _show_arguments),
     "verify-checkpoint": Command(
@@ -298,7 +315,12 @@ def dispatch(argv: list[str]) -> int:
         known = nearest(name, list(COMMANDS)) or f"; choose from {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name!r}{known}")
     command = COMMANDS[name]
-    parser = LineParser(prog=f"stream-engine {name}", description=command.summary)
+    parser = LineParser(
+        prog=f"stream-engine {name}",
+        description=command.summary,
+        epilog=command.notes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.arguments(parser)
     if command.takes_settings:
         add_settings(parser)

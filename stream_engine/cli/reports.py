@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stream_engine.cli.flags import convert_flag
@@ -15,6 +14,7 @@ from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.base import ObjectPath
+from stream_engine.store.files import location
 from stream_engine.text import describe, duration, printable
 from stream_engine.work.runner import RunReport
 
@@ -34,7 +34,7 @@ def report(args: argparse.Namespace) -> int:
     if num_rows < 0:
         raise ConfigError(f"rows must be 0 or more, it is {num_rows}")
     run = ReportedRun.open(work_dir_of(args) or RunConfig().work_dir)
-    folder = Path(args.out) if args.out else None
+    folder = location(args.out, setting="out") if args.out else None
     print(printable(line_of(write_report(run, folder, num_rows=num_rows, seed=run.config.seed))))
     return 0
 

@@ -4,6 +4,10 @@ wrong before and after, on pictures that no run has seen.
 The loss is DPO's (Rafailov et al. 2023), with RPO's term: the likelihood of the chosen answer. It
 is written out in plain torch, and equals TRL's `DPOConfig(loss_type=["sigmoid", "sft"],
 loss_weights=[1.0, rpo_alpha])`; TRL itself is not needed.
+
+Wrong facts per answer on 100 held-out pictures, 1.73 before, after 150 steps on the pairs of
+dpo_reward: 0.24 at a learning rate of 1e-4 and 0.34 at 3e-4; without RPO's term (`--rpo_alpha 0`)
+1.02 and 2.41, more than before.
 """
 
 from __future__ import annotations

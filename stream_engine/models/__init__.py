@@ -1,8 +1,12 @@
 """Model families: which there are, and which one a checkpoint belongs to.
 
 The family is read from the checkpoint's config.json, never from its path. Third parties add
-families through the entry point group `stream_engine.models`. Importing this module does not
-import torch; `load_model` does.
+families through an entry point, a module with `matches(config)` and `load(checkpoint, config)`:
+
+    [project.entry-points."stream_engine.models"]
+    acme = "acme_family"
+
+Importing this module does not import torch; `load_model` does.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """The pipelines by name. A new one is one file here and one line in PIPELINES.
 
-Third parties add theirs through the entry point group `stream_engine.pipelines`.
+Third parties add theirs, a `stream_engine.pipelines.base.Pipeline`, through an entry point:
+
+    [project.entry-points."stream_engine.pipelines"]
+    longer_is_better = "acme_pipeline:LongerIsBetter"
 """
 
 from __future__ import annotations

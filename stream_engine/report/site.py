@@ -41,6 +41,7 @@ from stream_engine.report.survey import NO_CANDIDATE, Survey, survey
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed, sealed
 from stream_engine.run_dir.status import read_stats
+from stream_engine.store.base import Location
 from stream_engine.store.folders import FolderSwap
 from stream_engine.text import printable
 
@@ -82,7 +83,7 @@ class Line(msgspec.Struct, kw_only=True):
 
 
 def write_report(
-    run: ReportedRun, folder: Path | None = None, *, num_rows: int = 500, seed: int = 0
+    run: ReportedRun, folder: Location | None = None, *, num_rows: int = 500, seed: int = 0
 ) -> Report:
     """Write a run's report, by default into its work directory.
 
@@ -90,7 +91,7 @@ def write_report(
         num_rows: pairs that are drawn at random; extremes and what was dropped come on top.
 
     Raises:
-        ConfigError: when the folder holds something else.
+        ConfigError: when the folder holds something else, or is no folder of a disk.
         ShardReadError: when a result or shard is damaged.
     """
     started = time.monotonic()

@@ -1,6 +1,8 @@
 """RunDir: the only place that spells a path of the run directory.
 
-It knows names, not contents, and creates nothing: writers make the folders they need.
+It knows names, not contents, and creates nothing. An empty file stands for a removed one.
+
+The run directory is a folder, or a place in object storage.
 
     run.json                       settings, fingerprints, versions
     shards/000012.tar              samples; shards/manifest.jsonl and, when that is full,
@@ -8,9 +10,11 @@ It knows names, not contents, and creates nothing: writers make the folders they
     results/<stage>/000012.msgpack
     damaged/<stage>-000012.msgpack results whose bytes were found changed, kept to be looked at
     failures/000012.json           why a shard failed
-    quarantine/*.jsonl             records set aside, with their reasons
+    quarantine/*.jsonl             records set aside, with their reasons; a name ends in random
+                                   digits, and a result's header or the manifest tells it
     leases/  logs/  debug/
-    dataset/                       the first output format; others in dataset_<format>/
+    dataset/                       the first output format; others in dataset_<format>/; its files
+                                   stand in outputs/publication.py
     report/index.html
 """
 

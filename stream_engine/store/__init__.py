@@ -1,4 +1,5 @@
-"""Bytes by name: files that appear whole or not at all, leases, errors that pass.
+"""Bytes by name, on a disk or in object storage: created where absent, replaced where unchanged.
 
-Knows no run. Open atomic.py first.
+Beside them leases, names of sources, and errors that pass. Knows no run. Open base.py first (what
+is promised), then files.py (what other rooms call).
 """

@@ -136,7 +136,7 @@ def create_named_by_content(folder: Location, prefix: str, suffix: str, data: by
 
 
 def take(source: Path, path: Location) -> None:
-    """Move a file of this machine, below the same mount where `path` is local, to its name.
+    """Move a file of this machine to its name; where that is local, of the same file system.
 
     Only for a name that stands for one content: what is there is the same, or damaged.
     """

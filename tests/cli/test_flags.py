@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from stream_engine.cli.flags import (
 from stream_engine.cli.main import COMMANDS, main
 from stream_engine.config import RunConfig, names_of
 from stream_engine.errors import ConfigError
+from tests.conftest import ROOT
+
+README = ROOT / "README.md"
+OF_OTHER_PROGRAMS = {"--nodes", "--nproc_per_node", "--help", "--minutes"}
 
 ANCESTOR_FLAGS = (
     "--reward_model_name r --reward_model_path /r --instruct_model_name i --instruct_model_path /i "
@@ -143,7 +148,22 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert COMMANDS[command].summary.split()[0] in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert COMMANDS[command].summary.split()[0] in shown
+    assert COMMANDS[command].notes.strip() in shown
+
+
+def test_flags_that_readme_and_the_help_tell_of_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ""
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown += capsys.readouterr().out.partition("\noptions:")[2]
+    flags = set(re.findall(r"^  (--\w+)|, (--\w+)", shown, re.MULTILINE))
+    told = " ".join(command.notes for command in COMMANDS.values())
+    told += re.sub("python -m tests.benchmarks.*?`", "", README.read_text())
+    unknown = set(re.findall(r"--\w+", told)) - {flag for pair in flags for flag in pair}
+    assert unknown - OF_OTHER_PROGRAMS == set()
 
 
 def test_help_documents_each_setting(capsys: pytest.CaptureFixture[str]) -> None:

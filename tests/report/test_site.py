@@ -96,6 +96,19 @@ def test_a_run_without_any_pair_is_reported(
     assert "Nothing vanished" in (tmp_path / "run/report/index.html").read_text()
 
 
+def test_a_report_goes_to_a_disk_alone(
+    demo_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`--out s3://bucket/report` was written to a local folder that was called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(demo_run), "--out", "s3://bucket/report"]) == 1
+    assert "s3://bucket/report: a report is looked at from a disk" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     run = merged_run(tmp_path / "run", 4)
     (tmp_path / "mine").mkdir()

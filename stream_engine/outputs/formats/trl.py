@@ -11,7 +11,11 @@ from stream_engine.records import Answer
 
 
 class TrlExport(ParquetExport):
-    """TRL's conversational preference format; any number of images, none included."""
+    """TRL's conversational preference format; any number of images, none included.
+
+    The ids that TRL's own collator makes of a row are those that the model was asked, for each
+    architecture of transformers that is tested (tests/outputs/test_same_prompt_trl.py).
+    """
 
     features: ClassVar[dict[str, Any]] = {
         "images": [IMAGE],

@@ -1,0 +1,149 @@
+"""What the help of a command says below its flags: reference that no single flag could hold."""
+
+from __future__ import annotations
+
+INPUT = """\
+what is read:
+  parquet, arrow, `datasets` folders    question; image, images or image_path; idx, question_id
+                                        or id
+  jsonl, ndjson, json lists, csv, tsv   the same, or conversations (LLaVA), messages, prompt (TRL);
+                                        also .gz .bz2 .xz .zst
+  WebDataset tars                       key.json or key.txt, and the pictures beside it; also
+                                        compressed or concatenated
+  A source is a file, a folder (linked ones are followed), a glob in quotes, an fsspec URL (s3://
+  needs the package s3fs, gs:// gcsfs), or a dataset of the Hugging Face hub, taken from its cache
+  where there is no network.
+  A picture is bytes, base64, a data URL, a path (from --image_root, else from the file that it
+  stands in), a file:// URL, or a dict with one of these.
+  Ids are unique within an input; two inputs may use the same. Without any they are made from the
+  content. A row that was edited under the same id is called changed_row and keeps its first
+  reading; removed rows stay in the run and are counted.
+  A question has as many <image> marks as pictures, or none: the pictures then come first. Marks
+  inside the text are the pictures' places, for the model and in the exported rows; LLaVA-1.5,
+  which sees pictures first, is asked without them, and so says the row.
+  Stored is the picture that everybody sees: transparency goes on white, 16 bits become 8, CMYK
+  becomes RGB, a moving picture its first frame, EXIF rotation is done; all others keep their
+  bytes. A JPEG whose data are broken in the middle is rejected.
+  Text stays text: a question that spells a control token of the model, or its template's words
+  for a turn, is rejected.
+"""
+
+PAIRS = """\
+how pairs are chosen:
+  The best --rank answers of a question are paired with the worst --rank. Near duplicates, empty
+  and equal answers are dropped and lengths are balanced; stats.json counts each dropped pair by
+  its reason. Flags and defaults are those of RLAIF-V's data engine, and so are the rules but for
+  its corner cases; --compat rlaifv follows those too, where they are well defined.
+  A word is a run without white space, in Chinese and Japanese a character. RLAIF-V counts those of
+  nltk.word_tokenize (punctuation and the halves of "don't" are words, a run of Chinese is one) and
+  takes 10-grams of jieba.cut (spaces and punctuation are tokens: ten are about five English
+  words). So --distance, the length balance and the near-duplicate test decide differently near
+  their thresholds. It also draws which pairs of a question stay, unseeded; here the first do.
+"""
+
+BATCH = """\
+the batch:
+  Rows, prefill and cache are computed from the memory that is free and tried at full size when the
+  models are loaded; --max_rows and --max_batch_tokens bound them, and running out of memory halves
+  them instead of failing. With --look_ahead (auto: on an accelerator) the batch depends on timing,
+  and log-probs on it in their last bits, in bfloat16 now and then a token too; with --look_ahead
+  never every shard is kept by itself. On CPU --dtype bfloat16 halves what decoding reads.
+
+the models:
+  The family is read from config.json. No code from a checkpoint is run; pickled weights are read
+  as tensors only. A model of the hub is fetched once a node, safetensors only, and found in the
+  cache offline. A model whose attention cannot share a prefix (sliding windows, attention sinks)
+  runs through its own KV cache instead, and run.json says so. --tensor_parallel 2 makes four
+  workers of eight ranks (torchrun --nproc_per_node 8).
+"""
+
+WORK_DIR = """\
+the work directory:
+  A folder that all workers see, or an object store: s3://, gs:// or az:// and bucket/folder. That
+  needs `pip install 'stream-engine-dpo[s3]'` (obstore, boto3). s3:// finds credentials, profile,
+  region and address as the AWS tools do (AWS_ENDPOINT_URL for other servers); gs:// and az:// take
+  what obstore reads of the environment. The store must know conditional puts (If-None-Match,
+  If-Match). Logs are written there every 30 s and at the end, their last MiB; no report is made by
+  itself (`stream-engine report WORK_DIR --out FOLDER` makes one). A merge writes the dataset to
+  this machine's temporary folder (TMPDIR) first and needs room for it there. A shard and its
+  results go in one request each, of which S3 takes 5 GB: give fewer --samples_per_shard beyond.
+  Files are created only where there are none of that name, and replaced only over the version
+  that was read: a worker that was stopped and wakes up overwrites nothing. An empty file stands
+  for a removed one.
+    run.json                           settings, fingerprints, versions, resolved sampling values
+    shards/000012.tar                  WebDataset tars; manifest.jsonl, continued in
+                                       manifest-00001.jsonl, has their samples and checksums
+    results/rollouts/000012.msgpack    answers;  results/rewards/000012.msgpack  scores
+    failures/000012.json               why a shard failed
+    quarantine/                        records set aside, with their reasons; a file's name ends in
+                                       random digits, and a result or the manifest names it
+    damaged/                           results whose bytes were found changed
+    dataset/                           train-00000-of-000NN-<hash>.parquet; README.md, the card,
+                                       names them and is replaced last; stats.json has the size and
+                                       checksum of every file; for RLAIF-V's trainer the empty
+                                       train-logps.parquet
+    dataset_<format>/                  the formats after the first
+    leases/  logs/  debug/  report/index.html
+"""
+
+RESUME = """\
+again:
+  The same command resumes. Finished shards are never computed twice, and a finished run loads no
+  model. The number of workers and nodes and the launcher may change in between; the answers do
+  not. Changed settings are refused by name, or --overwrite discards exactly the stages concerned;
+  --rank, filters and formats only merge again.
+  A finished file that is found damaged fails its shard: the dataset is built from the others, and
+  `retry-failed` computes a damaged result again. A damaged tar wants its copy put back first.
+  A worker holds a shard by a lease that it renews. When it dies, another takes the shard over: at
+  once on the same host, after --lease_timeout_s elsewhere.
+"""
+
+STATUS = """\
+exit status:
+  0 done; 1 a setting is wrong or the store fails (one line says what); 2 finished, but shards or
+  records failed, or samples were scored and no pair was written. torchrun takes any status but 0
+  for a crash and turns it into 1: give --failures_ok under it, and ask `stream-engine status
+  WORK_DIR --check` afterwards.
+"""
+
+RETRY = """\
+what is tried again:
+  Failed shards, records that a stage set aside, damaged results, and the inputs with rejected
+  records: a picture that was missing may be there by now.
+"""
+
+PUBLISHED = """\
+what is written:
+  Rows lie in train-00000-of-000NN-<hash>.parquet; README.md, the card, names them and is replaced
+  last; stats.json has the size and checksum of every file, which `stream-engine validate` checks.
+  Every format holds ids, scores, the margin and what the input said of a row's origin. --out may
+  be a folder or an object store (s3://, gs://, az://). OpenRLHF and verl train on texts only: a
+  picture would be lost, so there is no format for them.
+"""
+
+VALIDATED = """\
+what is checked:
+  Of an input, every row that would be rejected is named with where it is and why, with one remedy
+  for each kind, and so is every file, column and member of a tar that would not be read. Of a run
+  or dataset, every file's size and checksum, and every row.
+"""
+
+SHOWN = """\
+what is shown:
+  All pairs are counted; --rows of them are drawn by the run's seed, and the extremes and some of
+  what each reason dropped come on top. The page loads nothing from elsewhere and has no inline
+  script: copy its folder to whoever is to see it. J and K go through the pairs. With a pair stand
+  all answers of its question and what their scores are made of: dpo_reward has each token's
+  log p_reward - log p_instruct; divide_and_conquer the facts, their questions, p(yes), p(no) and
+  verdicts; llava_critic the critic's words in both orders. Of a run in an object store a report
+  goes to --out on a disk.
+"""
+
+PUSHED = """\
+what is pushed:
+  The dataset's folder, from a disk: export a run's pairs from an object store with --out first,
+  and push that folder. The token and address are those of huggingface_hub. Files that arrived
+  before an interruption are not sent again.
+"""
+
+RUN = "\n".join([INPUT, PAIRS, BATCH, WORK_DIR, RESUME, STATUS])
