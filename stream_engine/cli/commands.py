@@ -199,6 +199,8 @@ def status_lines(status: Status) -> list[str]:
         f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
         + (f" ({dropped})" if dropped else "")
     )
+    for one in status.waiting:
+        lines.append(f"waiting: shard {one.shard} for {one.retry_in_s:.0f} s more: {one.error}")
     for worker in status.workers:
         lines.append(f"worker:  {worker.worker} holds {worker.holds} for {worker.since_s:.0f} s")
     return lines

@@ -73,6 +73,14 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     is_alive: bool | None
 
 
+class WaitingShard(msgspec.Struct, frozen=True):
+    """A shard that failed and is tried again when its back-off is over."""
+
+    shard: int
+    retry_in_s: float
+    error: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """What `status --json` prints."""
 
@@ -83,6 +91,8 @@ class Status(msgspec.Struct, frozen=True):
     pictures: dict[int, int]
     """Number of pictures -> samples with as many."""
     workers: list[WorkerStatus]
+    waiting: list[WaitingShard] = []
+    """What a run waits for when nobody is at work; the first MAX_NAMED of them, soonest first."""
 
     @property
     def has_problems(self) -> bool:
@@ -136,7 +146,18 @@ def collect(state: RunState) -> Status:
             )
             for lease in state.leases
         ],
+        waiting=waiting_shards(state),
     )
+
+
+def waiting_shards(state: RunState) -> list[WaitingShard]:
+    """The shards that wait for their next attempt, soonest first."""
+    found = [
+        WaitingShard(shard.index, round(wait_s, 1), state.failures[shard.index].error)
+        for shard in state.shards
+        if (wait_s := state.wait_s(shard)) and not state.is_failed(shard)
+    ]
+    return sorted(found, key=lambda one: one.retry_in_s)[:MAX_NAMED]
 
 
 def read_stats(run_dir: RunDir) -> dict[str, Any]:
