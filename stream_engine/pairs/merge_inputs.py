@@ -18,15 +18,14 @@ from stream_engine.config import (
     Stage,
     fingerprint,
 )
-from stream_engine.errors import ConservationError
+from stream_engine.errors import ConservationError, ShardReadError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import ResultHeader, is_done, read_header, verify_result
+from stream_engine.run_dir.results import ResultHeader, read_header, verify_result
 from stream_engine.run_dir.state import RunState, numbered
-from stream_engine.store import files
 
 
 class ShardCounts(NamedTuple):
@@ -104,9 +103,10 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     """
     inputs = MergeInputs(Manifest.load(run_dir), fingerprints)
     without_tar = set(damaged_tars(run_dir, fingerprints))
+    written = {stage: dict(numbered(run_dir.results_dir(stage))) for stage in STAGES}
     for info in inputs.manifest.shards:
         counts = None
-        if info.index not in without_tar:
+        if info.index not in without_tar and all(info.index in written[s] for s in STAGES):
             counts = complete_counts(run_dir, info, fingerprints)
         inputs.digest.append((info.index, info.sha256, counts))
         inputs.images.update(info.images)
@@ -114,9 +114,8 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
             inputs.missing.append(info.index)
             inputs.num_missing_samples += info.num_samples
             continue
-        for stage in STAGES:
-            entry = files.stat(run_dir.result(stage, info.index))
-            inputs.newest = max(inputs.newest, entry.modified if entry is not None else 0.0)
+        newest = max(written[stage][info.index].modified for stage in STAGES)
+        inputs.newest = max(inputs.newest, newest)
     return inputs
 
 
@@ -158,9 +157,13 @@ def complete_counts(
 
     After `retry-failed` a result covers a part of its samples, and is not complete.
     """
-    if not all(is_done(run_dir, stage, info, fingerprints[stage]) for stage in STAGES):
+    try:
+        rollouts, rewards = (read_header(run_dir.result(stage, info.index)) for stage in STAGES)
+    except ShardReadError:
         return None
-    rollouts, rewards = (read_header(run_dir.result(stage, info.index)) for stage in STAGES)
+    for header, stage in zip((rollouts, rewards), STAGES):
+        if (header.shard_sha256, header.fingerprint) != (info.sha256, fingerprints[stage]):
+            return None
     check_header(run_dir, info, rollouts, info.num_samples)
     check_header(run_dir, info, rewards, rollouts.num_results)
     if rollouts.num_samples < info.num_samples or rewards.num_samples < rollouts.num_results:

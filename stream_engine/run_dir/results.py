@@ -11,6 +11,7 @@ that exists has all its counts accounted for.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import uuid
@@ -22,7 +23,7 @@ import msgspec
 
 from stream_engine.config import Stage
 from stream_engine.errors import ConservationError, ShardReadError
-from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, SampleRollouts, ShardInfo
+from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, SampleRollouts
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
 from stream_engine.store import files
@@ -34,6 +35,8 @@ MAGIC = b"SERESULT"
 END_MAGIC = b"SEEND\x00\x00\x01"
 LENGTH = struct.Struct("<I")
 FOOTER = struct.Struct("<Q32s8s")
+HEAD_BYTES = 1 << 14
+"""More than any header has."""
 
 RECORD_TYPES: dict[Stage, type[SampleRollouts] | type[SampleRewards]] = {
     "rollouts": SampleRollouts,
@@ -86,7 +89,7 @@ def write_results(
             f"the header says {header.num_quarantined}"
         )
     path = run_dir.result(header.stage, header.shard)
-    before = quarantine_of(path)
+    before = quarantine_of(path) if over is not None else ""
     name = write_quarantine(run_dir, f"{header.stage}-{header.shard:06d}", failures)
     with files.spool(path.parent) as new:
         write_records(new.file, msgspec.structs.replace(header, quarantine=name), records)
@@ -181,10 +184,10 @@ def read_header(path: Location) -> ResultHeader:
         ShardReadError: when the file is missing, cut, no result file or of a newer version.
     """
     try:
-        with files.open_file(path) as file:
-            return parse_header(path, file)
+        head, tail, size = files.read_ends(path, head=HEAD_BYTES, tail=FOOTER.size)
     except OSError as error:
         raise ShardReadError(path, error.strerror or str(error)) from error
+    return parse_ends(path, head, tail, size)
 
 
 def read_results(path: Location, record_type: type[RecordT]) -> Iterator[RecordT]:
@@ -223,27 +226,27 @@ def verify_result(path: Location) -> None:
         raise ShardReadError(path, error.strerror or str(error)) from error
 
 
-def is_done(run_dir: RunDir, stage: str, info: ShardInfo, fingerprint: str) -> bool:
-    """Whether a stage's result of this shard is in place, complete, and made by these settings."""
-    try:
-        header = read_header(run_dir.result(stage, info.index))
-    except ShardReadError:
-        return False
-    return header.shard_sha256 == info.sha256 and header.fingerprint == fingerprint
-
-
 def parse_header(path: Location, file: BinaryIO) -> ResultHeader:
     """Check magic, size and version; leaves the file at the first record."""
     size = size_of(file)
-    if size < len(MAGIC) + FOOTER.size or file.read(len(MAGIC)) != MAGIC:
+    head = file.read(HEAD_BYTES)
+    file.seek(max(0, size - FOOTER.size))
+    header = parse_ends(path, head, file.read(FOOTER.size), size)
+    file.seek(len(MAGIC))
+    read_frame(path, file)
+    return header
+
+
+def parse_ends(path: Location, head: bytes, tail: bytes, size: int) -> ResultHeader:
+    """The header, from a file's first and last bytes."""
+    if size < len(MAGIC) + FOOTER.size or not head.startswith(MAGIC):
         raise ShardReadError(path, "not a complete result file")
-    file.seek(size - FOOTER.size)
-    stated_size, _, end_magic = FOOTER.unpack(file.read(FOOTER.size))
+    stated_size, _, end_magic = FOOTER.unpack(tail)
     if end_magic != END_MAGIC or stated_size != size:
         raise ShardReadError(path, "the file is cut or changed at its end")
-    file.seek(len(MAGIC))
     try:
-        header = msgspec.msgpack.decode(read_frame(path, file), type=ResultHeader)
+        frame = read_frame(path, io.BytesIO(head[len(MAGIC) :]))
+        header = msgspec.msgpack.decode(frame, type=ResultHeader)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ShardReadError(path, f"bad header: {error}") from error
     if header.schema_version > SCHEMA_VERSION:

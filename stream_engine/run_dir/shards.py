@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from tarfile import TarError
 from typing import Any, BinaryIO
 
@@ -89,17 +90,29 @@ def read_shard(path: Location, info: ShardInfo, *, verify: bool = True) -> Itera
         ShardReadError: when the tar is missing, torn or is not what `info` says; it names the
             tar, and the first bad member where one can be told.
     """
-    if verify:
-        problem = checksum_problem(path, info)
-        if problem:
-            raise first_damage(path, info) or ShardReadError(path, problem)
-    yield from checked_samples(path, info)
+    with opened(path) as file:
+        if verify:
+            problem = checksum_problem(file, info)
+            file.seek(0)
+            if problem:
+                raise first_damage(path, file, info) or ShardReadError(path, problem)
+        yield from checked_samples(path, file, info)
 
 
-def checked_samples(path: Location, info: ShardInfo) -> Iterator[Sample]:
+@contextmanager
+def opened(path: Location) -> Iterator[BinaryIO]:
+    """An open tar; what fails it is a ShardReadError."""
+    try:
+        with files.open_file(path) as file:
+            yield file
+    except OSError as error:
+        raise ShardReadError(path, error.strerror or str(error)) from error
+
+
+def checked_samples(path: Location, file: BinaryIO, info: ShardInfo) -> Iterator[Sample]:
     """The samples in a tar, after comparing their keys with the manifest's."""
     num_read = 0
-    for members in tar_samples(path):
+    for members in tar_samples(path, file):
         key = members["__key__"]
         if num_read >= len(info.keys) or key != info.keys[num_read]:
             raise ShardReadError(path, "unexpected sample", f"{key}.json")
@@ -113,7 +126,7 @@ def checked_samples(path: Location, info: ShardInfo) -> Iterator[Sample]:
         )
 
 
-def tar_samples(path: Location) -> Iterator[dict[str, Any]]:
+def tar_samples(path: Location, file: BinaryIO) -> Iterator[dict[str, Any]]:
     """WebDataset samples (`__key__` and suffix -> bytes) of one tar, streaming.
 
     Raises:
@@ -133,8 +146,7 @@ def tar_samples(path: Location) -> Iterator[dict[str, Any]]:
             yield {**content, "__url__": str(path)}
 
     try:
-        with files.open_file(path) as file:
-            yield from group_by_keys(members(file))
+        yield from group_by_keys(members(file))
     except (TarError, OSError, EOFError, ValueError) as error:
         detail = str(error.args[0]) if error.args else type(error).__name__
         if isinstance(error, OSError) and error.strerror:
@@ -181,17 +193,13 @@ def parse_members(path: Location, key: str, members: dict[str, Any]) -> Sample:
     return Sample(images=tuple(images), **fields)
 
 
-def checksum_problem(path: Location, info: ShardInfo) -> str:
+def checksum_problem(file: BinaryIO, info: ShardInfo) -> str:
     """What is wrong with the tar's bytes, or an empty string."""
     digest = hashlib.sha256()
     num_bytes = 0
-    try:
-        with files.open_file(path) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                num_bytes += len(chunk)
-    except OSError as error:
-        return error.strerror or str(error)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+        num_bytes += len(chunk)
     if num_bytes != info.num_bytes:
         return f"{num_bytes} bytes, the manifest says {info.num_bytes}"
     if digest.hexdigest() != info.sha256:
@@ -199,15 +207,13 @@ def checksum_problem(path: Location, info: ShardInfo) -> str:
     return ""
 
 
-def first_damage(path: Location, info: ShardInfo) -> ShardReadError | None:
+def first_damage(path: Location, file: BinaryIO, info: ShardInfo) -> ShardReadError | None:
     """The error that names the first damaged member, if the samples themselves tell.
 
     A key is a hash of its sample's content, so a changed image shows in its own key.
     """
-    if not files.exists(path):
-        return None
     try:
-        for sample in checked_samples(path, info):
+        for sample in checked_samples(path, file, info):
             own_idx = "" if sample.idx == sample.key else sample.idx
             if sample_key(own_idx, sample.question, sample.images) != sample.key:
                 return ShardReadError(path, "content does not match its key", f"{sample.key}.*")

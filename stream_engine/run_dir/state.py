@@ -89,9 +89,8 @@ class RunState:
         return self
 
     def refresh_shard(self, shard: Shard) -> None:
-        """Look at the files of one shard afresh, whatever was seen of them before."""
+        """Look at the files of one shard again."""
         for stage in STAGES:
-            self._seen[stage].pop(shard.index, None)
             self._look(stage, shard, files.stat(self.run_dir.result(stage, shard.index)))
         failure = read_failure(self.run_dir, shard.index)
         self.failures.pop(shard.index, None)

@@ -130,6 +130,11 @@ class Store(Protocol):
     def list_folders(self, folder: Location) -> list[Location]:
         """The folders that lie in a folder, by name, but for those whose name begins with a dot."""
 
+    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        """The first and the last bytes of a file, so many of each at most, and how many it has.
+
+        Raises FileNotFoundError."""
+
     def open(self, path: Location) -> BinaryIO:
         """A file to read from, at any place. Raises FileNotFoundError."""
 

@@ -81,6 +81,15 @@ def list_folders(folder: Location) -> list[Location]:
     return store_of(folder).list_folders(folder)
 
 
+def read_ends(path: Location, *, head: int, tail: int) -> tuple[bytes, bytes, int]:
+    """The first and the last bytes of a file, so many of each at most, and how many it has.
+
+    Raises:
+        FileNotFoundError: when it is absent.
+    """
+    return store_of(path).read_ends(path, head, tail)
+
+
 def open_file(path: Location) -> BinaryIO:
     """A file to read from, at any place.
 

@@ -36,6 +36,11 @@ from stream_engine.store.base import Entry, Location, Spool, Version
 RANDOM_NS = 1 << 20
 """The time of change is drawn from the millisecond before the true one."""
 LEFTOVER_S = 86_400.0
+NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK))
+REMEDY = (
+    "files are put in place by hard and symbolic links, which this file system may not have; give "
+    "a --work_dir on another (ext4, xfs, NFS, Lustre), or in object storage (s3://bucket/run)"
+)
 PROC = Path("/proc")
 
 
@@ -72,6 +77,13 @@ class LocalStore:
         names = sorted(found.name for found in scan(local(folder)) if found.is_dir())
         return [folder / name for name in names]
 
+    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        with self.open(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(head)
+            file.seek(max(0, size - tail))
+            return first, file.read(tail), size
+
     def open(self, path: Location) -> BinaryIO:
         file = open(local(path), "rb")  # noqa: SIM115  the caller closes it
         if not os.fstat(file.fileno()).st_size:
@@ -85,8 +97,16 @@ class LocalStore:
     def take(self, source: Path, path: Location) -> None:
         target = local(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        finish(source, durable=True)
-        os.replace(source, target)
+        try:
+            finish(source, durable=True)
+            os.replace(source, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            copy = temporary_path(target)  # the folder is a link to another disk
+            shutil.copyfile(source, copy)
+            finish(copy, durable=True)
+            os.replace(copy, target)
         fsync_folder(target.parent)
 
     def erase(self, path: Location) -> None:
@@ -120,13 +140,23 @@ class LocalSpool(Spool):
         target = local(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.file.close()
+        try:
+            return self.place(target, version, durable=durable)
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                said = f"{error.strerror}: {REMEDY}"
+                raise OSError(error.errno, said, str(target)) from error
+            raise
+
+    def place(self, target: Path, version: Version | None, *, durable: bool) -> Version:
+        """Put the finished file in place."""
         new = finish(self.temporary, durable=durable)
         if version is not None or not create(self.temporary, target):
             version = version if version is not None else version_of_removed(target)
             self.is_claimed = True  # from here on whoever comes may finish it
             self.is_claimed = replace(self.temporary, target, version)
             if not self.is_claimed:
-                raise ChangedError(path)
+                raise ChangedError(target)
         if durable:
             fsync_folder(target.parent)
         return new

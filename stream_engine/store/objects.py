@@ -161,11 +161,35 @@ class ObjectStore:
             "prefixes": sorted(found["common_prefixes"]),
         }
 
+    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        first, meta = self.part(path, (0, head))
+        size = meta["size"]
+        last = first if size <= head else self.part(path, (size - min(tail, size), size))[0]
+        return first, last[-tail:], size
+
+    def part(self, path: Location, span: tuple[int, int]) -> tuple[bytes, Any]:
+        """Some bytes of an object, and what it is. Raises FileNotFoundError."""
+        import obstore
+
+        try:
+            found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})
+            return bytes(found.bytes()), found.meta
+        except FileNotFoundError as error:
+            said = os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, said, str(path)) from error
+        except OSError as error:  # of an empty object no range can be had, and it counts as absent
+            if self.stat(path) is None:
+                said = os.strerror(errno.ENOENT)
+                raise FileNotFoundError(errno.ENOENT, said, str(path)) from error
+            raise
+
     def open(self, path: Location) -> BinaryIO:
-        entry = self.stat(path)
-        if entry is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return cast(BinaryIO, io.BufferedReader(RangedReader(self.bucket, entry), READ_BYTES))
+        """One request for a small object, which is then in memory."""
+        first, meta = self.part(path, (0, READ_BYTES))
+        if meta["size"] <= len(first):
+            return io.BytesIO(first)
+        reader = RangedReader(self.bucket, entry_of(path, meta), first)
+        return cast(BinaryIO, io.BufferedReader(reader, READ_BYTES))
 
     def spool(self, folder: Location) -> Spool:
         return ObjectSpool(self)
@@ -239,9 +263,11 @@ class ObjectStore:
 class RangedReader(io.RawIOBase):
     """An object's bytes at any place, by ranged requests of as much as its buffer asks for."""
 
-    def __init__(self, bucket: Bucket, entry: Entry) -> None:
+    def __init__(self, bucket: Bucket, entry: Entry, first: bytes = b"") -> None:
+        """`first` are bytes of its beginning that are here already."""
         self.bucket = bucket
         self.entry = entry
+        self.first = first
         self.position = 0
 
     def readable(self) -> bool:
@@ -260,8 +286,9 @@ class RangedReader(io.RawIOBase):
 
     def readall(self) -> bytes:
         found = bytearray(max(0, self.entry.size - self.position))
-        for start in range(0, len(found), READ_BYTES):
-            self.readinto(memoryview(found)[start : start + READ_BYTES])
+        start = 0
+        while start < len(found):
+            start += self.readinto(memoryview(found)[start : start + READ_BYTES])
         return bytes(found)
 
     def readinto(self, buffer: Any) -> int:
@@ -271,6 +298,11 @@ class RangedReader(io.RawIOBase):
         length = min(len(buffer), self.entry.size - self.position)
         if length <= 0:
             return 0
+        if self.position < len(self.first):
+            known = self.first[self.position : self.position + length]
+            buffer[: len(known)] = known
+            self.position += len(known)
+            return len(known)
         path = self.entry.path
         span = (self.position, self.position + length)
         found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})

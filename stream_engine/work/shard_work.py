@@ -106,7 +106,7 @@ class ShardWork:
         started = time.monotonic()
         inputs = self.inputs(stage, samples)
         over = files.version_of(self.run_dir.result(stage, self.info.index))
-        records, failures = self.on_file(stage, inputs.keys())
+        records, failures = self.on_file(stage, inputs.keys()) if over is not None else ({}, {})
         self.num_kept = len(records)
         missing = {k: v for k, v in inputs.items() if k not in records and k not in failures}
         if not missing and self.is_whole(stage, len(inputs)):
@@ -149,8 +149,6 @@ class ShardWork:
     ) -> tuple[dict[str, StageRecord], dict[str, Failure]]:
         """Records and failures of an earlier result that still count."""
         path = self.run_dir.result(stage, self.info.index)
-        if not files.exists(path):
-            return {}, {}
         wanted = set(keys)
         try:
             header = read_header(path)

@@ -9,7 +9,6 @@ from stream_engine.records import SCHEMA_VERSION, AnswerScore, Failure, SampleRe
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import (
     ResultHeader,
-    is_done,
     quarantined_by,
     read_header,
     read_results,
@@ -139,15 +138,6 @@ def test_counts_that_do_not_add_up_are_refused(run_dir: RunDir, changes, records
         put(run_dir, make_header(**changes), records, failures)
     assert not run_dir.result("rewards", 3).exists()
     assert not list(run_dir.quarantine_dir.glob("[!.]*")) or records != RECORDS
-
-
-def test_done_means_complete_and_made_of_this_shard_by_these_settings(run_dir: RunDir, path: Path):
-    assert is_done(run_dir, "rewards", INFO, "f1")
-    assert not is_done(run_dir, "rewards", INFO, "f2")
-    assert not is_done(run_dir, "rollouts", INFO, "f1")
-    assert not is_done(run_dir, "rewards", msgspec.structs.replace(INFO, sha256="other"), "f1")
-    os.truncate(path, path.stat().st_size - 1)
-    assert not is_done(run_dir, "rewards", INFO, "f1")
 
 
 @pytest.mark.parametrize("damage", ["unlink", "cut"])
