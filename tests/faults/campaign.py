@@ -83,16 +83,19 @@ def names_failed_shard(output: str) -> bool:
 
 
 def harmed(campaign: Campaign, scene: Scene, fault: str, rng: random.Random) -> Verdict:
-    """A command is killed at a change, or that change fails; then the same command again."""
+    """A command is killed at a change, or that change fails; then the same command again.
+
+    Now and then that one meets harm, too.
+    """
     folder, work = campaign.stage.copy(scene.before)
-    harm = Harm(DEEDS[fault], campaign.draw(scene, rng))
-    first = run(work, campaign.words(scene, work), folder, harm)
+    harms = [Harm(DEEDS[fault], campaign.draw(scene, rng)) for _ in range(rng.choice((1, 1, 1, 3)))]
+    ends = [run(work, campaign.words(scene, work), folder, harm) for harm in harms]
     faults, detail = campaign.again(scene, work, folder)
-    faults = faults_of_ends([first], killed=harm.deed == "kill") + faults
+    faults = faults_of_ends(ends, killed=fault == "kill") + faults
     if not faults:
         shutil.rmtree(folder)
-    detail = f"{detail_of([first], [])}\n{detail}"
-    met = first.met and f"{harm.at}: {first.met}"
+    detail = f"{detail_of(ends, [])}\n{detail}"
+    met = "; then ".join(f"{harm.at}: {end.met}" for harm, end in zip(harms, ends) if end.met)
     return Verdict(fault, scene.name, 0, met, tuple(dict.fromkeys(faults)), detail)
 
 
