@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.damage import damaged
@@ -106,9 +106,3 @@ FAULTS: dict[str, Callable[[Campaign, Scene, str, random.Random], Verdict]] = {
     "damage": damaged,
     "power cut": cut,
 }
-
-
-def walk(campaign: Campaign, seeds: Iterator[int]) -> Iterator[Verdict]:
-    """Trials at random, one a seed."""
-    for seed in seeds:
-        yield campaign.trial(seed)

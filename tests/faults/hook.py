@@ -4,7 +4,8 @@
 built-in `open` and what is written through it, and the files that pyarrow opens by name. The code
 under test looks these up when it calls them, and nothing beneath the work directory is written by
 other means (a tar goes through our own file object, sqlite lies in the temporary folder). So each
-change is seen once, in its order, as a preloaded C library would see it.
+change is seen once, in its order, as a preloaded C library would see it; test_hook.py holds it
+against strace.
 
 What it does not see: functions that were taken from `os` before it was installed
 (`from os import link`, and pathlib of Python 3.10), changes through mmap, those of native code
@@ -19,7 +20,6 @@ import errno
 import io
 import os
 import signal
-import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -255,8 +255,3 @@ def kind_of(path: str) -> str:
         is_rows = name.startswith(("train", "test"))
         return "rows" if is_rows else {"README.md": "card"}.get(name, name)
     return name if folder == path else folder
-
-
-def is_regular(path: Path) -> bool:
-    """Whether a path is a file, and no link."""
-    return stat.S_ISREG(os.lstat(path).st_mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from tests.faults.campaign import FAULTS, Campaign
 from tests.faults.scenes import facts
 from tests.faults.verdicts import Verdict, faults_of_facts, table
 
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="see hook.py: pathlib")
 TRIALS = {
     "kill": [("run", 1), ("append", 2), ("merge again", 3), ("retry-failed", 4), ("shard", 5)],
     "EIO": [("run", 1), ("work", 2), ("export", 1010)],
