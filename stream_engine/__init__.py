@@ -1,6 +1,6 @@
 """stream_engine builds DPO preference datasets for vision-language models.
 
-From Python: `RunConfig` and `run`, and `stream_engine.api`, which has every command as a function.
+From Python: `RunConfig` and `run`, and `stream_engine.api`, which has these and more commands.
 
 A sample's way: read in `inputs`, kept by `run_dir`, answered in `work` by `pipelines` over `engine`
 over `models`, ranked in `pairs`, written in `outputs`, shown in `report`; `store` keeps the bytes.

@@ -140,7 +140,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
     parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
     parser.add_argument(
-        "--out", metavar="FOLDER", help="where to; default: report/ in the work_dir"
+        "--out", metavar="FOLDER", help="where to, on a disk; default: report/ in the work_dir"
     )
     parser.add_argument(
         "--rows",
