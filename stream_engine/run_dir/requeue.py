@@ -14,11 +14,13 @@ again, since workers trust a result whose header and size are right.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
 from stream_engine.config import STAGES
-from stream_engine.errors import ConfigError, ShardReadError
+from stream_engine.errors import ChangedError, ConfigError, ShardReadError
 from stream_engine.run_dir.damage import set_aside
 from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.manifest import Manifest
@@ -34,6 +36,8 @@ from stream_engine.store import files
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Requeued(msgspec.Struct, frozen=True):
@@ -63,9 +67,9 @@ def requeue(state: RunState, *, worker: str, timeout_s: float) -> Requeued:
         if lease is None:
             raise ConfigError(f"a worker is at shard {shard.index}; retry when the run has ended")
         with lease:
-            put_back = requeue_results(state, shard)
+            put_back = in_spite_of_changes(lease, requeue_results, state, shard)
             if failed:
-                clear_failure(state.run_dir, shard.index)
+                in_spite_of_changes(lease, clear_failure, state.run_dir, shard.index)
         num_shards += failed or put_back is None
         num_records += put_back or 0
     return Requeued(num_shards, num_records, state.num_rejected())
@@ -90,6 +94,7 @@ def requeue_results(state: RunState, shard: Shard) -> int | None:
     None says that a result was damaged and is out of the way now: the shard is done again.
     """
     num_records = 0
+    state.refresh_shard(shard)
     for stage in STAGES:
         header = state.header(stage, shard)
         if header is None:
@@ -116,8 +121,27 @@ def forget_inputs(state: RunState, *, worker: str, timeout_s: float) -> None:
     lease = Lease.acquire(state.run_dir.leases_dir, "ingest", worker_id=worker, timeout_s=timeout_s)
     if lease is None:
         raise ConfigError("a worker is reading the input; retry when it has been read")
-    with lease:
+
+    def forget() -> None:
         manifest = Manifest.load(state.run_dir)
         for source, info in list(manifest.inputs.items()):
             if info.rejected and info.fingerprint:
                 manifest.forget_input(source)
+
+    with lease:
+        in_spite_of_changes(lease, forget)
+
+
+def in_spite_of_changes(lease: Lease, work: Callable[..., T], *arguments: object) -> T:
+    """What `work` returns; it is called again when a file had changed, while the lease is held.
+
+    Whoever comes after a process that was ended finishes what that had begun, and is told so.
+
+    Raises:
+        LeaseLostError: when another process took over.
+    """
+    while True:
+        try:
+            return work(*arguments)
+        except ChangedError:
+            lease.verify()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,28 @@ def test_a_retry_takes_up_rows_whose_image_has_been_supplied(
     lines = (tmp_path / "run/shards/manifest.jsonl").read_text()
     assert run(config, show_progress=False).exit_status == 2
     assert (tmp_path / "run/shards/manifest.jsonl").read_text() == lines, "read again unasked"
+
+
+@pytest.mark.parametrize("which", ["manifest", "rollouts/000000", "failures/000001"])
+def test_a_retry_that_was_interrupted_is_finished_by_the_next_one(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """It was told that another process had written the file, and ended."""
+    with (finished.parent / "questions.jsonl").open("a") as file:
+        file.write("{broken\n")
+    run(echo_config(finished, finished.parent / "questions.jsonl"), show_progress=False)
+    mend(monkeypatch)
+    rename, failures = os.rename, [OSError(errno.EIO, "Input/output error")]
+
+    def failing(source, target):
+        if failures and which in str(target):
+            raise failures.pop()
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    assert main(["retry-failed", str(finished), "--requeue_only"]) == 1
+    assert not failures
+    assert main(["retry-failed", str(finished), "--requeue_only"]) == 0
 
 
 def test_a_retry_waits_for_no_reader_of_the_input(finished: Path, capsys) -> None:
