@@ -6,11 +6,9 @@ work beside it, printed no bad trial; summed over the nine scenes:
     fault       tried  recovered
     EIO            36         36
     ENOSPC         38         38
-    all           289        289
     damage         53         53
     kill           60         60
     power cut      49         49
     stall          53         53
-
-Before what it found was mended, bad trials were of every kind of fault: one in twenty or so.
+    all           289        289
 """
