@@ -75,10 +75,10 @@ class Publication:
 
     def take_back(self, rows: Mapping[str, Version | None]) -> None:
         """Remove the rows of a dataset that did not come to stand."""
-        stands = {part.name for part in parts_of(self.folder)}
+        stands = set(parts_of(self.folder))
         for name, version in rows.items():
             path = self.folder / name
-            if path.name not in stands and files.version_of(path) == version:
+            if path not in stands and files.version_of(path) == version:
                 erase(self.folder, path)
 
     def check_unchanged(self) -> None:
@@ -104,6 +104,7 @@ class Publication:
             elif name in self.versions:
                 with suppress(ChangedError):
                     files.remove(entry.path, self.versions[name])
+                    files.erase(entry.path)  # an empty parquet file would fail who reads the folder
 
 
 def erase(folder: Location, path: Location) -> None:

@@ -386,6 +386,17 @@ def test_the_first_format_is_in_dataset_and_others_beside_it(run_dir: RunDir) ->
     assert "needs_one_image" not in report.dropped and dropped["needs_one_image"] > 0
 
 
+def test_another_first_format_leaves_nothing_of_the_one_before(run_dir: RunDir) -> None:
+    """An empty `train-logps.parquet` beside the rows would fail who reads the whole folder."""
+    for name in ("rlaifv", "llama_factory", "trl"):
+        run_merge(run_dir, format=(name,))
+        assert validate(run_dir.dataset_dir) == []
+    found = sorted(p.name for p in run_dir.dataset_dir.rglob("*") if p.is_file())
+    rows = rows_file(run_dir.dataset_dir).name
+    assert found == ["README.md", "example.jpg", "stats.json", rows]
+    assert not [p for p in run_dir.dataset_dir.iterdir() if p.is_dir() and p.name != "assets"]
+
+
 def test_a_further_format_leaves_the_first_untouched(run_dir: RunDir) -> None:
     run_merge(run_dir)
     before = run_dir.stats_json.stat().st_mtime_ns
