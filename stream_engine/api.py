@@ -34,6 +34,7 @@ from stream_engine.pairs.merger import export as export_format
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.records import DatasetPair
+from stream_engine.report import DEFAULT_ROWS
 from stream_engine.run_dir.damage import around_damage, whole_manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
@@ -58,8 +59,6 @@ __all__ = [
     "status",
     "validate",
 ]
-
-ROWS_OF_A_REPORT = 500
 
 
 def append(
@@ -165,18 +164,17 @@ def push(
 
 
 def report(
-    work_dir: str | Location, *, out: str | Location | None = None, rows: int = ROWS_OF_A_REPORT
+    work_dir: str | Location, *, out: str | Location | None = None, rows: int = DEFAULT_ROWS
 ) -> Path:
     """Write the page of a run's counts and pairs; returns it. `rows` is of how many pairs.
 
     Raises:
-        ConfigError: when there is no run, or `out` (by default in the run) is not on a disk.
+        ConfigError: when there is no run, or `out` (by default in the run) is not on a disk; for
+            negative `rows`.
     """
     from stream_engine.report.run import ReportedRun
     from stream_engine.report.site import write_report
 
-    if rows < 0:
-        raise ConfigError(f"rows must be 0 or more, it is {rows}")
     found = ReportedRun.open(work_dir)
     folder = location(out, setting="out") if out else None
     return Path(write_report(found, folder, num_rows=rows, seed=found.config.seed).page)

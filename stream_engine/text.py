@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+def one_line(error: BaseException, *, limit: int = 300) -> str:
+    """What an error of a foreign package says, in one line that is cut when it is long."""
+    return " ".join(str(error).split())[:limit]
+
+
 def describe(error: BaseException) -> str:
     """An error in one line, with its type where the message alone would not tell."""
     text = " ".join(str(error).split())

@@ -29,6 +29,7 @@ from stream_engine.config import ModelConfig, nearest
 from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.ranks import Rank
+from stream_engine.report import DEFAULT_ROWS
 from stream_engine.text import describe, printable
 
 LINGER_S = 3.0
@@ -144,10 +145,10 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rows",
-        default=str(reports.DEFAULT_ROWS),
+        default=str(DEFAULT_ROWS),
         metavar="N",
         help="pairs drawn to be looked at one by one, by the run's seed; the extremes and some of "
-        f"what was dropped come on top (default {reports.DEFAULT_ROWS})",
+        f"what was dropped come on top (default {DEFAULT_ROWS})",
     )
 
 

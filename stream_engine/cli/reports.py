@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from stream_engine.cli.flags import convert_flag
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, StreamEngineError
+from stream_engine.report import DEFAULT_ROWS
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.base import ObjectPath
 from stream_engine.store.files import location
@@ -21,8 +22,6 @@ from stream_engine.work.runner import RunReport
 if TYPE_CHECKING:
     from stream_engine.report.site import Report
 
-DEFAULT_ROWS = 500
-
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +30,6 @@ def report(args: argparse.Namespace) -> int:
     from stream_engine.report.site import write_report
 
     num_rows = convert_flag("rows", args.rows, int)
-    if num_rows < 0:
-        raise ConfigError(f"rows must be 0 or more, it is {num_rows}")
     run = ReportedRun.open(work_dir_of(args) or RunConfig().work_dir)
     folder = location(args.out, setting="out") if args.out else None
     print(printable(line_of(write_report(run, folder, num_rows=num_rows, seed=run.config.seed))))

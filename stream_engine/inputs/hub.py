@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from stream_engine.errors import ConfigError
 from stream_engine.store.locations import HUB
+from stream_engine.text import one_line
 
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 """By which a file's name tells its split; files that name none are of "train"."""
@@ -58,10 +59,10 @@ def fetched(url: str) -> Path:
     try:
         folder = snapshot_download(source.repo_id, repo_type="dataset", allow_patterns=wanted)
     except (OSError, ValueError) as error:  # what it raises without network, name or right
-        line = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"dataset_path {source.repo_id!r} is no file or folder here, and cannot be fetched "
-            f"from the Hugging Face hub nor found in its cache ({constants.HF_HUB_CACHE}): {line}"
+            f"from the Hugging Face hub nor found in its cache ({constants.HF_HUB_CACHE}): "
+            f"{one_line(error)}"
         ) from error
     return Path(folder) / source.path
 

@@ -19,6 +19,7 @@ from typing import Any
 from stream_engine.config import RunConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.store.locations import is_hub_model
+from stream_engine.text import one_line
 
 PATTERNS: dict[str, Any] = {
     "allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"],
@@ -69,10 +70,9 @@ def checkpoint_folder(name: str, *, setting: str = "model") -> Path:
         with WeakFileLock(lock):
             folder = snapshot_download(repo_id, revision=revision or None, **PATTERNS)
     except (OSError, ValueError) as error:  # what it raises without network, name or right
-        line = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{setting} {name!r} is no folder here, and cannot be fetched from the Hugging Face "
-            f"hub nor found in its cache ({constants.HF_HUB_CACHE}): {line}"
+            f"hub nor found in its cache ({constants.HF_HUB_CACHE}): {one_line(error)}"
         ) from error
     if not any(Path(folder).rglob("*.safetensors")):
         raise CheckpointError(

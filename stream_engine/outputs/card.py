@@ -17,7 +17,7 @@ import msgspec
 from stream_engine import DISTRIBUTION, __version__
 from stream_engine.config import ModelConfig, OutputConfig, RankingConfig, RunConfig, SamplingConfig
 from stream_engine.outputs.columns import column_rows, yaml_features
-from stream_engine.outputs.formats.base import SPLITS, Export, PairRow, ParquetExport
+from stream_engine.outputs.formats.base import SPLITS, Export, PairRow, ParquetExport, split_named
 from stream_engine.outputs.made_by import citation, command_line, model_name
 from stream_engine.outputs.publication import with_token
 from stream_engine.outputs.usage import usage
@@ -148,11 +148,6 @@ def files_by_split(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     names = [part["name"] for part in parts]
     found = {split: [n for n in names if split_named(n) == split] for split in SPLITS}
     return {split: files for split, files in found.items() if files}
-
-
-def split_named(name: str) -> str:
-    """The split of a part, which its name begins with."""
-    return re.split(r"[-./]", name, maxsplit=1)[0]
 
 
 def write_example(folder: Path, example: PairRow | None) -> str | None:

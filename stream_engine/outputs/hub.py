@@ -11,6 +11,7 @@ from pathlib import Path
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.published import RECORD, file_problems, is_ours, recorded
 from stream_engine.run_dir.sealed import read_sealed
+from stream_engine.text import one_line
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -47,8 +48,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             allow_patterns=[RECORD, *(f"{n}*" if n.endswith("/") else n for n in recorded(stats))],
         )
     except (OSError, ValueError, RuntimeError) as error:  # without network, name or right
-        line = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"cannot push to {repo_id!r}: {line}; the same command goes on where it stopped"
+            f"cannot push to {repo_id!r}: {one_line(error)}; the same command goes on where it "
+            "stopped"
         ) from error
     return str(url)

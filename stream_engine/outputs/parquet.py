@@ -6,7 +6,7 @@ a column whose values are all null would have another type in each part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ROW_GROUP_BYTES = 16_000_000  # unencoded; what a reader must hold to get at one row
 FOOTER_BYTES = 16_000  # left free in a part for its footer: schema and features,
 GROUP_FOOTER_BYTES = 4_000  # and the columns of each row group
+ROWS_PER_BATCH = 16  # that are read at once
 
 STRING = {"dtype": "string", "_type": "Value"}
 FLOAT = {"dtype": "float64", "_type": "Value"}
@@ -122,6 +123,15 @@ class ParquetParts:
         self._writer.close()
         self._sink.close()
         self._writer = self._sink = None
+
+
+def rows_of(file: pyarrow.parquet.ParquetFile) -> Iterator[dict[str, Any]]:
+    """The rows of an open file, a few at a time.
+
+    Without rows there is no row group, which older pyarrow cannot iterate over.
+    """
+    batches = file.iter_batches(ROWS_PER_BATCH) if file.num_row_groups else ()
+    return (row for batch in batches for row in batch.to_pylist())
 
 
 def write_empty(path: Path, schema: pyarrow.Schema) -> None:

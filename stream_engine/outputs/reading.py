@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats.base import split_named
+from stream_engine.outputs.parquet import rows_of
 from stream_engine.outputs.validate import format_of, jsonl_parts, lines_of, parquet_parts
 from stream_engine.records import (
     IMAGE_MARK,
@@ -16,8 +18,6 @@ from stream_engine.records import (
 )
 from stream_engine.store import files
 from stream_engine.store.base import Location
-
-ROWS_PER_BATCH = 16
 
 Row = Mapping[str, Any]
 
@@ -53,11 +53,8 @@ def parquet_rows(folder: Location) -> Iterator[tuple[str, Row]]:
 
     for part in parquet_parts(folder):
         with files.open_file(part) as stream, pyarrow.parquet.ParquetFile(stream) as file:
-            # A part without rows has no row group either, which older pyarrow cannot iterate over.
-            batches = file.iter_batches(batch_size=ROWS_PER_BATCH) if file.num_row_groups else ()
-            for batch in batches:
-                for row in batch.to_pylist():
-                    yield split_of_part(part, folder), row
+            for row in rows_of(file):
+                yield split_of_part(part, folder), row
 
 
 def jsonl_rows(folder: Location) -> Iterator[tuple[str, Row]]:
@@ -71,7 +68,7 @@ def jsonl_rows(folder: Location) -> Iterator[tuple[str, Row]]:
 def split_of_part(part: Location, folder: Location) -> str:
     """The split of a file of rows, which its name, or that of its folder, begins with."""
     name = part.name if part.parent == folder or part == folder else part.parent.name
-    return "test" if name.startswith("test-") else "train"
+    return "test" if split_named(name) == "test" else "train"
 
 
 def images_of(row: Row, folder: Location) -> Iterator[EncodedImage]:

@@ -13,10 +13,9 @@ from typing import Any
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.outputs.card import split_named
 from stream_engine.outputs.formats import EXPORTS
-from stream_engine.outputs.formats.base import EXTRAS, SPLITS, ParquetExport
-from stream_engine.outputs.parquet import arrow_schema
+from stream_engine.outputs.formats.base import EXTRAS, SPLITS, ParquetExport, split_named
+from stream_engine.outputs.parquet import arrow_schema, rows_of
 from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
@@ -27,7 +26,6 @@ from stream_engine.store.locations import is_url
 from stream_engine.store.objects import is_object_url
 
 MAX_PROBLEMS = 100
-ROWS_PER_BATCH = 16
 RESERVED_TRL_COLUMNS = frozenset(("image", "label", "messages", "completion"))
 OPTIONAL_COLUMNS = frozenset(("logps", *EXTRAS)) - {"idx"}
 ROLES = frozenset(("user", "assistant", "system"))
@@ -166,10 +164,7 @@ def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]
             with files.open_file(part) as stream:
                 file = pyarrow.parquet.ParquetFile(stream)
                 yield from ((str(part), problem) for problem in schema_problems(file, name))
-                # Without rows there is no row group, which older pyarrow cannot iterate over.
-                batches = file.iter_batches(ROWS_PER_BATCH) if file.num_row_groups else ()
-                rows = (row for batch in batches for row in batch.to_pylist())
-                for number, row in enumerate(rows):
+                for number, row in enumerate(rows_of(file)):
                     yield f"{part}, row {number}", row
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield str(part), f"cannot be read on: {error}"

@@ -31,6 +31,7 @@ from stream_engine.models.hub import cached_folder
 from stream_engine.models.pieces import load_pieces
 from stream_engine.pictures import small_picture
 from stream_engine.records import Sample
+from stream_engine.report import DEFAULT_ROWS
 from stream_engine.report.entries import Entry, Pieces, ShownPicture
 from stream_engine.report.overview import SetAside, overview
 from stream_engine.report.places import KEPT
@@ -83,7 +84,7 @@ class Line(msgspec.Struct, kw_only=True):
 
 
 def write_report(
-    run: ReportedRun, folder: Location | None = None, *, num_rows: int = 500, seed: int = 0
+    run: ReportedRun, folder: Location | None = None, *, num_rows: int = DEFAULT_ROWS, seed: int = 0
 ) -> Report:
     """Write a run's report, by default into its work directory.
 
@@ -91,9 +92,12 @@ def write_report(
         num_rows: pairs that are drawn at random; extremes and what was dropped come on top.
 
     Raises:
-        ConfigError: when the folder holds something else, or is no folder of a disk.
+        ConfigError: when the folder holds something else, or is no folder of a disk; for a negative
+            `num_rows`.
         ShardReadError: when a result or shard is damaged.
     """
+    if num_rows < 0:
+        raise ConfigError(f"rows must be 0 or more, it is {num_rows}")
     started = time.monotonic()
     target = folder or run.run_dir.report_html.parent
     if not isinstance(target, Path):

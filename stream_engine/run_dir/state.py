@@ -80,10 +80,10 @@ class RunState:
         for stage in STAGES:
             self._refresh_results(stage)
         self._refresh_failures()
-        self.leases = [
-            lease for lease in list_leases(self.run_dir.leases_dir) if not lease.is_stale
-        ]
-        self._clock = files.now(self.run_dir.leases_dir), time.monotonic()
+        folder = self.run_dir.leases_dir
+        self._clock = files.now(folder), time.monotonic()
+        leases = list_leases(folder, now=self.now())
+        self.leases = [lease for lease in leases if not lease.is_stale]
         self._refreshed = time.monotonic()
         self._refresh_cost_s = self._refreshed - started
         return self

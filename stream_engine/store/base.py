@@ -11,6 +11,8 @@ What is written is whole or not there: a reader never sees a part.
 
 from __future__ import annotations
 
+import errno
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +82,11 @@ class Entry(NamedTuple):
     size: int
     modified: float
     """Seconds since the epoch, by the store's own clock."""
+
+
+def absent(path: Location) -> FileNotFoundError:
+    """The error of opening a file that is not there, or was removed."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 class Spool(ABC):

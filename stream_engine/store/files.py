@@ -5,15 +5,14 @@ See base.py for what is promised. A name is a `Path`, or an `ObjectPath` for a U
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from stream_engine.errors import ChangedError, ConfigError
+from stream_engine.errors import ConfigError
 from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Store, Version
 from stream_engine.store.local import LocalStore, remove_leftovers, temporary_path
 from stream_engine.store.objects import SCHEMES, is_object_url, object_path, object_store
@@ -133,15 +132,6 @@ def remove(path: Location, version: Version, *, durable: bool = True) -> None:
         ChangedError: when it is not.
     """
     replace(path, b"", version, durable=durable)
-
-
-def create_named_by_content(folder: Location, prefix: str, suffix: str, data: bytes) -> str:
-    """Write `<prefix><hash of the content><suffix>`; returns that name. One that is there stays."""
-    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
-    if not exists(folder / name):
-        with suppress(ChangedError):  # its name says that it is the same
-            create(folder / name, data)
-    return name
 
 
 def take(source: Path, path: Location) -> None:

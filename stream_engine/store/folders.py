@@ -14,6 +14,7 @@ from types import TracebackType
 
 from stream_engine.errors import ConfigError
 from stream_engine.store.local import fsync_folder
+from stream_engine.store.processes import is_running
 
 ABANDONED_AFTER_S = 3600.0
 
@@ -82,17 +83,6 @@ def remove_abandoned(folder: Path) -> None:
 def this_host() -> str:
     """This machine, in eight hex digits: names may hold anything."""
     return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine lives."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def newest_mtime(folder: Path) -> float:

@@ -23,7 +23,7 @@ import msgspec
 from stream_engine.errors import ChangedError, LeaseLostError
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, Version
-from stream_engine.store.local import PROC, system_identity
+from stream_engine.store.processes import process_start, system_identity
 
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
@@ -177,12 +177,12 @@ def write(path: Location, holder: Holder, version: Version | None) -> Version:
     return files.replace(path, msgspec.json.encode(holder), version, durable=False)
 
 
-def list_leases(folder: Location) -> list[LeaseInfo]:
-    """All leases in a folder, sorted by name."""
+def list_leases(folder: Location, *, now: float | None = None) -> list[LeaseInfo]:
+    """All leases in a folder, sorted by name. `now` is the store's time, where it is known."""
     found = [entry for entry in files.list_files(folder) if entry.path.suffix == SUFFIX]
     if not found:
         return []
-    now = files.now(folder)
+    now = files.now(folder) if now is None else now
     infos = []
     for one in found:
         current = files.read(one.path)
@@ -251,16 +251,6 @@ def this_process(worker_id: str, timeout_s: float, *, number: int, now: float) -
         started=now,
         timeout_s=timeout_s,
     )
-
-
-def process_start(pid: int) -> str | None:
-    """The kernel's start time of a process; empty for a zombie, None when there is none to see."""
-    try:
-        stat = (PROC / str(pid) / "stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return "" if state in "ZX" else fields[18]
 
 
 def holder_of(content: bytes, entry: Entry) -> Holder:

@@ -18,11 +18,9 @@ with random digits at the end, so that no two contents of a name have the same.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import shutil
-import socket
 import time
 import uuid
 from contextlib import suppress
@@ -31,7 +29,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stream_engine.errors import ChangedError
-from stream_engine.store.base import Entry, Location, Spool, Version
+from stream_engine.store.base import Entry, Location, Spool, Version, absent
+from stream_engine.store.processes import is_running, this_system
 
 RANDOM_NS = 1 << 20
 """The time of change is drawn from the millisecond before the true one."""
@@ -41,7 +40,6 @@ REMEDY = (
     "files are put in place by hard and symbolic links, which this file system may not have; give "
     "a --work_dir on another (ext4, xfs, NFS, Lustre), or in object storage (s3://bucket/run)"
 )
-PROC = Path("/proc")
 
 
 class LocalStore:
@@ -88,7 +86,7 @@ class LocalStore:
         file = open(local(path), "rb")  # noqa: SIM115  the caller closes it
         if not os.fstat(file.fileno()).st_size:
             file.close()
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            raise absent(path)
         return file
 
     def spool(self, folder: Location) -> Spool:
@@ -302,21 +300,6 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{owner}.tmp")
 
 
-def this_system() -> str:
-    """This system, in eight hex digits: pids can be compared only where it is equal."""
-    identity = system_identity() or socket.gethostname()
-    return hashlib.blake2b(identity.encode(), digest_size=4).hexdigest()
-
-
-def system_identity() -> str:
-    """Boot id and process namespace of this system; empty where there is no /proc."""
-    try:
-        boot_id = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id}/{os.readlink(PROC / 'self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def is_gone(error: OSError) -> bool:
     """Whether a file is not there (any more).
 
@@ -367,13 +350,7 @@ def is_abandoned(path: Path) -> bool:
     pid = rest.partition("-")[0]
     if system != this_system() or not pid.isdecimal():
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    return not is_running(int(pid))
 
 
 def link_exclusively(temporary: Path, name: Path) -> bool:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from stream_engine.errors import ChangedError, ConfigError
-from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Version
+from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Version, absent
+from stream_engine.text import one_line
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -38,7 +39,6 @@ READ_BYTES = 4 << 20
 CLOCK_S = 60.0
 """For how long the store's clock is told from this machine's monotonic one."""
 TIMEOUT_S = "30s"
-MAX_SAID = 300
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=90)}
 REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
 MARK = "written-by"
@@ -83,8 +83,8 @@ def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: 
     except FileNotFoundError:
         raise
     except BaseError as error:
-        said = " ".join(str(error).split())[:MAX_SAID]
-        raise OSError(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
+        said = f"{one_line(error)} ... ({REMEDY})"
+        raise OSError(errno.EIO, said, str(path)) from error
 
 
 class ConditionError(Exception):
@@ -125,17 +125,13 @@ class ObjectStore:
         return (data, entry_of(path, found.meta)) if data else None
 
     def stat(self, path: Location) -> Entry | None:
-        entry = self.stat_even_if_empty(path)
-        return entry if entry is not None and entry.size else None
-
-    def stat_even_if_empty(self, path: Location) -> Entry | None:
-        """An object as it is, removed ones included."""
         import obstore
 
         try:
-            return entry_of(path, ask(path, obstore.head, self.bucket, key_of(path)))
+            entry = entry_of(path, ask(path, obstore.head, self.bucket, key_of(path)))
         except FileNotFoundError:
             return None
+        return entry if entry.size else None
 
     def list_files(self, folder: Location) -> list[Entry]:
         prefix = key_of(folder)
@@ -174,13 +170,9 @@ class ObjectStore:
         try:
             found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})
             return bytes(found.bytes()), found.meta
-        except FileNotFoundError as error:
-            said = os.strerror(errno.ENOENT)
-            raise FileNotFoundError(errno.ENOENT, said, str(path)) from error
-        except OSError as error:  # of an empty object no range can be had, and it counts as absent
-            if self.stat(path) is None:
-                said = os.strerror(errno.ENOENT)
-                raise FileNotFoundError(errno.ENOENT, said, str(path)) from error
+        except OSError as error:  # of an empty object, which counts as absent, no range can be had
+            if isinstance(error, FileNotFoundError) or self.stat(path) is None:
+                raise absent(path) from error
             raise
 
     def open(self, path: Location) -> BinaryIO:

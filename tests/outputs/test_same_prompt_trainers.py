@@ -54,24 +54,34 @@ def test_the_trainers_template_makes_the_prompt_that_was_asked(name: str, tmp_pa
     assert sorted(found) == sorted(question.ids for question in asked)
 
 
-def test_rlaifvs_dataset_class_makes_the_prompt_that_was_asked(tmp_path: Path) -> None:
-    """For LLaVA-1.5; it reads rows of one picture. A mark inside the text is not asked there, and
-    not exported."""
+def rlaifv_checkout() -> str:
     checkout = os.environ.get("RLAIFV_CHECKOUT")
     if not checkout:
         pytest.skip("RLAIFV_CHECKOUT names no clone of RLHF-V/RLAIF-V")
-    checkpoint = GOLDEN / "llava15" / "checkpoint"
-    model = load_model(checkpoint, ModelConfig(device="cpu"))
-    asked = [question for question in ask_all(model) if len(question.sample.images) == 1]
-    export_all(asked, "rlaifv", tmp_path)
-    done = subprocess.run(
-        [sys.executable, TRAINERS / "rlaifv_ids.py", checkout, checkpoint, tmp_path],
+    return checkout
+
+
+def rlaifv_ids(checkout: str, checkpoint: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What its dataset class makes of a folder."""
+    return subprocess.run(
+        [sys.executable, TRAINERS / "rlaifv_ids.py", checkout, checkpoint, folder],
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
     )
+
+
+def test_rlaifvs_dataset_class_makes_the_prompt_that_was_asked(tmp_path: Path) -> None:
+    """For LLaVA-1.5; it reads rows of one picture. A mark inside the text is not asked there, and
+    not exported."""
+    checkout = rlaifv_checkout()
+    checkpoint = GOLDEN / "llava15" / "checkpoint"
+    model = load_model(checkpoint, ModelConfig(device="cpu"))
+    asked = [question for question in ask_all(model) if len(question.sample.images) == 1]
+    export_all(asked, "rlaifv", tmp_path)
+    done = rlaifv_ids(checkout, checkpoint, tmp_path)
     lines = [line.split(" ", 2) for line in done.stdout.splitlines() if line.startswith("IDS ")]
     found = {name: json.loads(ids) for _, name, ids in lines}
     assert found == {question.name: with_one_slot(question.ids) for question in asked}, done.stderr
@@ -91,9 +101,7 @@ def test_rlaifvs_dataset_class_needs_the_stored_log_probs(
     lost: str, says: str, tmp_path: Path
 ) -> None:
     """A card's advice to drop them was a trap: see what it says now."""
-    checkout = os.environ.get("RLAIFV_CHECKOUT")
-    if not checkout:
-        pytest.skip("RLAIFV_CHECKOUT names no clone of RLHF-V/RLAIF-V")
+    checkout = rlaifv_checkout()
     checkpoint = GOLDEN / "llava15" / "checkpoint"
     asked = ask_all(load_model(checkpoint, ModelConfig(device="cpu")))[:1]
     export_all(asked, "rlaifv", tmp_path)
@@ -104,12 +112,5 @@ def test_rlaifvs_dataset_class_needs_the_stored_log_probs(
         rows = pq.read_table(part).drop_columns(["logps"]).replace_schema_metadata(None)
         pq.write_table(rows, part)
         write_empty(tmp_path / RlaifvExport.marker, rows.schema)
-    done = subprocess.run(
-        [sys.executable, TRAINERS / "rlaifv_ids.py", checkout, checkpoint, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-    )
+    done = rlaifv_ids(checkout, checkpoint, tmp_path)
     assert done.returncode != 0 and says in done.stderr

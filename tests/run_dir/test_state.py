@@ -109,11 +109,11 @@ def test_a_waiting_worker_spends_little_time_on_looking(
     assert lease is not None
     num_waits = num_looks = 0
 
-    def slow_list(folder: Path) -> list[LeaseInfo]:
+    def slow_list(folder: Path, **options: float) -> list[LeaseInfo]:
         nonlocal num_looks
         num_looks += 1
         time.sleep(0.1)  # 20 times that is how old its sight of things may get
-        return list_leases(folder)
+        return list_leases(folder, **options)
 
     def wait(self: Worker, doing: str, **_: object) -> None:
         nonlocal num_waits, num_looks

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from stream_engine.errors import ChangedError
 from stream_engine.store import files, local
 from stream_engine.store.local import is_temporary, remove_leftovers, temporary_path
+from tests.store.publishing import count_in_threads, publish_in_spite
 
 PUBLISH = """
 import os, signal, sys
@@ -117,24 +117,7 @@ def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path: Path):
 
 def test_of_many_threads_each_change_is_made_once(tmp_path: Path):
     path = tmp_path / "number"
-    files.create(path, b"0")
-
-    def add() -> None:
-        for _ in range(25):
-            while True:
-                content, entry = files.read(path)
-                try:
-                    number = b"%d" % (int(content) + 1)
-                    files.replace(path, number, entry.version, durable=False)
-                    break
-                except ChangedError:
-                    continue
-
-    threads = [threading.Thread(target=add) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    count_in_threads(path, num_threads=6, times=25)
     assert (path.read_bytes(), names(tmp_path)) == (b"150", ["number"])
 
 
@@ -158,12 +141,7 @@ def test_a_writer_stopped_at_any_call_overwrites_nothing_when_it_wakes(
         wait_until_stopped(process.pid)
         # It may be in place by now, or put there by the first of these who finds its claim.
         for text in (b"second", b"third"):
-            while True:
-                try:
-                    files.replace(path, text, files.version_of(path))
-                    break
-                except ChangedError:
-                    continue
+            publish_in_spite(path, text)
         os.kill(process.pid, signal.SIGCONT)
         (end,) = process.stdout.read().split()
         process.wait()
@@ -196,12 +174,7 @@ def test_a_writer_killed_at_any_call_blocks_nobody(tmp_path: Path, is_new: bool)
         process.wait()
         assert files.read_bytes(path) in ({None, b"killed"} if is_new else {b"old", b"killed"})
         for text in (b"second", b"third"):
-            while True:
-                try:
-                    files.replace(path, text, files.version_of(path))
-                    break
-                except ChangedError:
-                    continue
+            publish_in_spite(path, text)
         assert path.read_bytes() == b"third", said
         remove_leftovers(path.parent)
         assert names(path.parent) == ["file"], said

@@ -70,6 +70,18 @@ def answer(process: subprocess.Popen) -> str:
     return process.stdout.readline().strip()
 
 
+def fail_once_after(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a call of `os` do its work, and say once that it failed."""
+    call, failures = getattr(os, name), [OSError(errno.EIO, "Input/output error")]
+
+    def failing(source: str, target: str) -> None:
+        call(source, target)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(os, name, failing)
+
+
 def foreign_lease(run_dir: RunDir, *, age_s: float, timeout_s: float = 60.0, **changes) -> Path:
     """The lease of a worker on another machine, last touched so long ago."""
     path = run_dir.lease("shard-000000")
@@ -279,14 +291,7 @@ def test_no_leases_folder_means_no_leases(run_dir: RunDir):
 
 def test_a_lease_whose_taking_failed_half_way_falls_silent(run_dir: RunDir, monkeypatch):
     """One I/O error after the link: the lease's heart beat on, and all workers waited."""
-    link, failures = os.link, [OSError(errno.EIO, "Input/output error")]
-
-    def failing(source: str, target: str) -> None:
-        link(source, target)
-        if failures:
-            raise failures.pop()
-
-    monkeypatch.setattr(os, "link", failing)
+    fail_once_after(monkeypatch, "link")
     before = threading.active_count()
     with pytest.raises(OSError, match="Input/output"):
         Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
@@ -327,14 +332,7 @@ def test_a_clock_that_is_wrong_by_an_hour_judges_no_lease(run_dir: RunDir, monke
 
 def test_a_failed_beat_that_came_through_after_all_keeps_the_lease(run_dir: RunDir, monkeypatch):
     lease = acquire(run_dir)
-    rename, failures = os.rename, [OSError(errno.EIO, "Input/output error")]
-
-    def failing(source: str, target: str) -> None:
-        rename(source, target)
-        if failures:
-            raise failures.pop()
-
-    monkeypatch.setattr(os, "rename", failing)
+    fail_once_after(monkeypatch, "rename")
     with pytest.raises(OSError, match="Input/output"):
         lease.verify()
     lease.verify()

@@ -15,6 +15,7 @@ from stream_engine.store.files import location
 from stream_engine.store.leases import Lease, list_leases
 from stream_engine.store.objects import object_store
 from tests.s3 import Fault, FaultyProxy, environment, s3_server
+from tests.store.publishing import count_in_threads
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +114,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture(folder: Locat
 
 def test_of_many_threads_each_change_is_made_once(folder: Location):
     path = folder / "number"
-    files.create(path, b"0")
-
-    def add() -> None:
-        for _ in range(8):
-            while True:
-                found = files.read(path)
-                assert found is not None
-                try:
-                    files.replace(path, b"%d" % (int(found[0]) + 1), found[1].version)
-                    break
-                except ChangedError:
-                    continue
-
-    threads = [threading.Thread(target=add) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    count_in_threads(path, num_threads=5, times=8)
     assert files.read_bytes(path) == b"40"
 
 

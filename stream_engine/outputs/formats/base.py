@@ -5,6 +5,7 @@ Knows no trainer and no run.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ def split_of(key: str, test_fraction: float) -> Split:
     """Where all pairs of a question go: its key alone decides, whatever else is in the run."""
     share = int(key[:8], 16) / 2**32
     return "test" if share < test_fraction else "train"
+
+
+def split_named(name: str) -> str:
+    """The split of a part, which its name begins with."""
+    return re.split(r"[-./]", name, maxsplit=1)[0]
 
 
 def scores(row: PairRow) -> dict[str, float]:
