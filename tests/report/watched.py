@@ -43,7 +43,8 @@ class Watched:
     def shown_pair(self) -> str:
         """The id of the pair on the page, once it is the one that is marked in the list."""
         self.page.wait_for_function(
-            "() => state.current && state.current.id === state.wanted"
+            "() => typeof state !== 'undefined'"  # a page that was just gone to has no script yet
+            " && state.current && state.current.id === state.wanted"
             " && document.querySelector('#pair dl').textContent.includes(state.wanted)"
         )
         return self.page.evaluate("() => state.current.id")
