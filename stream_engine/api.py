@@ -35,10 +35,9 @@ from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.records import DatasetPair
 from stream_engine.report import DEFAULT_ROWS
-from stream_engine.run_dir.damage import around_damage, whole_manifest
+from stream_engine.run_dir.damage import around_damage, open_state
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
-from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect
 from stream_engine.run_dir.verify import damaged_parts
 from stream_engine.store import files
@@ -200,15 +199,6 @@ def dataset_folder(path: str | Location, format: str | None = None) -> Location:
     formats = read_run_file(run_dir).config().format if files.exists(run_dir.run_json) else ()
     first = not format or format == next(iter(formats), None)
     return run_dir.dataset_dir if first else run_dir.export_dir(str(format))
-
-
-def open_state(work_dir: str | Location) -> RunState:
-    """The state of an existing run, from its files alone."""
-    run_dir = RunDir(work_dir)
-    run_file = read_run_file(run_dir)
-    retries = run_file.config().max_shard_retries
-    whole_manifest(run_dir)
-    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
 
 
 def as_names(name: str, values: Sequence[str]) -> list[str]:

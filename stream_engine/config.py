@@ -7,7 +7,6 @@ A stage's fingerprint is a hash of the settings that shape its results, and of n
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
@@ -19,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 import msgspec
 
 from stream_engine.errors import ConfigError
+from stream_engine.text import nearest
 
 PartT = TypeVar("PartT")
 
@@ -347,16 +347,6 @@ def as_plain(value: Any) -> Any:
 def names_of(part: type) -> tuple[str, ...]:
     """The names of a part's settings, in order."""
     return tuple(field.name for field in fields(part))
-
-
-def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """`'; did you mean ...?'` for the closest known name, or an empty string.
-
-    Case does not count, nor whether words are joined by dashes or underscores.
-    """
-    simple = {one.lower().replace("-", "_"): one for one in known}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), simple, n=1)
-    return f"; did you mean {simple[close[0]]!r}?" if close else ""
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:

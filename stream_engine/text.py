@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 def duration(seconds: float) -> str:
     """A time in its two largest units: `1h 05m`, `2m 10s`, `12s`."""
@@ -25,6 +28,16 @@ def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     known = type(error).__module__.startswith("stream_engine")
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`'; did you mean ...?'` for the closest known name, or an empty string.
+
+    Case does not count, nor whether words are joined by dashes or underscores.
+    """
+    simple = {one.lower().replace("-", "_"): one for one in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), simple, n=1)
+    return f"; did you mean {simple[close[0]]!r}?" if close else ""
 
 
 MAX_LINE = 4000

@@ -16,7 +16,7 @@ PRELOADED = [
     "torch",
     "transformers",
     "webdataset",
-    "stream_engine.cli.main",
+    "stream_engine.cli.working",
     "stream_engine.engine",
 ]
 

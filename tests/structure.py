@@ -28,8 +28,8 @@ KERNELS = "stream_kernels"
 FRONT_DOOR = ("stream_engine", "stream_engine.__main__")
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", KERNELS}),
-    frozenset({"config", "device_errors", "ranks", "records", "text"}),
+    frozenset({"errors", "text", KERNELS}),
+    frozenset({"config", "device_errors", "ranks", "records"}),
     frozenset({"pictures"}),
     frozenset({"store"}),
     frozenset({"demo", "models"}),

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from stream_engine import api
-from stream_engine.cli.flags import LineParser
+from stream_engine.cli.command import Command, LineParser
 from stream_engine.demo import DEMO_COUNT, DEMO_SEED
 from stream_engine.errors import ConfigError
 
@@ -100,3 +100,6 @@ def loop(args: argparse.Namespace) -> int:
     if out is not None:
         print(f"model: {out}")
     return 0
+
+
+COMMANDS = {"demo": Command(demo, add_arguments)}

@@ -13,9 +13,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -30,11 +29,11 @@ from stream_engine.config import (
     WorkerConfig,
     load_config_file,
     names_of,
-    nearest,
     parse_columns,
 )
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
+from stream_engine.text import nearest
 
 GROUPS: dict[str, type] = {
     "the run": RunConfig,
@@ -47,44 +46,6 @@ GROUPS: dict[str, type] = {
 }
 ALIASES = {"output_dir": "work_dir"}
 NOT_FLAGS = ("pipeline_options",)
-
-
-class LineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ConfigErrors, so that they end as one line, status 1."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see `{self.prog} --help`)")
-
-
-def normalise(argv: Sequence[str]) -> list[str]:
-    """Write every flag one way: underscores, and booleans with their value attached.
-
-    `--sample-k=4` becomes `--sample_k=4`; `--debug` and `--debug True` become `--debug=true`;
-    `--no-debug` becomes `--debug=false`. What follows a bare `--` is left alone.
-    """
-    booleans = boolean_flags()
-    words: list[str] = []
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*words, word, *rest]
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in booleans and not equals:
-            spelled = rest and rest[0].lower() in ("true", "false")
-            value, equals = (rest.pop(0).lower() if spelled else "true"), "="
-        elif name.startswith("no_") and name[3:] in booleans and not equals:
-            name, equals, value = name[3:], "=", "false"
-        words.append(f"--{name}{equals}{value}")
-    return words
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -172,20 +133,6 @@ def convert_flag(name: str, text: str | list[str], kind: Any) -> Any:
         choices = _choices(kind)
         expected = f"choose from {', '.join(map(str, choices))}" if choices else str(error)
         raise ConfigError(f"--{name} {text!r}: {expected}") from error
-
-
-def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raise ConfigError for the first argument nobody knows, with the nearest known flag."""
-    if not unknown:
-        return
-    word = unknown[0].partition("=")[0]
-    if not word.startswith("-"):
-        raise ConfigError(
-            f"unexpected argument {word!r}; give several values in one flag, separated by commas, "
-            "and put a glob in quotes"
-        )
-    known = [option for action in parser._actions for option in action.option_strings]
-    raise ConfigError(f"unknown flag {word}{nearest(word, known)} (see `{parser.prog} --help`)")
 
 
 def elsewhere(name: str) -> str:

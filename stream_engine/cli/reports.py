@@ -9,9 +9,11 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
+from stream_engine.cli import notes
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
 from stream_engine.cli.flags import convert_flag
 from stream_engine.config import RunConfig
-from stream_engine.errors import ConfigError, StreamEngineError
+from stream_engine.errors import StreamEngineError
 from stream_engine.report import DEFAULT_ROWS
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.base import ObjectPath
@@ -23,6 +25,32 @@ if TYPE_CHECKING:
     from stream_engine.report.site import Report
 
 logger = logging.getLogger(__name__)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to, on a disk; default: report/ in the work_dir"
+    )
+    parser.add_argument(
+        "--rows",
+        default=str(DEFAULT_ROWS),
+        metavar="N",
+        help="pairs drawn to be looked at one by one, by the run's seed; the extremes and some of "
+        f"what was dropped come on top (default {DEFAULT_ROWS})",
+    )
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", help=WORK_DIR)
+    parser.add_argument(
+        "id", metavar="ID", nargs="?", help="a pair as the report names it, a sample's key, your id"
+    )
+    parser.add_argument(
+        "--limit", default="5", metavar="N", help="pairs to print without ID (default 5)"
+    )
+    parser.set_defaults(work_dir=None)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -79,9 +107,7 @@ def line_of(made: Report) -> str:
     )
 
 
-def work_dir_of(args: argparse.Namespace) -> str | None:
-    """The work directory that a command line names, by its place or by its flag."""
-    positional, flag = args.positional_work_dir, args.work_dir
-    if positional is not None and flag is not None and positional != flag:
-        raise ConfigError(f"two work directories: {positional} and {flag}")
-    return positional or flag
+COMMANDS = {
+    "report": Command(report, _report_arguments, notes=notes.SHOWN),
+    "show": Command(show, _show_arguments),
+}

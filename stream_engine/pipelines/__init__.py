@@ -12,8 +12,8 @@ import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from stream_engine.config import nearest
 from stream_engine.errors import ConfigError
+from stream_engine.text import nearest
 
 if TYPE_CHECKING:
     from stream_engine.pipelines.base import Pipeline

@@ -16,6 +16,7 @@ from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.failures import record_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState, numbered, shard_lease
 from stream_engine.store import files
 from stream_engine.store.base import Location
@@ -24,6 +25,15 @@ from stream_engine.store.leases import Lease
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+def open_state(work_dir: str | Location) -> RunState:
+    """The state of an existing run, from its files alone."""
+    run_dir = RunDir(work_dir)
+    run_file = read_run_file(run_dir)
+    retries = run_file.config().max_shard_retries
+    whole_manifest(run_dir)
+    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
 
 
 def around_damage(state: RunState, config: RunConfig, worker: str, write: Callable[[], T]) -> T:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-
-import fsspec
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING
 
 from stream_engine.errors import ConfigError
 from stream_engine.store.transient import network_errors
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 HUB = "hf://datasets/"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w-]*(\.\w+)*(:[\w.-]+)?")
@@ -54,6 +54,8 @@ def open_source(source: str) -> tuple[AbstractFileSystem, str]:
     Raises:
         ConfigError: for an unknown protocol, or one whose package is not installed.
     """
+    import fsspec
+
     try:
         return fsspec.core.url_to_fs(canonical_source(source))
     except (ValueError, ImportError) as error:
@@ -70,6 +72,8 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 def full_path(fs: AbstractFileSystem, name: str) -> str:
     """A path that opens from anywhere: absolute for local files, else with its protocol."""
+    from fsspec.implementations.local import LocalFileSystem
+
     return name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from stream_engine.cli.command import LineParser, normalise, refuse_unknown
 from stream_engine.cli.flags import (
-    LineParser,
     add_settings,
-    normalise,
+    boolean_flags,
     read_settings,
-    refuse_unknown,
 )
-from stream_engine.cli.main import COMMANDS, main
+from stream_engine.cli.main import COMMANDS, command_of, main
 from stream_engine.config import RunConfig, names_of
 from stream_engine.errors import ConfigError
 from tests.conftest import ROOT
@@ -34,7 +33,7 @@ ANCESTOR_FLAGS = (
 def settings_of(*words: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
     parser = LineParser(prog="test")
     add_settings(parser)
-    args, unknown = parser.parse_known_args(normalise(words))
+    args, unknown = parser.parse_known_args(normalise(words, boolean_flags()))
     refuse_unknown(unknown, parser)
     return read_settings(args, base)
 
@@ -150,7 +149,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert COMMANDS[command].summary.split()[0] in shown
-    assert COMMANDS[command].notes.strip() in shown
+    assert command_of(command).notes.strip() in shown
 
 
 def test_flags_that_readme_and_the_help_tell_of_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +159,7 @@ def test_flags_that_readme_and_the_help_tell_of_exist(capsys: pytest.CaptureFixt
             main([command, "--help"])
         shown += capsys.readouterr().out.partition("\noptions:")[2]
     flags = set(re.findall(r"^  (--\w+)|, (--\w+)", shown, re.MULTILINE))
-    told = " ".join(command.notes for command in COMMANDS.values())
+    told = " ".join(command_of(name).notes for name in COMMANDS)
     told += re.sub("python -m tests.benchmarks.*?`", "", README.read_text())
     unknown = set(re.findall(r"--\w+", told)) - {flag for pair in flags for flag in pair}
     assert unknown - OF_OTHER_PROGRAMS == set()

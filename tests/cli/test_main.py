@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stream_engine.cli.flags import LineParser, add_settings
-from stream_engine.cli.main import COMMANDS, main
+from stream_engine.cli.command import LineParser
+from stream_engine.cli.flags import add_settings
+from stream_engine.cli.main import COMMANDS, command_of, main
 from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
@@ -363,6 +364,20 @@ sys.exit(77 if "torch" in sys.modules else 0)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("words", [["--help"], ["status", "."], ["inspect", "1", "."]])
+def test_what_only_looks_loads_no_large_package(words: list[str]) -> None:
+    """`--help` took half a second: it loaded what reads inputs, writes parquet and merges."""
+    code = f"""
+import sys
+from stream_engine.cli.main import main
+main({words!r})
+large = ("torch", "numpy", "pyarrow", "fsspec", "PIL", "webdataset", "stream_engine.pipelines")
+print([name for name in large if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
 def test_both_entry_points_are_the_same_command() -> None:
     module = stream_engine("--version")
     script = subprocess.run(
@@ -414,8 +429,9 @@ def test_an_unknown_command_is_answered(
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_flag_of_every_command_says_what_it_does(name: str) -> None:
     parser = LineParser(prog=name)
-    COMMANDS[name].arguments(parser)
-    if COMMANDS[name].takes_settings:
+    command = command_of(name)
+    command.arguments(parser)
+    if command.takes_settings:
         add_settings(parser)
     silent = [a.option_strings or a.dest for a in parser._actions if not (a.help or "").strip()]
     assert not silent

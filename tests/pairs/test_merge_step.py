@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_engine.cli.commands import report_lines
+from stream_engine.cli.working import report_lines
 from stream_engine.config import RunConfig
 from stream_engine.pairs import merge_step, merger
 from stream_engine.pairs.merger import merge

@@ -13,7 +13,6 @@ schema cannot express is refused by a reason, which the merger counts.
 
 from __future__ import annotations
 
-from stream_engine.config import nearest
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats.base import Export
 from stream_engine.outputs.formats.llama_factory import (
@@ -23,6 +22,7 @@ from stream_engine.outputs.formats.llama_factory import (
 from stream_engine.outputs.formats.ms_swift import MsSwiftExport, MsSwiftJsonlExport
 from stream_engine.outputs.formats.rlaifv import RlaifvExport
 from stream_engine.outputs.formats.trl import TrlExport
+from stream_engine.text import nearest
 
 EXPORTS: dict[str, type[Export]] = {
     "rlaifv": RlaifvExport,

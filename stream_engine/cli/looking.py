@@ -1,0 +1,93 @@
+"""The commands that look at a run and change nothing: `status`, `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+
+import msgspec
+
+from stream_engine.cli import notes
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
+from stream_engine.config import RunConfig
+from stream_engine.run_dir import damage
+from stream_engine.run_dir.inspect import inspect as inspect_lines
+from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.text import printable
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 2 when shards or records failed or no pair was written, 1 when work is left",
+    )
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="SHARD|KEY", help="a shard's number, a key or your id")
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    parser.add_argument("--work_dir", "--output_dir", metavar="TEXT", help=WORK_DIR)
+
+
+def status(args: argparse.Namespace) -> int:
+    state = open_state(args)
+    found = collect(state)
+    if args.json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        print("\n".join(status_lines(found)))
+        for problem in problems(state):
+            print(f"  {printable(problem)}")
+    if not args.check:
+        return 0
+    if not found.is_finished:
+        return 1
+    return 2 if found.has_problems or no_pairs(state.run_dir) else 0
+
+
+def status_lines(status: Status) -> list[str]:
+    """A status for people."""
+    samples, shards, pairs = status.samples, status.shards, status.pairs
+    lines = [
+        f"samples: {samples.total} = {samples.done} done + {samples.quarantined} quarantined "
+        f"+ {samples.pending} pending",
+        f"shards:  {shards.total} = {shards.done} done + {shards.failed} failed "
+        f"+ {shards.running} running + {shards.pending} pending",
+    ]
+    if status.pictures:
+        by_number = ", ".join(f"{count} with {k}" for k, count in status.pictures.items())
+        lines.append(f"pictures: {by_number}")
+    most_first = sorted(pairs.dropped.items(), key=lambda item: (-item[1], item[0]))
+    dropped = ", ".join(f"{count} {why}" for why, count in most_first)
+    total = sum(pairs.dropped.values())
+    lines.append(
+        f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
+        + (f" ({dropped})" if dropped else "")
+    )
+    for one in status.waiting:
+        lines.append(f"waiting: shard {one.shard} for {one.retry_in_s:.0f} s more: {one.error}")
+    for worker in status.workers:
+        lines.append(f"worker:  {worker.worker} holds {worker.holds} for {worker.since_s:.0f} s")
+    return lines
+
+
+def inspect(args: argparse.Namespace) -> int:
+    for text in inspect_lines(open_state(args), args.target):
+        for line in text.split("\n"):
+            print(printable(line))
+    return 0
+
+
+def open_state(args: argparse.Namespace) -> RunState:
+    """The state of the run that a command line names."""
+    return damage.open_state(work_dir_of(args) or RunConfig().work_dir)
+
+
+COMMANDS = {
+    "status": Command(status, _status_arguments, notes=notes.WORK_DIR),
+    "inspect": Command(inspect, _inspect_arguments),
+}

@@ -1,0 +1,197 @@
+"""The commands that work on a run: all of it, its steps alone, once more, and what it would do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from stream_engine.cli import notes
+from stream_engine.cli.command import WORK_DIR, Command
+from stream_engine.cli.flags import read_settings
+from stream_engine.cli.looking import status_lines
+from stream_engine.cli.reports import report_after
+from stream_engine.cli.settings import config_from, config_of_run
+from stream_engine.config import RunConfig
+from stream_engine.errors import ConfigError
+from stream_engine.models.hub import with_checkpoints
+from stream_engine.pipelines import pipeline_class
+from stream_engine.ranks import Rank
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.remedies import remedy_lines
+from stream_engine.run_dir.requeue import requeue
+from stream_engine.run_dir.state import RunState
+from stream_engine.store.locations import canonical_source
+from stream_engine.text import printable
+from stream_engine.work.plan import plan_lines
+from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard, run
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="the embedded models of the pipeline and, without --dataset_path, the embedded data",
+    )
+    parser.add_argument(
+        "--failures_ok",
+        action="store_true",
+        help="exit 0 where it would be 2, for launchers that take any other status for a "
+        "crash; `status --check` tells afterwards",
+    )
+
+
+def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
+    _run_arguments(parser)
+
+
+def _work_arguments(parser: argparse.ArgumentParser) -> None:
+    _work_dir_arguments(parser)
+    parser.add_argument(
+        "--shard", type=int, metavar="N", help="do this shard alone, in the foreground"
+    )
+
+
+def _retry_arguments(parser: argparse.ArgumentParser) -> None:
+    _work_dir_arguments(parser)
+    parser.add_argument(
+        "--requeue_only",
+        action="store_true",
+        help="do not work: put failed shards and records back, for the workers of the next run",
+    )
+
+
+def run_command(args: argparse.Namespace) -> int:
+    return finish(args, config_from(args))
+
+
+def append(args: argparse.Namespace) -> int:
+    config, given = config_of_run(args), read_settings(args)
+    if not args.dataset_path:
+        raise ConfigError("append needs --dataset_path, the dataset to add")
+    new = dataclasses.replace(
+        config,
+        dataset_path=tuple(given["dataset_path"]),
+        max_samples=given.get("max_samples"),  # the run's own is of what it was given with
+    )
+    return finish(args, new)
+
+
+def shard(args: argparse.Namespace) -> int:
+    return finish(args, config_of_run(args, may_be_new=True), steps=("shard",))
+
+
+def work(args: argparse.Namespace) -> int:
+    config = config_of_run(args)
+    if args.shard is None:
+        return finish(args, config, steps=("work",))
+    retry_shard(config, args.shard)
+    print(f"shard {args.shard} is done; `stream-engine merge {config.work_dir}` takes it up")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    return finish(args, config_of_run(args), steps=("merge",))
+
+
+def retry_failed(args: argparse.Namespace) -> int:
+    config = config_of_run(args)
+    rank = Rank.from_environment()
+    if rank.world_size > 1:
+        raise ConfigError(
+            "retry-failed is one process: run `stream-engine retry-failed --requeue_only`, then "
+            "the run itself with its launcher"
+        )
+    run_dir = RunDir(config.work_dir)
+    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
+    run_file = begin(run_dir, config, pipeline, rank)
+    state = RunState(run_dir, run_file.fingerprints, max_shard_retries=config.max_shard_retries)
+    put_back = requeue(state, worker=rank.worker_id, timeout_s=config.lease_timeout_s)
+    print(f"put back {put_back.shards} shards and {put_back.records} records")
+    if put_back.rejected:
+        when = "by the next run" if args.requeue_only else "now"
+        print(
+            f"{put_back.rejected} records were rejected when they were read: their inputs are read "
+            f"again {when}, and what is there and correct by then is taken"
+        )
+    if args.requeue_only:
+        return 0
+    known = state.refresh().manifest.inputs  # those that are to be read again are so marked there
+    unread = [path for path in config.dataset_path if canonical_source(path) not in known]
+    return finish(args, dataclasses.replace(config, dataset_path=tuple(unread)))
+
+
+def plan(args: argparse.Namespace) -> int:
+    for line in plan_lines(config_from(args, make_demo_data=False)):
+        print(line)
+    return 0
+
+
+def finish(
+    args: argparse.Namespace, config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS
+) -> int:
+    """Run these steps and print how it ended, from the first worker only; returns the status."""
+    report = run(config, steps=steps)
+    rank = Rank.from_environment()
+    page = report_after(config, report, is_alone=rank.world_size == 1)
+    if rank.rank == 0:
+        for line in report_lines(report):
+            print(printable(line))
+        if page is not None:
+            print(printable(f"report:  {page}"))
+    return 0 if args.failures_ok else report.exit_status
+
+
+def report_lines(report: RunReport) -> list[str]:
+    """How a run ended: counts that add up, every problem, and the dataset's path last."""
+    did_work = report.samples_added_here or report.shards_done_here or report.merged_here
+    lines = []
+    if report.status.samples.total and not report.status.shards.total:
+        lines.append("no sample to work on: every record was rejected when it was read")
+    elif report.status.is_finished and not did_work:
+        lines.append("nothing to do" if report.problems else "nothing to do: all is up to date")
+    lines += status_lines(report.status)
+    lines += [f"note:    {note}" for note in report.notes]
+    if report.problems:
+        lines += ["failed:", *(f"  {problem}" for problem in report.problems)]
+        lines += remedies(report)
+    if report.no_pairs is not None:
+        lines.append(f"NO PAIRS: {report.no_pairs}")
+    if report.dataset is not None:
+        lines.append(f"dataset: {report.dataset}")
+    return lines
+
+
+def remedies(report: RunReport) -> list[str]:
+    """What helps against a report's problems: it depends on where a record was set aside.
+
+    Rejected records of a corrected file are read again by any run; those whose picture has been
+    supplied since, which no file of the input tells, by `retry-failed` alone.
+    """
+    status = report.status
+    set_aside = sum(counts.quarantined for counts in status.stages.values())
+    rejected = status.samples.quarantined - set_aside
+    lines = []
+    if rejected:
+        where = ", ".join(report.rejects_files)
+        lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
+        lines += [f"  {line}" for line in remedy_lines(report.rejected)]
+    lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
+    return lines
+
+
+COMMANDS = {
+    "run": Command(run_command, _run_arguments, takes_settings=True, notes=notes.RUN),
+    "append": Command(append, _work_dir_arguments, takes_settings=True, notes=notes.RUN),
+    "shard": Command(shard, _work_dir_arguments, takes_settings=True, notes=notes.INPUT),
+    "work": Command(work, _work_arguments, takes_settings=True),
+    "merge": Command(
+        merge,
+        _work_dir_arguments,
+        takes_settings=True,
+        notes=notes.PAIRS + "\n" + notes.PUBLISHED,
+    ),
+    "retry-failed": Command(retry_failed, _retry_arguments, takes_settings=True, notes=notes.RETRY),
+    "plan": Command(plan, _run_arguments, takes_settings=True),
+}
