@@ -51,6 +51,9 @@ class InputConfig:
     tars; compressed ones too. Or datasets of the Hugging Face hub, as `owner/name[:split]`."""
     columns: dict[str, str] = field(default_factory=dict)
     """How your columns are called, as `question=query,image=img,idx=uid`."""
+    given_answers: Literal["answers", "pairs", "ignore"] = "answers"
+    """What of a row is scored in place of sampled answers: its `answers`; pairs: its `chosen` and
+    `rejected` too; ignore: nothing. Rows without are sampled."""
     text_only: Literal["reject", "allow"] = "reject"
     """What becomes of a question without any picture: rejected, or asked as it is."""
     image_root: str | None = None
@@ -115,8 +118,7 @@ class SamplingConfig:
     """Nucleus sampling: tokens up to this cumulative probability. Without it the value of the
     checkpoint's generation_config.json, else 1."""
     top_k: int | None = None
-    """Sample from this many likeliest tokens; 0: from all. Without it the checkpoint's value, else
-    50."""
+    """Sample from this many likeliest tokens; 0: all. Without it the checkpoint's, else 50."""
     repetition_penalty: float | None = None
     """As in transformers. Without it the checkpoint's value, else 1 (none)."""
     max_new_tokens: int | None = None
@@ -141,6 +143,9 @@ class RankingConfig:
     """Answers whose Jaccard similarity over word n-grams exceeds this count as one."""
     max_length_bias: float = 0.5
     """Length balance stops when mean(words of chosen - words of rejected) is at most this."""
+    disagreements: Literal["keep", "relabel", "drop"] = "keep"
+    """What becomes of a pair of the input (--given_answers pairs) whose order the scorer reverses:
+    it stays as it was given, is turned around, or is dropped."""
     compat: Literal["rlaifv"] | None = None
     """rlaifv: the selection rules of RLAIF-V's data engine, with words of our own (see below)."""
 
@@ -154,6 +159,8 @@ class OutputConfig:
     ms_swift_jsonl, llama_factory_jsonl; the first lies in dataset/."""
     test_fraction: float = 0.0
     """Share of the questions whose pairs go into a split `test` of every format, 0 to below 1."""
+    best: int = 1
+    """Of `stream-engine rank`: the best answers of each question, this many, go to trl_sft."""
     license: str = "unknown"
     """The license that the dataset's card states, by the hub's identifier (cc-by-4.0 ...)."""
     language: tuple[str, ...] = ()
@@ -223,8 +230,8 @@ class RunConfig(
             if name not in names_of(cls):
                 raise ConfigError(f"unknown setting {name!r}{nearest(name, names_of(cls))}")
         settings = dict(settings)
-        for name in ("dataset_path", "format", "language"):
-            if isinstance(settings.get(name), str):
+        for name in {"dataset_path", "format", "language"} & settings.keys():
+            if isinstance(settings[name], str):
                 settings[name] = tuple(part for part in settings[name].split(",") if part)
         if isinstance(settings.get("columns"), str):
             settings["columns"] = parse_columns(settings["columns"])
@@ -287,13 +294,8 @@ class RunConfig(
                 )
         if self.offload == "nvme" and not self.offload_path:
             raise ConfigError("offload nvme needs --offload_path, a folder on a local drive")
-        for name in (
-            "samples_per_shard",
-            "tensor_parallel",
-            "distance",
-            "max_pairs_per_sample",
-            "max_part_bytes",
-        ):
+        positive = ("samples_per_shard", "tensor_parallel", "distance", "max_pairs_per_sample")
+        for name in (*positive, "max_part_bytes", "best"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, it is {getattr(self, name)}")
         if not 0 <= self.test_fraction < 1:
@@ -312,6 +314,7 @@ class RunConfig(
 
 COLUMN_NAMES = (
     *("question", "image", "images", "image_path", "idx", "conversations", "messages"),
+    *("answers", "chosen", "rejected"),
     *("ds_name", "origin_dataset", "origin_split", "metainfos"),
 )
 """What `columns` may name on its left side."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,17 +30,32 @@ class EncodedImage(msgspec.Struct, frozen=True):
     path: str = ""
 
 
+class GivenAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer that came with its question, to be scored in place of sampled ones.
+
+    `model` names who wrote it, where the input says so; `given_as` is its side of a pair that the
+    input had made already, or "".
+    """
+
+    text: str
+    model: str = ""
+    given_as: Literal["", "chosen", "rejected"] = ""
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One question about zero or more images.
 
-    `key` is 32 hex digits, `sample_key(idx, question, images)`; `idx` is the user's own id as a
-    string (the key where the input had none). The remaining fields are carried through.
+    `key` is 32 hex digits, `sample_key(idx, question, images, answers)`; `idx` is the user's own id
+    as a string (the key where the input had none). `answers` are those that the input brought;
+    without any they are sampled. The remaining fields are carried through.
     """
 
     key: str
     idx: str
     question: str
     images: tuple[EncodedImage, ...] = ()
+    answers: tuple[GivenAnswer, ...] = ()
     ds_name: str = ""
     origin_dataset: str = ""
     origin_split: str = ""
@@ -76,10 +91,17 @@ def prompt_parts(question: str, num_images: int) -> list[str | None]:
     return [*([None] * num_images), without_marks(question)]
 
 
-def sample_key(idx: str, question: str, images: tuple[EncodedImage, ...]) -> str:
-    """Content hash of a sample: BLAKE2b-128 over id, question and every image's bytes."""
+def sample_key(
+    idx: str,
+    question: str,
+    images: tuple[EncodedImage, ...],
+    answers: tuple[GivenAnswer, ...] = (),
+) -> str:
+    """Content hash of a sample: BLAKE2b-128 over id, question, every image's bytes, and the answers
+    that it brings, if it brings some."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (idx.encode(), question.encode(), *(image.data for image in images)):
+    brought = [msgspec.json.encode(answers)] if answers else []
+    for part in (idx.encode(), question.encode(), *(image.data for image in images), *brought):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
@@ -102,11 +124,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """One sampled answer.
+    """One answer, sampled or brought along by the input.
 
     `token_ids` and `token_logps` hold the answer's tokens without the end token. Log-probs are
     natural logs of the untempered, unfiltered distribution in float32. `end_token_id` and
     `end_logp` are set only when the end token was generated (`finish_reason == "stop"`).
+
+    Of an answer that the input brought the ids that were sampled are not known: they are made from
+    its text (`ids_from_text`), the end token is put behind it unless it was cut off, and `model`
+    and `given_as` are the input's. A sampled answer has none of these.
     """
 
     index: int
@@ -116,6 +142,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str  # "stop" | "length"
     end_token_id: int | None = None
     end_logp: float | None = None
+    model: str = ""
+    given_as: Literal["", "chosen", "rejected"] = ""
+    ids_from_text: bool = False
 
     @property
     def scored_ids(self) -> list[int]:

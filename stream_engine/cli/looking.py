@@ -68,6 +68,9 @@ def status_lines(status: Status) -> list[str]:
         f"pairs:   {pairs.candidates} candidates = {pairs.written} written + {total} dropped"
         + (f" ({dropped})" if dropped else "")
     )
+    if pairs.given:
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in pairs.given.items())
+        lines.append(f"given:   {sum(pairs.given.values())} pairs of the input: {verdicts}")
     for one in status.waiting:
         lines.append(f"waiting: shard {one.shard} for {one.retry_in_s:.0f} s more: {one.error}")
     for worker in status.workers:

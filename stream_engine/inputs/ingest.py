@@ -26,6 +26,7 @@ from stream_engine.errors import (
     NoPicturesError,
     ShardReadError,
 )
+from stream_engine.inputs.answers import ONE_ANSWER, WITH_ANSWERS
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.layouts import LATER_TURNS
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
@@ -60,6 +61,8 @@ GONE = "gone"
 NOTES = {
     **{name: f"pictures {words}" for name, words in CHANGES.items()},
     LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
+    WITH_ANSWERS: "rows with answers of their own: these are scored, and none is sampled",
+    ONE_ANSWER: "rows whose answers are one: it is scored, but a pair needs two that differ",
     GONE: "samples of an earlier reading that the input no longer holds: they stay in the run",
 }
 """What is told at the end of a reading, with its number."""
@@ -257,7 +260,9 @@ class InputReading:
         if isinstance(item, Failure):
             state = "rejected"
         else:
-            state = self.known.classify(item.idx, item.key, self.source)
+            state = self.known.classify(
+                item.idx, item.key, self.source, is_shared=bool(item.answers)
+            )
             if state in TAKEN_IDS:
                 item = taken_id(state, row, item)
             else:

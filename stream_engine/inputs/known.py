@@ -38,7 +38,8 @@ class Database(sqlite3.Connection):
 class KnownSamples:
     """Maps each id to the keys of its samples. A context manager; closing deletes the file.
 
-    An id stands for one sample within a source; two sources may both count from 0.
+    An id stands for one sample within a source; two sources may both count from 0. Samples that
+    bring answers may share one: other answers to a question are another sample.
     """
 
     def __init__(self, shards: Iterable[ShardLine] = ()) -> None:
@@ -110,12 +111,13 @@ class KnownSamples:
         self._database.execute("UPDATE known SET pending = 0 WHERE pending = 1")
 
     def classify(
-        self, idx: str, key: str, source: str
+        self, idx: str, key: str, source: str, *, is_shared: bool = False
     ) -> Literal["new", "pending", "known", "changed", "conflict"]:
         """What a sample of a source is to the run; a new one is known from now on.
 
         "pending" is said once: the interrupted read added this very sample. Of a "changed" one an
-        earlier reading had another content, of a "conflict" this reading.
+        earlier reading had another content, of a "conflict" this reading. An id that `is_shared`
+        may stand for several samples, none of which is either.
         """
         found = (hashed(idx), bytes.fromhex(key), hashed(source))
         rows: list[tuple[bytes, bytes, int, int]] = self._database.execute(
@@ -123,12 +125,18 @@ class KnownSamples:
         ).fetchall()
         own_keys = [row[0] for row in rows if row[1] == found[2]]
         is_repeated = any(row[1] == found[2] and row[3] == self.reading for row in rows)
-        if own_keys and not is_repeated:
+        if own_keys and not (is_repeated or is_shared):
             self.touch(idx, source)
-        if own_keys and found[1] not in own_keys:
+        is_other = found[1] not in own_keys
+        if own_keys and is_other and not is_shared:
             return "conflict" if is_repeated else "changed"
         is_known = any(row[0] == found[1] for row in rows)
-        if not own_keys:
+        if is_shared and not is_other:
+            self._database.execute(
+                "UPDATE known SET reading = ? WHERE id = ? AND key = ? AND source = ?",
+                (self.reading, *found),
+            )
+        elif not own_keys or is_other:
             self._database.execute(
                 "INSERT INTO known VALUES (?, ?, ?, 0, ?)", (*found, self.reading)
             )

@@ -27,15 +27,17 @@ PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "source")
 """Where a content part of type image keeps its picture, if it brings one."""
 
 
-def with_question(row: Row) -> tuple[Row, list[str]]:
+def with_question(row: Row, *, pairs: bool = False) -> tuple[Row, list[str]]:
     """A row with the question that a chat column asks, and notes on what of that is left out.
+
+    With `pairs`, `chosen` may be the whole conversation, where no other column asks.
 
     Raises:
         RecordError: turns_before_question, unknown_turns or unsupported_content.
     """
     if not is_missing(row.get("question")):
         return row, []
-    for name in CHAT_COLUMNS:
+    for name in (*CHAT_COLUMNS, "chosen") if pairs else CHAT_COLUMNS:
         turns = row.get(name)
         if isinstance(turns, str) and name == "prompt":
             return {**row, "question": turns}, []

@@ -9,6 +9,7 @@ A row is a dict with the columns of any of the formats (others by --columns, see
     image_path                   read where the row has no image; then metainfos' image_path
     ds_name origin_dataset origin_split image_path metainfos        carried through, as text
     ds_question_id               kept in metainfos
+    answers; chosen, rejected    answers to be scored in place of sampled ones; see answers.py
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
+from stream_engine.inputs.answers import ANSWER_COLUMNS, answers_of
 from stream_engine.inputs.cells import is_missing, text_of
 from stream_engine.inputs.images import read_image_file
 from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, with_question
@@ -29,8 +31,13 @@ from stream_engine.records import EncodedImage, Sample, sample_key
 ID_COLUMNS = ("idx", "question_id", "id")
 IMAGE_COLUMNS = ("image", "images", "image_path")
 CARRIED_COLUMNS = ("ds_name", "origin_dataset", "origin_split", "metainfos", "ds_question_id")
-COLUMNS = frozenset((*ID_COLUMNS, "question", *IMAGE_COLUMNS, *CARRIED_COLUMNS, *CHAT_COLUMNS))
-KNOWN_COLUMNS = COLUMNS | {"key", "image_paths", "chosen", "rejected"}
+COLUMNS = frozenset(
+    (
+        *(*ID_COLUMNS, "question", *IMAGE_COLUMNS, *CARRIED_COLUMNS, *CHAT_COLUMNS),
+        *ANSWER_COLUMNS,
+    )
+)
+KNOWN_COLUMNS = COLUMNS | {"key", "image_paths"}
 """With what the shards and the datasets of a run say besides, which is made anew."""
 
 
@@ -47,22 +54,24 @@ def to_sample(row: Row, folder: str, config: InputConfig) -> ReadRow:
     Raises:
         RecordError: with the reason, when the row cannot become a sample.
     """
-    row, notes = with_question(row)
+    row, notes = with_question(row, pairs=config.given_answers == "pairs")
     question = question_of(row.get("question"))
     images = images_of(row, folder, config, notes)
     question = with_pictures_placed(question, len(images))
     if not images and config.text_only == "reject":
         raise RecordError("no_image", "the row has no picture; --text_only allow asks it as it is")
+    answers = answers_of(row, config, notes)
     idx = idx_of(row)
-    content_key = sample_key("", question, images)
+    content_key = sample_key("", question, images, answers)
     if idx == content_key:
         idx = ""  # a sample of another run, which had no id there either
-    key = sample_key(idx, question, images) if idx else content_key
+    key = sample_key(idx, question, images, answers) if idx else content_key
     sample = Sample(
         key=key,
         idx=idx or key,
         question=question,
         images=images,
+        answers=answers,
         ds_name=text_of(row.get("ds_name"), "ds_name"),
         origin_dataset=text_of(row.get("origin_dataset"), "origin_dataset"),
         origin_split=text_of(row.get("origin_split"), "origin_split"),

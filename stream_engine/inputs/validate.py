@@ -42,7 +42,8 @@ class InputCheck:
                 named = f" (id {printable(row.item.idx)})" if row.item.idx else ""
                 yield f"{where}{named}: {row.item.reason}{detail}"
                 continue
-            if key_of.setdefault(row.item.idx, row.item.key) != row.item.key:
+            is_shared = bool(row.item.answers)
+            if not is_shared and key_of.setdefault(row.item.idx, row.item.key) != row.item.key:
                 self.rejected["conflicting_id"] += 1
                 idx = printable(row.item.idx)
                 yield f"{where}: conflicting_id: idx '{idx}' was given to another sample before"

@@ -24,7 +24,7 @@ import hashlib
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -240,6 +240,25 @@ class VisionLanguageModel(ABC):
         """Token ids of `text` as it stands inside an answer or prompt: no special tokens added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer whose text alone is known, without an end token.
+
+        Raises:
+            RecordError: "control_token", where the text spells one.
+        """
+        refuse(self._control_texts, text, what="an answer")
+        return self.encode_text(text)
+
+    def end_token_id(self, stop_token_ids: Collection[int]) -> int:
+        """The one of these that stands behind a whole answer."""
+        likely = [*self.closing_ids(), self.tokenizer.eos_token_id, *sorted(stop_token_ids)]
+        return next(token_id for token_id in likely if token_id in stop_token_ids)
+
+    def closing_ids(self) -> list[int]:
+        """What the chat template puts behind an answer, where that is not the tokenizer's own end
+        token."""
+        return []
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """An answer's text: special tokens skipped, surrounding white space stripped."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
@@ -265,11 +284,11 @@ class VisionLanguageModel(ABC):
         return self._tokenizer_digest
 
 
-def refuse(pattern: re.Pattern[str], text: str) -> None:
+def refuse(pattern: re.Pattern[str], text: str, *, what: str = "the question") -> None:
     """Raise RecordError for a text that holds what has a meaning beyond its words."""
     if found := pattern.search(text):
         raise RecordError(
-            "control_token", f"the question holds {found[0]!r}, which means more than its text"
+            "control_token", f"{what} holds {found[0]!r}, which means more than its text"
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -127,6 +128,15 @@ class HfVlm(VisionLanguageModel):
 
     def control_texts(self) -> set[str]:
         return super().control_texts() | self._marks
+
+    def closing_ids(self) -> list[int]:
+        parts = [{"type": "text", "text": word} for word in ("THE QUESTION", "THE ANSWER")]
+        turns = [{"role": w, "content": [p]} for w, p in zip(("user", "assistant"), parts)]
+        try:
+            text = self.processor.apply_chat_template(turns, tokenize=False)
+        except (ValueError, TypeError, KeyError, TemplateError):  # it knows no answers
+            return []
+        return self.encode_text(text.partition("THE ANSWER")[2])
 
     def _rendered(self, content: list[dict[str, Any]]) -> str:
         return self.processor.apply_chat_template(

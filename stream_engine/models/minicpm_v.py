@@ -150,6 +150,7 @@ class MiniCpmVModel(VisionLanguageModel):
         self.lm_head = lm.lm_head
         self.vocab_size = lm.config.vocab_size
         self.stop_token_ids = stop_token_ids(checkpoint, self.tokenizer, *END_TOKENS[front.version])
+        self.own_end = END_TOKENS[front.version][0]
         self.generation_defaults = read_json(checkpoint / "generation_config.json")
         self.tower = tower
         self.resampler = resampler
@@ -233,6 +234,9 @@ class MiniCpmVModel(VisionLanguageModel):
             return [prompt.vision for prompt in prompts if prompt.vision]
         size = 1 if self.front.version == "2.5" else self.front.slices_per_batch
         return [slices[start : start + size] for start in range(0, len(slices), size)]
+
+    def closing_ids(self) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(self.own_end)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """As the base class does, but keeps "!", which 2.5 declares special as its padding."""

@@ -26,6 +26,8 @@ MEANINGS = {
     "key": "hash of id, question and pictures, by which `stream-engine inspect` finds it",
     "image_path": "path of the picture as the input named it",
     "metainfos": "whatever else the input said, as JSON",
+    "chosen_model": "who wrote the chosen answer, as the input said; empty: sampled by this run",
+    "rejected_model": "likewise of the rejected answer",
     "chosen_score": "score of the chosen answer; higher is better",
     "rejected_score": "score of the rejected answer",
     "margin": "difference of the scores",

@@ -57,6 +57,14 @@ def same_text(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig
     return "same_text" if candidate.chosen.text == candidate.rejected.text else None
 
 
+def disagreement(
+    candidate: Candidate, _kept: Sequence[Candidate], config: RankingConfig
+) -> str | None:
+    """The scorer reverses the order in which the input gave the pair."""
+    is_reversed = candidate.chosen.given_as == "chosen" and candidate.pair.margin < 0
+    return "disagreement" if is_reversed and config.disagreements == "drop" else None
+
+
 def identical_row(candidate: Candidate, kept: Sequence[Candidate], _: RankingConfig) -> str | None:
     """The same two texts were paired before. Rows of different samples differ in their idx."""
     texts = (candidate.chosen.text, candidate.rejected.text)
@@ -70,7 +78,10 @@ def max_pairs(candidate: Candidate, kept: Sequence[Candidate], config: RankingCo
     return "max_pairs_per_sample" if len(kept) >= config.max_pairs_per_sample else None
 
 
-FILTERS: tuple[Filter, ...] = (empty_answer, image_tag, same_text, identical_row, max_pairs)
+FILTERS: tuple[Filter, ...] = (
+    *(empty_answer, image_tag, same_text),
+    *(disagreement, identical_row, max_pairs),
+)
 
 
 def split_candidates(

@@ -350,7 +350,7 @@ def rank(pipeline: Pipeline, rollouts: SampleRollouts, rewards: SampleRewards) -
     answers = {answer.index: answer for answer in rollouts.answers}
     return [
         Candidate(pair, answers[pair.chosen], answers[pair.rejected])
-        for pair in pipeline.candidate_pairs(rollouts, rewards)
+        for pair in pipeline.pairs_of(rollouts, rewards)
     ]
 
 

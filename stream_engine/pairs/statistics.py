@@ -7,7 +7,7 @@ counters, and histograms over word counts and over fixed bins of the margin.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stream_engine.pairs.balance import Lengths
@@ -54,6 +54,9 @@ class RunStatistics:
         self.num_scored = 0
         self.finish_reasons: Counter[str] = Counter()
         self.unscored: Counter[str] = Counter()
+        self.num_brought = 0
+        self.models: Counter[str] = Counter()
+        self.given_pairs: Counter[str] = Counter()
         self.judge: defaultdict[str, float] = defaultdict(float)
         self.length_wins = LengthWins()
         self.least_margin = float("inf")
@@ -70,6 +73,9 @@ class RunStatistics:
         self.num_tokens += sum(len(answer.token_ids) for answer in rollouts.answers)
         self.num_scored += len(rewards.scores)
         self.finish_reasons.update(answer.finish_reason for answer in rollouts.answers)
+        self.num_brought += sum(answer.ids_from_text for answer in rollouts.answers)
+        self.models.update(answer.model for answer in rollouts.answers if answer.model)
+        self.given_pairs.update(verdicts_on_given(rollouts, rewards))
         for reason, indices in rewards.unscored.items():
             self.unscored[reason] += len(indices)
         for name, value in rewards.judge.items():
@@ -95,13 +101,35 @@ class RunStatistics:
                 "unscored": dict(sorted(self.unscored.items())),
                 "finish_reasons": dict(sorted(self.finish_reasons.items())),
                 "mean_tokens": rounded(self.num_tokens / max(1, self.num_answers)),
+                "ids_from_text": self.num_brought,
+                "models": dict(sorted(self.models.items())),
             },
+            "given_pairs": {name: self.given_pairs[name] for name in VERDICTS if self.given_pairs},
             "judge": {
                 "counts": {name: rounded(n) for name, n in sorted(self.judge.items())},
                 "rates": rates,
             },
             "length_wins_before_balance": self.length_wins.to_dict(),
         }
+
+
+VERDICTS = ("agreed", "reversed", "tied", "unscored")
+"""What a scorer says of the order in which the input gave a pair."""
+
+
+def verdicts_on_given(rollouts: SampleRollouts, rewards: SampleRewards) -> Iterator[str]:
+    """One of VERDICTS for each pair that the input had made, whatever becomes of it."""
+    scores = {score.index: score.score for score in rewards.scores}
+    chosen, rejected = (
+        [scores.get(answer.index) for answer in rollouts.answers if answer.given_as == side]
+        for side in ("chosen", "rejected")
+    )
+    for better in chosen:
+        for worse in rejected:
+            if better is None or worse is None:
+                yield "unscored"
+            else:
+                yield "tied" if better == worse else "agreed" if better > worse else "reversed"
 
 
 class PairStatistics:

@@ -14,6 +14,8 @@ import msgspec
 
 from stream_engine.config import ModelRole, RunConfig, Stage
 from stream_engine.errors import ConfigError
+from stream_engine.pipelines.given import score_given_answers
+from stream_engine.pipelines.ranking import is_given_pair, rank_as_given
 from stream_engine.pipelines.rollouts import sample_answers
 from stream_engine.records import (
     Failure,
@@ -85,13 +87,17 @@ class Pipeline(ABC):
     ) -> Iterator[SampleRollouts | Failure]:
         """Stage 0: answers for every sample, or the failure that sets it aside; in any order.
 
+        Answers that a sample brings are scored, and the others sampled.
+
         `ahead` are samples of the next call, to be read only when there is room to begin them; a
         pipeline that draws its answers in a way of its own may ignore them.
         """
+        engine = engines["instruct"]
+        yield from score_given_answers(engine, [sample for sample in samples if sample.answers])
         yield from sample_answers(
-            engines["instruct"],
-            samples,
-            ahead,
+            engine,
+            [sample for sample in samples if not sample.answers],
+            (sample for sample in ahead if not sample.answers),
             sample_k=self.config.sample_k,
             seed=self.config.seed,
         )
@@ -109,3 +115,10 @@ class Pipeline(ABC):
         self, sample: SampleRollouts, rewards: SampleRewards
     ) -> list[PreferencePair]:
         """Stage 2: candidate pairs of one sample, best first. Filters and balance come after."""
+
+    def pairs_of(self, sample: SampleRollouts, rewards: SampleRewards) -> list[PreferencePair]:
+        """The candidate pairs of one sample: those that the input had made, else the pipeline's."""
+        if is_given_pair(sample.answers):
+            relabel = self.config.disagreements == "relabel"
+            return rank_as_given(sample.answers, rewards, relabel=relabel)
+        return self.candidate_pairs(sample, rewards)

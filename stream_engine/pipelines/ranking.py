@@ -3,6 +3,7 @@
     rank_by_reward         dpo_reward: answers that are best (worst) by `sum` and by `avg` alike
     rank_by_denied_facts   divide_and_conquer: any two answers at least one denied fact apart
     rank_by_wins           llava_critic: the top against the bottom, position by position
+    rank_as_given          a pair that the input had made: as it stands, or in the scorer's order
 
 Answers are found by their index and samples by their key, never by a position in a list: an
 answer without a score takes no part and shifts nothing. Ties are broken by the answer's index,
@@ -208,6 +209,33 @@ def rank_by_wins(
     if compat == "rlaifv":
         return pairs
     return _best_first(pair for pair in pairs if pair.margin > 0)
+
+
+def is_given_pair(answers: Iterable[Answer]) -> bool:
+    """Whether the input had made a pair of these already."""
+    return any(answer.given_as for answer in answers)
+
+
+def rank_as_given(
+    answers: Sequence[Answer], rewards: SampleRewards, *, relabel: bool = False
+) -> list[PreferencePair]:
+    """The pairs that the input had made, each chosen answer with each rejected one, scored.
+
+    Their order is the input's, so that a margin may be negative; with `relabel` the scorer's. An
+    answer without a score is in no pair.
+    """
+    scores = {score.index: score for score in rewards.scores}
+    sides = {
+        side: [scores[a.index] for a in answers if a.given_as == side and a.index in scores]
+        for side in ("chosen", "rejected")
+    }
+    pairs = []
+    for chosen in sides["chosen"]:
+        for rejected in sides["rejected"]:
+            is_turned = relabel and rejected.score > chosen.score
+            better, worse = (rejected, chosen) if is_turned else (chosen, rejected)
+            pairs.append(_pair(rewards.key, better, worse))
+    return _best_first(pairs)
 
 
 def _pair(

@@ -369,4 +369,6 @@ def reading_settings(config: InputConfig) -> str:
         "columns": config.columns,
         "text_only": config.text_only,
     }
+    if config.given_answers != "answers":
+        settings["given_answers"] = config.given_answers
     return fingerprint(settings)

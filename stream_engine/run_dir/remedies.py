@@ -35,7 +35,13 @@ REMEDIES = {
     "changed_row": "give an edited row another id, or read all in a new work_dir",
     "unreadable_file": "fetch the file again; the next run reads it",
     "unreadable_row_group": "write the parquet file again",
-    "control_token": "take the model's control tokens out of the question",
+    "control_token": "take the model's control tokens out of question and answers",
+    "no_answers": "write null, or no column, where answers are to be sampled",
+    "too_many_answers": "leave some out, or give the question twice with a part of them each",
+    "invalid_answers": "`answers` is a list; --given_answers ignore samples answers in their place",
+    "invalid_answer": "an answer is text, or {text, model, finish_reason}; --given_answers ignore "
+    "samples answers in their place",
+    "incomplete_pair": "give both chosen and rejected, or leave --given_answers pairs out",
     "too_many_images": "choose a model that takes as many pictures",
     "prompt_too_long": "shorten the question, or choose a model with a longer context",
 }

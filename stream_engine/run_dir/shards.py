@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from stream_engine.errors import ShardReadError
-from stream_engine.records import EncodedImage, Sample, ShardInfo, sample_key
+from stream_engine.records import EncodedImage, GivenAnswer, Sample, ShardInfo, sample_key
 from stream_engine.store import files
 from stream_engine.store.base import Location, Version
 
@@ -39,6 +39,12 @@ class StoredSample(msgspec.Struct, frozen=True, kw_only=True):
     origin_split: str = ""
     image_path: str = ""
     metainfos: str = ""
+
+
+class StoredWithAnswers(StoredSample, frozen=True, kw_only=True):
+    """The same of a sample that brings answers."""
+
+    answers: tuple[GivenAnswer, ...] = ()
 
 
 def write_shard(
@@ -156,13 +162,10 @@ def tar_samples(path: Location, file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 def sample_members(sample: Sample) -> dict[str, Any]:
     """A sample as WebDataset's writer takes it."""
-    stored = StoredSample(
+    kind = StoredWithAnswers if sample.answers else StoredSample
+    stored = kind(
         image_paths=[image.path for image in sample.images],
-        **{
-            name: getattr(sample, name)
-            for name in StoredSample.__struct_fields__
-            if name != "image_paths"
-        },
+        **{name: getattr(sample, name) for name in kind.__struct_fields__ if name != "image_paths"},
     )
     members: dict[str, Any] = {"__key__": sample.key, "json": msgspec.json.encode(stored)}
     for i, image in enumerate(sample.images):
@@ -175,7 +178,7 @@ def parse_members(path: Location, key: str, members: dict[str, Any]) -> Sample:
     if "json" not in members:
         raise ShardReadError(path, "member is missing", f"{key}.json")
     try:
-        stored = msgspec.json.decode(members["json"], type=StoredSample)
+        stored = msgspec.json.decode(members["json"], type=StoredWithAnswers)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ShardReadError(path, str(error), f"{key}.json") from error
     data_at = {
@@ -215,7 +218,8 @@ def first_damage(path: Location, file: BinaryIO, info: ShardInfo) -> ShardReadEr
     try:
         for sample in checked_samples(path, file, info):
             own_idx = "" if sample.idx == sample.key else sample.idx
-            if sample_key(own_idx, sample.question, sample.images) != sample.key:
+            key = sample_key(own_idx, sample.question, sample.images, sample.answers)
+            if key != sample.key:
                 return ShardReadError(path, "content does not match its key", f"{sample.key}.*")
     except ShardReadError as error:
         return error

@@ -59,6 +59,8 @@ class PairCounts(msgspec.Struct, frozen=True):
     candidates: int = 0
     written: int = 0
     dropped: dict[str, int] = {}
+    given: dict[str, int] = {}
+    """Pairs that the input had made, by what the scorer says of their order; {} without any."""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -167,11 +169,13 @@ def read_stats(run_dir: RunDir) -> dict[str, Any]:
 
 def read_pairs(run_dir: RunDir) -> PairCounts:
     """The pair counts of the last merge."""
-    pairs = read_stats(run_dir).get("pairs", {})
+    stats = read_stats(run_dir)
+    pairs = stats.get("pairs", {})
     return PairCounts(
         candidates=pairs.get("candidates", 0),
         written=pairs.get("written", 0),
         dropped=pairs.get("dropped", {}),
+        given=stats.get("given_pairs", {}),
     )
 
 

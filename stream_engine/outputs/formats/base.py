@@ -30,6 +30,8 @@ EXTRAS: dict[str, Any] = {
     "origin_split": STRING,
     "image_path": STRING,
     "metainfos": STRING,
+    "chosen_model": STRING,
+    "rejected_model": STRING,
     **SCORES,
 }
 """Columns beside a trainer's own: whence a row comes and how its answers were scored."""
@@ -69,8 +71,8 @@ def scores(row: PairRow) -> dict[str, float]:
 
 def extras(row: PairRow) -> dict[str, Any]:
     """The values of the columns EXTRAS."""
-    sample = msgspec.structs.asdict(row.sample)
-    return {name: sample[name] for name in EXTRAS if name not in SCORES} | scores(row)
+    models = {"chosen_model": row.chosen.model, "rejected_model": row.rejected.model}
+    return {name: getattr(row.sample, name, "") for name in EXTRAS} | models | scores(row)
 
 
 class Export(ABC):

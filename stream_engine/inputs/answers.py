@@ -1,0 +1,144 @@
+"""Answers that a row brings along: they are scored, and none is sampled.
+
+    answers                      texts, or {"text", "model", "finish_reason"}; as JSON text in csv
+    chosen, rejected             a pair that is made already (--given_answers pairs): texts, lists
+                                 of texts, turns ({"role", "content"} or {"from", "value"}), or the
+                                 conversation that ends with the answer; models from chosen_model
+                                 and rejected_model
+    messages, rejected_response  the same as ms-swift writes it
+
+A row that has none of these, or null, has no answers. What cannot be read rejects its row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from stream_engine.config import InputConfig
+from stream_engine.errors import RecordError
+from stream_engine.inputs.cells import as_text, is_missing, text_of
+from stream_engine.inputs.layouts import USERS, Row, content_of, turn_of
+from stream_engine.records import IMAGE_MARK, GivenAnswer
+
+ANSWER_COLUMNS = (
+    *("answers", "chosen", "rejected", "rejected_response", "chosen_model", "rejected_model"),
+)
+MAX_ANSWERS = 256
+"""Of one question: their scores are held together, and a critic compares each with each."""
+ASSISTANTS = frozenset(("assistant", "gpt", "model"))
+
+WITH_ANSWERS = "with_answers"
+ONE_ANSWER = "one_answer"
+
+
+def answers_of(row: Row, config: InputConfig, notes: list[str]) -> tuple[GivenAnswer, ...]:
+    """The answers of a row, in order; () where they are to be sampled. Notes get what to tell.
+
+    Raises:
+        RecordError: no_answers, too_many_answers, invalid_answers, invalid_answer, invalid_text,
+            incomplete_pair, unknown_turns, turns_before_question or unsupported_content.
+    """
+    if config.given_answers == "ignore":
+        return ()
+    if not is_missing(row.get("answers")):
+        found = listed(row["answers"])
+    elif config.given_answers == "pairs":
+        found = paired(row)
+    else:
+        found = ()
+    if len(found) > MAX_ANSWERS:
+        raise RecordError("too_many_answers", f"{len(found)} answers, at most {MAX_ANSWERS} count")
+    if found:
+        notes += [WITH_ANSWERS, *([ONE_ANSWER] if len({one.text for one in found}) == 1 else [])]
+    return found
+
+
+def listed(value: Any) -> tuple[GivenAnswer, ...]:
+    """The column `answers`."""
+    if isinstance(value, str):  # csv has no lists
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("invalid_answers", f"text that is no JSON list: {error}") from error
+    if not isinstance(value, list):
+        raise RecordError("invalid_answers", f"{type(value).__name__} instead of a list")
+    if not value:
+        raise RecordError("no_answers", "an empty list; null, or no column, has answers sampled")
+    return tuple(answer_of(one, number) for number, one in enumerate(value))
+
+
+def answer_of(value: Any, number: int) -> GivenAnswer:
+    """One of a list of answers."""
+    if not isinstance(value, dict):
+        return GivenAnswer(text=text_in(value, f"answer {number}"))
+    if "text" not in value:
+        raise RecordError("invalid_answer", f"answer {number} is a dict without `text`")
+    said = {
+        "text": text_in(value["text"], f"answer {number}"),
+        "model": text_of(value.get("model"), "model"),
+        "given_as": value.get("given_as") or "",
+        "finish_reason": value.get("finish_reason") or "stop",
+    }
+    try:
+        return msgspec.convert(said, GivenAnswer)
+    except msgspec.ValidationError as error:
+        raise RecordError("invalid_answer", f"answer {number}: {error}") from error
+
+
+def text_in(value: Any, name: str) -> str:
+    """An answer's text."""
+    try:
+        return as_text(value, name)
+    except RecordError as error:
+        reason = "invalid_text" if error.reason == "invalid_text" else "invalid_answer"
+        raise RecordError(reason, f"{name}: {error.detail}") from error
+
+
+def paired(row: Row) -> tuple[GivenAnswer, ...]:
+    """The columns `chosen` and `rejected`, or what stands for them."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if is_missing(rejected):
+        rejected = row.get("rejected_response")
+        if not is_missing(rejected) and is_missing(chosen):
+            chosen = row.get("messages")
+    if is_missing(chosen) and is_missing(rejected):
+        return ()
+    if is_missing(chosen) or is_missing(rejected):
+        has, lacks = ("chosen", "rejected") if is_missing(rejected) else ("rejected", "chosen")
+        raise RecordError("incomplete_pair", f"the row has {has}, but no {lacks}")
+    return (*side_of(chosen, "chosen", row), *side_of(rejected, "rejected", row))
+
+
+def side_of(value: Any, side: Literal["chosen", "rejected"], row: Row) -> Iterator[GivenAnswer]:
+    """The answers of one side of a pair; mostly one."""
+    model = text_of(row.get(f"{side}_model"), f"{side}_model")
+    texts = value if isinstance(value, list) and all(isinstance(t, str) for t in value) else [value]
+    if not texts:
+        raise RecordError("no_answers", f"{side} is an empty list")
+    for text in texts:
+        if isinstance(text, dict):
+            text = [text]
+        text = last_turn(text, side) if isinstance(text, list) else text_in(text, side)
+        yield GivenAnswer(text=text, model=model, given_as=side)
+
+
+def last_turn(turns: list[Any], side: str) -> str:
+    """The assistant's turn that ends a conversation, which may have the question before it."""
+    said = [turn_of(turn, side) for turn in turns]
+    who, content = said[-1] if said else ("nobody", None)
+    if who not in ASSISTANTS:
+        raise RecordError("unknown_turns", f"{side} ends with a turn of {who!r}")
+    if len(said) > 2 or (len(said) == 2 and said[0][0] not in USERS):
+        raise RecordError(
+            "turns_before_question",
+            f"{side} has {len(said)} turns; questions are asked alone, without system prompts and "
+            "earlier turns",
+        )
+    text, pictures = content_of(content, side)
+    if pictures or (not isinstance(content, str) and IMAGE_MARK in text):
+        raise RecordError("unsupported_content", f"{side} holds a picture")
+    return text_in(text, side)

@@ -1,0 +1,94 @@
+"""Answers that the input brought: their texts become ids, which the instruct model scores.
+
+The ids that were sampled, if they were, are not known; those of the text alone stand in for them,
+with the end token behind an answer that was not cut off. One prompt is prefilled a question and all
+its answers run over it, so that what later stages see is as complete as of sampled answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stream_engine.records import Answer, Failure, GivenAnswer, PromptDigest, Sample, SampleRollouts
+
+if TYPE_CHECKING:
+    from stream_engine.engine import Engine, ScoreRequest
+
+
+def score_given_answers(
+    engine: Engine, samples: Sequence[Sample]
+) -> Iterator[SampleRollouts | Failure]:
+    """Stage 0 of samples that bring their answers; results in no order."""
+    from stream_engine.engine import RequestFailure, ScoreRequest
+    from stream_engine.errors import RecordError
+
+    by_key = {sample.key: sample for sample in samples}
+    prompts: dict[str, tuple[PromptDigest, int]] = {}  # digest, number of tokens
+    ids: dict[str, list[list[int]]] = {}
+    refused: list[Failure] = []
+    end = engine.model.end_token_id(engine.stop_token_ids)
+
+    def failure(key: str, reason: str, detail: str) -> Failure:
+        idx = by_key[key].idx
+        return Failure(reason=reason, detail=detail, stage="rollouts", key=key, idx=idx)
+
+    def requests() -> Iterator[ScoreRequest]:
+        questions = ((s.key, s.question, s.images) for s in samples)
+        for key, prompt in engine.prepare(questions):
+            try:
+                if isinstance(prompt, RecordError):
+                    raise prompt
+                ids[key] = [
+                    # what an answer that was cut off lacks
+                    engine.model.encode_answer(answer.text)
+                    + ([end] if answer.finish_reason == "stop" else [])
+                    for answer in by_key[key].answers
+                ]
+            except RecordError as error:
+                refused.append(failure(key, error.reason, error.detail))
+                continue
+            prompts[key] = (prompt.digest, len(prompt))
+            yield ScoreRequest(key, prompt, tuple(tuple(row) for row in ids[key] if row))
+
+    for result in engine.score(requests()):
+        if isinstance(result, RequestFailure):
+            yield failure(result.key, result.reason, result.detail)
+        elif not all(math.isfinite(logp) for row in result.token_logps for logp in row):
+            detail = "the model computed NaN or infinity; try --dtype float32"
+            yield failure(result.key, "nonfinite_logits", detail)
+        else:
+            sample = by_key[result.key]
+            logps = iter(result.token_logps)
+            digest, num_tokens = prompts[result.key]
+            asked = engine.model.asked(sample.question, len(sample.images))
+            yield SampleRollouts(
+                key=result.key,
+                prompt=digest,
+                answers=[
+                    answer_of(index, given, row, next(logps) if row else [])
+                    for index, (given, row) in enumerate(zip(sample.answers, ids.pop(result.key)))
+                ],
+                num_prompt_tokens=num_tokens,
+                asked="" if asked == sample.question else asked,
+            )
+    yield from refused
+
+
+def answer_of(index: int, given: GivenAnswer, ids: Sequence[int], logps: Sequence[float]) -> Answer:
+    """An answer of the input as stage 0 keeps it."""
+    has_end = given.finish_reason == "stop"
+    num_tokens = len(ids) - has_end
+    return Answer(
+        index=index,
+        text=given.text,
+        token_ids=list(ids[:num_tokens]),
+        token_logps=list(logps[:num_tokens]),
+        finish_reason=given.finish_reason,
+        end_token_id=ids[-1] if has_end else None,
+        end_logp=logps[-1] if has_end else None,
+        model=given.model,
+        given_as=given.given_as,
+        ids_from_text=True,
+    )
