@@ -136,7 +136,7 @@ def with_token(name: str, token: str) -> str:
 def is_begun(folder: Location) -> bool:
     """Whether a folder holds nothing but what a first publication put there before it was ended."""
     names = list(entries_of(folder))
-    names += [f"{IMAGES}/{entry.path.name}" for entry in files.list_files(folder / IMAGES)]
+    names += [f"{IMAGES}/{entry.name}" for entry in files.list_files(folder / IMAGES)]
     folders = files.list_folders(folder)
     if any(map(files.list_folders, folders)):
         return False

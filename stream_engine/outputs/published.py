@@ -181,11 +181,11 @@ def parts_of(folder: Location) -> list[Location]:
 
 def entries_of(folder: Location) -> dict[str, Entry]:
     """The files of a dataset as they are, by name; without those of IMAGES."""
-    entries = {entry.path.name: entry for entry in files.list_files(folder)}
+    entries = {entry.name: entry for entry in files.list_files(folder)}
     for inner in files.list_folders(folder):
         if inner.name != IMAGES:
             found = files.list_files(inner)
-            entries |= {f"{inner.name}/{entry.path.name}": entry for entry in found}
+            entries |= {f"{inner.name}/{entry.name}": entry for entry in found}
     return entries
 
 

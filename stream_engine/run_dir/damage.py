@@ -28,12 +28,20 @@ T = TypeVar("T")
 
 
 def open_state(work_dir: str | Location) -> RunState:
-    """The state of an existing run, from its files alone."""
+    """The state of an existing run, from its files alone.
+
+    Raises:
+        ShardReadError: when its manifest does not list what lies there.
+    """
     run_dir = RunDir(work_dir)
     run_file = read_run_file(run_dir)
     retries = run_file.config().max_shard_retries
-    whole_manifest(run_dir)
-    return RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
+    state = RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
+    num_listed = len(state.shards)
+    if state.highest_result >= num_listed or files.exists(run_dir.shard(num_listed + 1)):
+        whole_manifest(run_dir)
+        state.refresh()
+    return state
 
 
 def around_damage(state: RunState, config: RunConfig, worker: str, write: Callable[[], T]) -> T:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import zlib
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -347,9 +346,10 @@ def checksum(content: bytes) -> bytes:
 
 def count_pictures(of_shards: Iterable[dict[int, int]]) -> dict[int, int]:
     """Number of pictures -> number of samples with as many, from the `images` of shards."""
-    total: Counter[int] = Counter()
+    total: dict[int, int] = {}
     for images in of_shards:
-        total.update(images)
+        for number, num_samples in images.items():
+            total[number] = total.get(number, 0) + num_samples
     return dict(sorted(total.items()))
 
 

@@ -35,7 +35,7 @@ def refuse_foreign(run_dir: RunDir) -> None:
     if isinstance(root, Path) and root.exists() and not root.is_dir():
         raise ConfigError(f"work_dir {root} is not a folder")
     names = [path.name for path in files.list_folders(root)]
-    names += [entry.path.name for entry in files.list_files(root)]
+    names += [entry.name for entry in files.list_files(root)]
     foreign = [
         name
         for name in sorted(names)

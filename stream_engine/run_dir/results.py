@@ -11,7 +11,6 @@ that exists has all its counts accounted for.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import struct
 import uuid
@@ -27,7 +26,7 @@ from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, Sample
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
 from stream_engine.store import files
-from stream_engine.store.base import Location, Version
+from stream_engine.store.base import Entry, Location, Version
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -59,6 +58,9 @@ class ResultHeader(msgspec.Struct, frozen=True, kw_only=True):
     quarantine: str = ""
     """The name of the file of its quarantined records, if there are any."""
     created_by: dict[str, Any] = {}
+
+
+HEADER_DECODER = msgspec.msgpack.Decoder(ResultHeader)
 
 
 def write_results(
@@ -177,17 +179,20 @@ def quarantined_by(run_dir: RunDir, header: ResultHeader) -> Iterator[Failure]:
         raise ShardReadError(path, f"{num_read} records, its result says {header.num_quarantined}")
 
 
-def read_header(path: Location) -> ResultHeader:
+def read_header(file: Location | Entry) -> ResultHeader:
     """The header of a result file, after checking that the file ends where it should.
+
+    Args:
+        file: its name, or what a listing said of it.
 
     Raises:
         ShardReadError: when the file is missing, cut, no result file or of a newer version.
     """
     try:
-        head, tail, size = files.read_ends(path, head=HEAD_BYTES, tail=FOOTER.size)
+        head, tail, size = files.read_ends(file, head=HEAD_BYTES, tail=FOOTER.size)
     except OSError as error:
-        raise ShardReadError(path, error.strerror or str(error)) from error
-    return parse_ends(path, head, tail, size)
+        raise ShardReadError(path_of(file), error.strerror or str(error)) from error
+    return parse_ends(file, head, tail, size)
 
 
 def read_results(path: Location, record_type: type[RecordT]) -> Iterator[RecordT]:
@@ -237,23 +242,27 @@ def parse_header(path: Location, file: BinaryIO) -> ResultHeader:
     return header
 
 
-def parse_ends(path: Location, head: bytes, tail: bytes, size: int) -> ResultHeader:
+def parse_ends(file: Location | Entry, head: bytes, tail: bytes, size: int) -> ResultHeader:
     """The header, from a file's first and last bytes."""
-    if size < len(MAGIC) + FOOTER.size or not head.startswith(MAGIC):
-        raise ShardReadError(path, "not a complete result file")
+    if size < len(MAGIC) + LENGTH.size + FOOTER.size or not head.startswith(MAGIC):
+        raise ShardReadError(path_of(file), "not a complete result file")
     stated_size, _, end_magic = FOOTER.unpack(tail)
     if end_magic != END_MAGIC or stated_size != size:
-        raise ShardReadError(path, "the file is cut or changed at its end")
+        raise ShardReadError(path_of(file), "the file is cut or changed at its end")
+    start = len(MAGIC) + LENGTH.size
+    (length,) = LENGTH.unpack_from(head, len(MAGIC))
     try:
-        frame = read_frame(path, io.BytesIO(head[len(MAGIC) :]))
-        header = msgspec.msgpack.decode(frame, type=ResultHeader)
+        header = HEADER_DECODER.decode(memoryview(head)[start : start + length])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ShardReadError(path, f"bad header: {error}") from error
+        raise ShardReadError(path_of(file), f"bad header: {error}") from error
     if header.schema_version > SCHEMA_VERSION:
-        raise ShardReadError(
-            path, f"schema version {header.schema_version}, this program knows {SCHEMA_VERSION}"
-        )
+        said = f"schema version {header.schema_version}, this program knows {SCHEMA_VERSION}"
+        raise ShardReadError(path_of(file), said)
     return header
+
+
+def path_of(file: Location | Entry) -> Location:
+    return file.path if isinstance(file, Entry) else file
 
 
 def read_frame(path: Location, file: BinaryIO) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import msgspec
 
@@ -62,6 +63,7 @@ class RunState:
         self.manifest = Manifest(run_dir)
         self.failures: dict[int, ShardFailure] = {}
         self.leases: list[LeaseInfo] = []
+        self.highest_result = -1  # the highest number that a result file has
         self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
         self._clock = (0.0, 0.0)
         self._refreshed = float("-inf")
@@ -179,6 +181,7 @@ class RunState:
     def _refresh_results(self, stage: Stage) -> None:
         """Read the headers of results that are new, or were not complete the last time."""
         present = dict(numbered(self.run_dir.results_dir(stage)))
+        self.highest_result = max(self.highest_result, max(present, default=-1))
         for shard in self.shards:
             entry = present.get(shard.index)
             if entry is None:
@@ -200,7 +203,7 @@ class RunState:
             return
         header = None
         try:
-            header = read_header(entry.path)
+            header = read_header(entry)
         except ShardReadError as error:
             if old is None or old.version != entry.version:
                 logger.warning("%s; if that stays so, it will be made again", error)
@@ -226,5 +229,7 @@ def slim(info: ShardInfo) -> Shard:
 
 def numbered(folder: Location) -> list[tuple[int, Entry]]:
     """The files of a folder that are named by a shard's index, in order."""
-    found = ((entry.path.stem, entry) for entry in files.list_files(folder))
-    return sorted((int(stem), entry) for stem, entry in found if stem.isdecimal())
+    found = ((entry.name.rpartition(".")[0], entry) for entry in files.list_files(folder))
+    return sorted(
+        ((int(stem), entry) for stem, entry in found if stem.isdecimal()), key=itemgetter(0)
+    )

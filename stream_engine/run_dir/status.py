@@ -109,10 +109,13 @@ class Status(msgspec.Struct, frozen=True):
 def collect(state: RunState) -> Status:
     """Count a run as of its last refresh."""
     stages: dict[str, StageCounts] = {}
+    complete = {
+        stage: [state.is_complete(stage, shard) for shard in state.shards] for stage in STAGES
+    }
     for stage in STAGES:
         headers = [h for shard in state.shards if (h := state.header(stage, shard))]
         stages[stage] = StageCounts(
-            shards_done=sum(state.is_complete(stage, shard) for shard in state.shards),
+            shards_done=sum(complete[stage]),
             samples_done=sum(header.num_results for header in headers),
             quarantined=sum(header.num_quarantined for header in headers),
         )
@@ -122,13 +125,13 @@ def collect(state: RunState) -> Status:
     holders = state.holders()
     kinds = Counter(
         "done"
-        if state.is_settled(STAGES, shard) and not state.is_failed(shard)
+        if all(of_stages) and not state.is_failed(shard)
         else "running"
         if shard.index in holders
         else "failed"
         if state.is_failed(shard)
         else "pending"
-        for shard in state.shards
+        for shard, *of_stages in zip(state.shards, *complete.values())
     )
     return Status(
         samples=SampleCounts(total, done, quarantined, total - done - quarantined),
@@ -206,8 +209,8 @@ def problems(state: RunState, *, limit: int = MAX_NAMED) -> list[str]:
         lines.append(f"shard {shard.index} ({where}): {reason} ({failure.attempts} attempts)")
     if len(failed) > limit:
         lines.append(f"... {len(failed) - limit} more shards; see {state.run_dir.failures_dir}")
-    total = collect(state).samples.quarantined
-    named = list(islice(quarantined(state), limit))
+    total = state.num_rejected() + sum(state.num_quarantined(stage) for stage in STAGES)
+    named = list(islice(quarantined(state), limit)) if total else []
     lines.extend(describe_failure(failure) for failure in named)
     if total > len(named):
         lines.append(f"... {total - len(named)} more records; see {state.run_dir.quarantine_dir}")

@@ -77,11 +77,16 @@ Location = Path | ObjectPath
 class Entry(NamedTuple):
     """A file as it is now."""
 
-    path: Location
+    folder: Location
+    name: str
     version: Version
     size: int
     modified: float
     """Seconds since the epoch, by the store's own clock."""
+
+    @property
+    def path(self) -> Location:
+        return self.folder / self.name
 
 
 def absent(path: Location) -> FileNotFoundError:
@@ -137,7 +142,7 @@ class Store(Protocol):
     def list_folders(self, folder: Location) -> list[Location]:
         """The folders that lie in a folder, by name, but for those whose name begins with a dot."""
 
-    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
+    def read_ends(self, file: Location | Entry, head: int, tail: int) -> tuple[bytes, bytes, int]:
         """The first and the last bytes of a file, so many of each at most, and how many it has.
 
         Raises FileNotFoundError."""

@@ -80,13 +80,16 @@ def list_folders(folder: Location) -> list[Location]:
     return store_of(folder).list_folders(folder)
 
 
-def read_ends(path: Location, *, head: int, tail: int) -> tuple[bytes, bytes, int]:
+def read_ends(file: Location | Entry, *, head: int, tail: int) -> tuple[bytes, bytes, int]:
     """The first and the last bytes of a file, so many of each at most, and how many it has.
+
+    Of a file that was listed the entry will do: of many, making their paths takes longer.
 
     Raises:
         FileNotFoundError: when it is absent.
     """
-    return store_of(path).read_ends(path, head, tail)
+    folder = file.folder if isinstance(file, Entry) else file
+    return store_of(folder).read_ends(file, head, tail)
 
 
 def open_file(path: Location) -> BinaryIO:

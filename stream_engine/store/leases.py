@@ -179,7 +179,7 @@ def write(path: Location, holder: Holder, version: Version | None) -> Version:
 
 def list_leases(folder: Location, *, now: float | None = None) -> list[LeaseInfo]:
     """All leases in a folder, sorted by name. `now` is the store's time, where it is known."""
-    found = [entry for entry in files.list_files(folder) if entry.path.suffix == SUFFIX]
+    found = [entry for entry in files.list_files(folder) if entry.name.endswith(SUFFIX)]
     if not found:
         return []
     now = files.now(folder) if now is None else now

@@ -48,7 +48,7 @@ class LocalStore:
     def read(self, path: Location) -> tuple[bytes, Entry] | None:
         try:
             with open(local(path), "rb") as file:
-                entry = entry_of(local(path), os.fstat(file.fileno()))
+                entry = entry_of(path.parent, path.name, os.fstat(file.fileno()))
                 return (file.read(), entry) if entry.size else None
         except OSError as error:
             if is_gone(error):
@@ -64,23 +64,29 @@ class LocalStore:
         for found in scan(local(folder)):
             try:
                 if found.is_file():
-                    entry = entry_of(local(folder) / found.name, found.stat())
+                    entry = entry_of(folder, found.name, found.stat())
                     entries += [entry] if entry.size else []
             except OSError as error:
                 if not is_gone(error):
                     raise
-        return sorted(entries, key=lambda entry: entry.path.name)
+        return sorted(entries, key=lambda entry: entry.name)
 
     def list_folders(self, folder: Location) -> list[Location]:
         names = sorted(found.name for found in scan(local(folder)) if found.is_dir())
         return [folder / name for name in names]
 
-    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
-        with self.open(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(head)
-            file.seek(max(0, size - tail))
-            return first, file.read(tail), size
+    def read_ends(self, file: Location | Entry, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        address = f"{file.folder}/{file.name}" if isinstance(file, Entry) else str(file)
+        descriptor = os.open(address, os.O_RDONLY)  # a third of what a file object takes
+        try:
+            size = os.fstat(descriptor).st_size
+            if not size:
+                raise absent(Path(address))
+            first = os.pread(descriptor, head, 0)
+            is_all = len(first) == size
+            return first, first[-tail:] if is_all else os.pread(descriptor, tail, size - tail), size
+        finally:
+            os.close(descriptor)
 
     def open(self, path: Location) -> BinaryIO:
         file = open(local(path), "rb")  # noqa: SIM115  the caller closes it
@@ -172,7 +178,7 @@ def finish(temporary: Path, *, durable: bool) -> Version:
         stamp(file.fileno())
         if durable:
             os.fsync(file.fileno())
-        return entry_of(temporary, os.fstat(file.fileno())).version
+        return version_of(os.fstat(file.fileno()))
 
 
 def create(temporary: Path, target: Path) -> bool:
@@ -249,7 +255,7 @@ def current_version(path: Path) -> Version | None:
     """A file's version, asked of the file server: opening a file has its attributes read anew."""
     try:
         with open(path, "rb") as file:
-            return entry_of(path, os.fstat(file.fileno())).version
+            return version_of(os.fstat(file.fileno()))
     except OSError as error:
         if is_gone(error):
             return None
@@ -259,16 +265,19 @@ def current_version(path: Path) -> Version | None:
 def stat_even_if_empty(path: Path) -> Entry | None:
     """A file as it is, removed ones included; None where there never was one."""
     try:
-        return entry_of(path, os.stat(path))
+        return entry_of(path.parent, path.name, os.stat(path))
     except OSError as error:
         if is_gone(error):
             return None
         raise
 
 
-def entry_of(path: Path, status: os.stat_result) -> Entry:
-    version = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
-    return Entry(path, version, status.st_size, status.st_mtime)
+def entry_of(folder: Location, name: str, status: os.stat_result) -> Entry:
+    return Entry(folder, name, version_of(status), status.st_size, status.st_mtime)
+
+
+def version_of(status: os.stat_result) -> Version:
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def stamp(descriptor: int) -> None:

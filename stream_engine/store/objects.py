@@ -122,13 +122,15 @@ class ObjectStore:
             data = bytes(found.bytes())
         except FileNotFoundError:
             return None
-        return (data, entry_of(path, found.meta)) if data else None
+        return (data, entry_of(path.parent, path.name, found.meta)) if data else None
 
     def stat(self, path: Location) -> Entry | None:
         import obstore
 
         try:
-            entry = entry_of(path, ask(path, obstore.head, self.bucket, key_of(path)))
+            entry = entry_of(
+                path.parent, path.name, ask(path, obstore.head, self.bucket, key_of(path))
+            )
         except FileNotFoundError:
             return None
         return entry if entry.size else None
@@ -136,7 +138,7 @@ class ObjectStore:
     def list_files(self, folder: Location) -> list[Entry]:
         prefix = key_of(folder)
         return [
-            entry_of(folder / name, meta)
+            entry_of(folder, name, meta)
             for meta in self.below(prefix)["objects"]
             if meta["size"] and not (name := meta["path"].rpartition("/")[2]).startswith(".")
         ]
@@ -157,7 +159,8 @@ class ObjectStore:
             "prefixes": sorted(found["common_prefixes"]),
         }
 
-    def read_ends(self, path: Location, head: int, tail: int) -> tuple[bytes, bytes, int]:
+    def read_ends(self, file: Location | Entry, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        path = file.path if isinstance(file, Entry) else file
         first, meta = self.part(path, (0, head))
         size = meta["size"]
         last = first if size <= head else self.part(path, (size - min(tail, size), size))[0]
@@ -180,7 +183,7 @@ class ObjectStore:
         first, meta = self.part(path, (0, READ_BYTES))
         if meta["size"] <= len(first):
             return io.BytesIO(first)
-        reader = RangedReader(self.bucket, entry_of(path, meta), first)
+        reader = RangedReader(self.bucket, entry_of(path.parent, path.name, meta), first)
         return cast(BinaryIO, io.BufferedReader(reader, READ_BYTES))
 
     def spool(self, folder: Location) -> Spool:
@@ -247,7 +250,7 @@ class ObjectStore:
 
         try:
             found = ask(path, obstore.get, self.bucket, key_of(path))
-            return entry_of(path, found.meta), str(found.attributes.get(MARK, ""))
+            return entry_of(path.parent, path.name, found.meta), str(found.attributes.get(MARK, ""))
         except FileNotFoundError:
             return None, ""
 
@@ -334,8 +337,9 @@ def key_of(path: Location) -> str:
     return path.key
 
 
-def entry_of(path: Location, meta: Any) -> Entry:
-    return Entry(path, meta["e_tag"] or "", meta["size"], meta["last_modified"].timestamp())
+def entry_of(folder: Location, name: str, meta: Any) -> Entry:
+    modified = meta["last_modified"].timestamp()
+    return Entry(folder, name, meta["e_tag"] or "", meta["size"], modified)
 
 
 def settings(root: str) -> dict[str, Any]:
