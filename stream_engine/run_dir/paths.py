@@ -8,6 +8,7 @@ The run directory is a folder, or a place in object storage.
     shards/000012.tar              samples; shards/manifest.jsonl and, when that is full,
                                    manifest-00001.jsonl and so on, the list of shards
     results/<stage>/000012.msgpack
+    results/<stage>.headers        what the headers of these say; may be deleted
     damaged/<stage>-000012.msgpack results whose bytes were found changed, kept to be looked at
     failures/000012.json           why a shard failed
     quarantine/*.jsonl             records set aside, with their reasons; a name ends in random
@@ -64,6 +65,9 @@ class RunDir:
 
     def result(self, stage: str, index: int) -> Location:
         return self.results_dir(stage) / f"{index:06d}.msgpack"
+
+    def headers(self, stage: str) -> Location:
+        return self.root / "results" / f"{stage}.headers"
 
     def damaged(self, stage: str, index: int) -> Location:
         """Where a result goes whose bytes are not those that were written."""

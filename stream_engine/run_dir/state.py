@@ -17,11 +17,12 @@ from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.failures import ShardFailure, read_failure
+from stream_engine.run_dir.headers import FEW, MANY, KeptHeaders, Seen
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
-from stream_engine.store.base import Entry, Location, Version
+from stream_engine.store.base import Entry, Location
 from stream_engine.store.leases import LeaseInfo, list_leases
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,6 @@ class Shard(msgspec.Struct, frozen=True):
     images: dict[int, int] = {}
 
 
-class Seen(msgspec.Struct, frozen=True):
-    """A result file as it was when its header was read; None when that failed."""
-
-    version: Version
-    header: ResultHeader | None
-
-
 def shard_lease(index: int) -> str:
     """The lease of a shard: one for all its stages, since they follow one another."""
     return f"{SHARD_LEASE}{index:06d}"
@@ -54,8 +48,14 @@ class RunState:
     """State of a run as of the last `refresh`. Counts are of shards unless they say samples."""
 
     def __init__(
-        self, run_dir: RunDir, fingerprints: Mapping[Stage, str], *, max_shard_retries: int
+        self,
+        run_dir: RunDir,
+        fingerprints: Mapping[Stage, str],
+        *,
+        max_shard_retries: int,
+        keeps_headers: bool = False,
     ) -> None:
+        """`keeps_headers` says that what was read of many results is written down for others."""
         self.run_dir = run_dir
         self.fingerprints = dict(fingerprints)
         self.max_shard_retries = max_shard_retries
@@ -65,6 +65,8 @@ class RunState:
         self.leases: list[LeaseInfo] = []
         self.highest_result = -1  # the highest number that a result file has
         self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
+        self._kept = {stage: KeptHeaders(run_dir, stage) for stage in STAGES}
+        self.keeps_headers = keeps_headers
         self._clock = (0.0, 0.0)
         self._refreshed = float("-inf")
         self._refresh_cost_s = 0.0
@@ -182,25 +184,36 @@ class RunState:
         """Read the headers of results that are new, or were not complete the last time."""
         present = dict(numbered(self.run_dir.results_dir(stage)))
         self.highest_result = max(self.highest_result, max(present, default=-1))
+        seen, unread = self._seen[stage], []
         for shard in self.shards:
             entry = present.get(shard.index)
             if entry is None:
-                self._seen[stage].pop(shard.index, None)
+                seen.pop(shard.index, None)
             elif not self.is_complete(stage, shard):
-                self._look(stage, shard, entry)
+                unread.append((shard, entry))
+        if len(unread) > FEW:
+            kept = self._kept[stage].refresh()
+            for shard, entry in unread:
+                known = kept.get(shard.index)
+                if known is not None and known.version == entry.version:
+                    seen[shard.index] = known
+        num_read = sum(self._look(stage, shard, entry) for shard, entry in unread)
+        if self.keeps_headers and num_read >= MANY:
+            self._kept[stage].keep(seen)
 
-    def _look(self, stage: Stage, shard: Shard, entry: Entry | None) -> None:
+    def _look(self, stage: Stage, shard: Shard, entry: Entry | None) -> bool:
         """Read a result's header unless the file is as it was and could be read.
 
-        One that could not may be whole: a network file system fails a read now and then.
+        One that could not may be whole: a network file system fails a read now and then. Returns
+        whether the file was opened.
         """
         seen = self._seen[stage]
         if entry is None:
             seen.pop(shard.index, None)
-            return
+            return False
         old = seen.get(shard.index)
         if old is not None and old.version == entry.version and old.header is not None:
-            return
+            return False
         header = None
         try:
             header = read_header(entry)
@@ -208,6 +221,7 @@ class RunState:
             if old is None or old.version != entry.version:
                 logger.warning("%s; if that stays so, it will be made again", error)
         seen[shard.index] = Seen(entry.version, header)
+        return True
 
     def _refresh_failures(self) -> None:
         present = dict(numbered(self.run_dir.failures_dir))

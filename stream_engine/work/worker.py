@@ -82,7 +82,10 @@ class Worker:
         self.view = view
         self.passes = PASSES[config.run_stage]
         self.state = RunState(
-            run_dir, fingerprints, max_shard_retries=self.settings.max_shard_retries
+            run_dir,
+            fingerprints,
+            max_shard_retries=self.settings.max_shard_retries,
+            keeps_headers=True,
         )
         self.engines = LoadedEngines(run_dir, pipeline, rank, team)
         self.meter = Meter([stage for stages in self.passes for stage in stages])

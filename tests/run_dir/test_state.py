@@ -15,9 +15,10 @@ from stream_engine.config import Stage
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir import state as run_state
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import ResultHeader, read_header
+from stream_engine.run_dir.results import ResultHeader, path_of, read_header
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState, shard_lease
+from stream_engine.store.base import Entry, Location
 from stream_engine.store.leases import Lease, LeaseInfo, list_leases
 from stream_engine.work import worker
 from stream_engine.work.runner import run
@@ -44,11 +45,12 @@ def fail_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Let the first reads of shard 1's rollouts fail as on a network file system."""
     left = [times]
 
-    def read(path: Path) -> ResultHeader:
+    def read(file: Location | Entry) -> ResultHeader:
+        path = path_of(file)
         if path.parent.name == "rollouts" and path.stem == "000001" and left[0]:
             left[0] -= 1
             raise ShardReadError(path, "input/output error") from OSError(errno.EIO, "EIO")
-        return read_header(path)
+        return read_header(file)
 
     monkeypatch.setattr(run_state, "read_header", read)
 
