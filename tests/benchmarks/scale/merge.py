@@ -1,0 +1,92 @@
+"""A merge of N questions, and of 1 % more: seconds, CPU seconds, memory of all processes.
+
+Of each size: the first merge; the same under other settings (`--rank 2`); and, after an append of
+1 %, a merge under the first ones again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from stream_engine.pairs.merger import merge
+from stream_engine.run_dir.paths import RunDir
+from tests.benchmarks.scale.measuring import Figures, Keep, measured, module
+from tests.benchmarks.scale.synthesis import (
+    FINGERPRINTS,
+    add_questions,
+    config_of,
+    pipeline_of,
+)
+
+THIS = "tests.benchmarks.scale.merge"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--keep", action="store_true", help="leave the runs where they are")
+    parser.add_argument("--once", action="store_true", help="the first merge alone")
+
+
+def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
+    """All sizes, one after the other."""
+    figures: Figures = {"sizes": []}
+    for num_questions in arguments.questions:
+        folder = Path(tempfile.mkdtemp(prefix=f"merge-{num_questions}-", dir=arguments.workdir))
+        try:
+            figures["sizes"].append(measure_size(folder, num_questions, once=arguments.once))
+        finally:
+            if not arguments.keep:
+                shutil.rmtree(folder)
+        keep(figures)
+    return figures
+
+
+def measure_size(folder: Path, num_questions: int, *, once: bool) -> Figures:
+    """One size."""
+    add_questions(folder, num_questions)
+    figures: Figures = {"questions": num_questions, "answers_each": 10}
+    figures["results_mib"] = mib_below(folder / "results")
+    figures["tars_mib"] = mib_below(folder / "shards")
+    figures["first_merge"] = measured(module(THIS, folder))
+    figures["dataset_mib"] = mib_below(folder / "dataset")
+    if once:
+        return figures
+    figures["merge_with_rank_2"] = measured(module(THIS, folder, "--rank", 2))
+    figures["merge_with_rank_3_again"] = measured(module(THIS, folder))
+    add_questions(folder, num_questions // 100)
+    figures["merge_after_append_of_1_percent"] = measured(module(THIS, folder))
+    return figures
+
+
+def mib_below(folder: Path) -> int:
+    """The files below a folder."""
+    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
+
+
+def main() -> None:
+    """Merge a synthesised run in this process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rank", type=int, default=3)
+    arguments = parser.parse_args()
+    config = config_of(arguments.folder, rank=arguments.rank)
+    started = time.monotonic()
+    report = merge(RunDir(arguments.folder), config, pipeline_of(config), FINGERPRINTS)
+    print(
+        json.dumps(
+            {
+                "candidates": report.candidates,
+                "pairs": report.written,
+                "merge_s": round(time.monotonic() - started, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
