@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from stream_engine.cli import notes
 from stream_engine.cli.command import WORK_DIR, Command
 from stream_engine.cli.flags import read_settings
+from stream_engine.cli.launchers import add_launcher, run_by_launcher
 from stream_engine.cli.looking import status_lines
 from stream_engine.cli.reports import report_after
 from stream_engine.cli.settings import config_from, config_of_run
@@ -24,7 +25,7 @@ from stream_engine.run_dir.state import RunState
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.plan import plan_lines
-from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard, run
+from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +42,23 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _launched_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_arguments(parser)
+    add_launcher(parser)
+
+
 def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
     _run_arguments(parser)
 
 
-def _work_arguments(parser: argparse.ArgumentParser) -> None:
+def _append_arguments(parser: argparse.ArgumentParser) -> None:
     _work_dir_arguments(parser)
+    add_launcher(parser)
+
+
+def _work_arguments(parser: argparse.ArgumentParser) -> None:
+    _append_arguments(parser)
     parser.add_argument(
         "--shard", type=int, metavar="N", help="do this shard alone, in the foreground"
     )
@@ -132,7 +143,7 @@ def finish(
     args: argparse.Namespace, config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS
 ) -> int:
     """Run these steps and print how it ended, from the first worker only; returns the status."""
-    report = run(config, steps=steps)
+    report = run_by_launcher(args, config, steps)
     rank = Rank.from_environment()
     page = report_after(config, report, is_alone=rank.world_size == 1)
     if rank.rank == 0:
@@ -182,8 +193,8 @@ def remedies(report: RunReport) -> list[str]:
 
 
 COMMANDS = {
-    "run": Command(run_command, _run_arguments, takes_settings=True, notes=notes.RUN),
-    "append": Command(append, _work_dir_arguments, takes_settings=True, notes=notes.RUN),
+    "run": Command(run_command, _launched_arguments, takes_settings=True, notes=notes.RUN),
+    "append": Command(append, _append_arguments, takes_settings=True, notes=notes.RUN),
     "shard": Command(shard, _work_dir_arguments, takes_settings=True, notes=notes.INPUT),
     "work": Command(work, _work_arguments, takes_settings=True),
     "merge": Command(
@@ -193,5 +204,5 @@ COMMANDS = {
         notes=notes.PAIRS + "\n" + notes.PUBLISHED,
     ),
     "retry-failed": Command(retry_failed, _retry_arguments, takes_settings=True, notes=notes.RETRY),
-    "plan": Command(plan, _run_arguments, takes_settings=True),
+    "plan": Command(plan, _launched_arguments, takes_settings=True),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import msgspec
@@ -93,22 +94,46 @@ def run(
         CheckpointError: when a model cannot be loaded.
         MissingStageError: when `run_stage` builds upon a stage that was not run.
     """
-    runs_models = "work" in steps and config.run_stage != 2
-    rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
+    pipeline = checked_pipeline(config)
+    with view_of(config, show_progress=show_progress) as view:
+        return run_steps(config, pipeline, steps, view)
+
+
+def checked_pipeline(config: RunConfig) -> Pipeline:
+    """The pipeline of a run, whose work directory can be written to.
+
+    Raises:
+        ConfigError: for wrong settings, or a folder that holds something else.
+    """
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)
-    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
-    tracker = Tracker(config, is_first=rank.rank == 0)
-    view = ProgressView(
-        silent=not show_progress or rank.rank != 0,
-        listener=tracker.progress if tracker.backend else None,
-    )
-    work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
+    return pipeline_class(config.pipeline_name)(with_checkpoints(config))
+
+
+@contextmanager
+def view_of(config: RunConfig, *, show_progress: bool) -> Iterator[ProgressView]:
+    """What shows this run's progress, on the first rank alone, and tells its tracker."""
+    is_first = Rank.from_environment().rank == 0
+    tracker = Tracker(config, is_first=is_first)
     try:
-        report = with_team(run_dir, config, pipeline, rank, work)
+        yield ProgressView(
+            silent=not show_progress or not is_first,
+            listener=tracker.progress if tracker.backend else None,
+        )
     finally:
         tracker.finish()
+
+
+def run_steps(
+    config: RunConfig, pipeline: Pipeline, steps: Sequence[Step], view: ProgressView
+) -> RunReport:
+    """`run`, shown by a view that several calls may share."""
+    runs_models = "work" in steps and config.run_stage != 2
+    rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
+    run_dir = RunDir(config.work_dir)
+    work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
+    report = with_team(run_dir, config, pipeline, rank, work)
     if report is None:
         fingerprints = read_run_file(run_dir).fingerprints
         state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries)
