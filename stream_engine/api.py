@@ -19,18 +19,20 @@ user can mend raises a StreamEngineError. Importing this module imports no torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats import RANKINGS
 from stream_engine.outputs.reading import read_pairs
 from stream_engine.outputs.validate import holds_dataset, is_dataset, is_run
 from stream_engine.outputs.validate import validate as dataset_problems
-from stream_engine.pairs.merge_report import FormatReport, MergeReport
+from stream_engine.pairs.merge_report import FormatReport
 from stream_engine.pairs.merge_step import wait_for_lease
 from stream_engine.pairs.merger import export as export_format
+from stream_engine.pairs.ranked import write_ranking
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.records import DatasetPair
@@ -45,6 +47,8 @@ from stream_engine.store.base import Location
 from stream_engine.store.files import location
 from stream_engine.work.runner import RunReport, run
 
+WrittenT = TypeVar("WrittenT")
+
 __all__ = [
     "DatasetPair",
     "RunConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "export",
     "pairs",
     "push",
+    "rank",
     "report",
     "run",
     "status",
@@ -117,6 +122,37 @@ def export(
     Raises:
         ConfigError: for an unknown format or setting, or a folder that holds something else.
     """
+    report = written(export_format, work_dir, format, folder, output)
+    return report.formats[format]
+
+
+def rank(
+    work_dir: str | Location,
+    format: str = "ranked",
+    *,
+    folder: str | Location | None = None,
+    **output: Any,
+) -> FormatReport:
+    """Write the answers of a run, scored and ranked, without pairs; `written` counts the rows.
+
+    Args:
+        format: `ranked` (every question with all its answers), `trl_kto` or `trl_sft`.
+        output: settings of the output, as `best` or `test_fraction`; default: the run's.
+
+    Raises:
+        ConfigError: for an unknown format or setting, or a folder that holds something else.
+    """
+    return written(write_ranking, work_dir, format, folder, output)
+
+
+def written(
+    write: Callable[..., WrittenT],
+    work_dir: str | Location,
+    format: str,
+    folder: str | Location | None,
+    output: dict[str, Any],
+) -> WrittenT:
+    """What `write` makes of a run that it is handed with its settings, under the merge lease."""
     state = open_state(work_dir)
     run_file = read_run_file(state.run_dir)
     config = RunConfig.create(run_file.config().to_dict() | output)
@@ -124,8 +160,8 @@ def export(
     target = location(folder, setting="folder") if folder else None
     worker = Rank.from_environment().worker_id
 
-    def write() -> MergeReport:
-        return export_format(
+    def write_it() -> WrittenT:
+        return write(
             state.run_dir,
             config,
             pipeline,
@@ -136,7 +172,7 @@ def export(
         )
 
     with wait_for_lease(state, config, worker):
-        return around_damage(state, config, worker, write).formats[format]
+        return around_damage(state, config, worker, write_it)
 
 
 def push(
@@ -154,7 +190,8 @@ def push(
     from stream_engine.outputs.hub import push_folder
 
     if format is not None and is_run(location(work_dir)):
-        folder = location(export(work_dir, format).folder)
+        write = rank if format in RANKINGS else export
+        folder = location(write(work_dir, format).folder)
     else:
         folder = dataset_folder(work_dir)
     if not isinstance(folder, Path):

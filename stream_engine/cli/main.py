@@ -51,6 +51,9 @@ COMMANDS = {
     "export": Named(
         "publishing", "write the pairs of a run in other formats (--format trl,ms_swift,...)"
     ),
+    "rank": Named(
+        "publishing", "write the answers of a run with scores and ranks, or its best ones (--best)"
+    ),
     "push": Named(
         "publishing", "bring a dataset to the Hugging Face hub, or go on where that was interrupted"
     ),

@@ -24,6 +24,13 @@ what is read:
   Stored is the picture that everybody sees: transparency goes on white, 16 bits become 8, CMYK
   becomes RGB, a moving picture its first frame, EXIF rotation is done; all others keep their
   bytes. A JPEG whose data are broken in the middle is rejected.
+  Answers come along as `answers`: texts, or {text, model, finish_reason}. These are scored and none
+  is sampled; --sample_k does not bind them. A pair needs two that differ; --rank is lowered to half
+  their number. --given_answers pairs reads `chosen` and `rejected` too, as TRL, RLAIF-V, ms-swift
+  and LLaMA-Factory write them: each pair is scored again, `status` says how many the scorer
+  reverses, and --disagreements keeps, relabels or drops those. The ids of such answers are made
+  from their texts, and an end token is put behind, unless finish_reason is length. Other answers
+  are another sample; the ids of samples may then repeat.
   Text stays text: a question that spells a control token of the model, or its template's words
   for a turn, is rejected.
 """
@@ -119,6 +126,19 @@ what is written:
   Every format holds ids, scores, the margin and what the input said of a row's origin. --out may
   be a folder or an object store (s3://, gs://, az://). OpenRLHF and verl train on texts only: a
   picture would be lost, so there is no format for them.
+"""
+
+RANKED = """\
+what is written:
+  ranked (the default): a row a question, with all its answers, best first: scores, ranks, token
+  ids and log-probs, finish reason, who wrote it. `stream-engine run --dataset_path FOLDER` takes
+  it as an input, and scores these answers in place of sampled ones.
+  trl_sft (by itself with --best N): the N best answers of each question for TRL's SFTTrainer, those
+  left out that were cut off, are empty or near duplicates of better ones: rejection sampling.
+  trl_kto: answers with a label for TRL's KTOTrainer. The best --rank of the run are true, the worst
+  --rank false; each that is true was scored higher than each that is false.
+  Pairs for TRL's RewardTrainer are `stream-engine export --format trl_reward`.
+  Each lies in dataset_<format>/ with a card and stats.json, which counts every answer.
 """
 
 VALIDATED = """\

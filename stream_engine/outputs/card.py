@@ -17,14 +17,20 @@ import msgspec
 from stream_engine import DISTRIBUTION, __version__
 from stream_engine.config import ModelConfig, OutputConfig, RankingConfig, RunConfig, SamplingConfig
 from stream_engine.outputs.columns import column_rows, yaml_features
-from stream_engine.outputs.formats.base import SPLITS, Export, PairRow, ParquetExport, split_named
+from stream_engine.outputs.formats.base import (
+    SPLITS,
+    DatasetFiles,
+    PairRow,
+    ParquetFiles,
+    split_named,
+)
 from stream_engine.outputs.made_by import citation, command_line, model_name
 from stream_engine.outputs.publication import with_token
 from stream_engine.outputs.usage import usage
 from stream_engine.text import printable
 
 if TYPE_CHECKING:
-    from huggingface_hub import DatasetCardData
+    from stream_engine.records import Sample
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 TAGS = ("dpo", "rlaif", "preference", "image", "stream_engine")
@@ -37,7 +43,7 @@ def dataset_card(
     config: RunConfig,
     stats: Mapping[str, Any],
     *,
-    export: type[Export],
+    export: type[DatasetFiles],
     content: str,
     token: str,
     example: PairRow | None = None,
@@ -58,11 +64,8 @@ def dataset_card(
 
     title = config.pretty_name or "Preference pairs"
     sampling = {**msgspec.to_builtins(config.part(SamplingConfig)), **(resolved_sampling or {})}
-    models = msgspec.to_builtins(config.part(ModelConfig))
-    named = {name: models[name] for name in models if name.endswith("model_path") and models[name]}
-    header = card_data(config, stats, export, content, token).to_yaml()
     sections = [
-        f"---\n{header}\n---",
+        front_matter(config, stats, export, content, token, tags=TAGS),
         f"# {printable(title)}\n\n"
         f"{stats['pairs']['written']} pairs (question, images, chosen and rejected answer) made "
         f"by stream_engine's pipeline `{stats['pipeline']}` for direct preference "
@@ -71,9 +74,7 @@ def dataset_card(
         "## Columns\n\n"
         + table(("column", "type", "what it holds"), column_rows(export, stats["format"])),
         "## Use\n\n" + usage(stats["format"], files_by_split(stats["parts"])),
-        f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
-        f"{fenced(command_line(config), 'bash')}",
-        two_columns("model", {name: model_name(path) for name, path in named.items()}),
+        how_it_was_made(config),
         two_columns("sampling", sampling),
         two_columns("selection", msgspec.to_builtins(config.part(RankingConfig))),
         "## Counts",
@@ -85,31 +86,52 @@ def dataset_card(
     return str(DatasetCard(text, ignore_metadata_errors=False))
 
 
-def card_data(
-    config: RunConfig, stats: Mapping[str, Any], export: type[Export], content: str, token: str
-) -> DatasetCardData:
-    """What the Hub and `load_dataset` read.
+def how_it_was_made(config: RunConfig) -> str:
+    """The command and the models."""
+    models = msgspec.to_builtins(config.part(ModelConfig))
+    named = {
+        name: model_name(path)
+        for name, path in models.items()
+        if name.endswith("model_path")
+        if path
+    }
+    return (
+        f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
+        f"{fenced(command_line(config), 'bash')}\n\n" + two_columns("model", named)
+    ).rstrip()
+
+
+def front_matter(
+    config: RunConfig,
+    stats: Mapping[str, Any],
+    export: type[DatasetFiles],
+    content: str,
+    token: str,
+    *,
+    tags: Sequence[str],
+) -> str:
+    """What the Hub and `load_dataset` read, as YAML between its marks.
 
     `load_dataset` caches a dataset under a hash of these lines, and sees of the files no more than
     the pattern: the description is what tells the datasets of two runs apart there.
     """
     from huggingface_hub import DatasetCardData
 
-    num_pairs = stats["pairs"]["written"]
+    num_rows = sum(stats["splits"].values())
     files = files_by_split(stats["parts"])
     data_files = [
         {"split": split, "path": with_token(export.data_files.format(split=split), token)}
         for split in files
     ]
-    own = {"trl": ["trl"]}.get(stats["format"], [])
+    own = ["trl"] if stats["format"].startswith("trl") else []
     output = config.part(OutputConfig)
-    return DatasetCardData(
+    data = DatasetCardData(
         license=output.license,
         language=list(output.language) or None,
         pretty_name=output.pretty_name or None,
-        size_categories=[next((n for limit, n in SIZES.items() if num_pairs < limit), "n>1M")],
+        size_categories=[next((n for limit, n in SIZES.items() if num_rows < limit), "n>1M")],
         task_categories=["image-text-to-text", "visual-question-answering"],
-        tags=[*own, *TAGS],
+        tags=[*own, *tags],
         configs=[
             {
                 "config_name": "default",
@@ -119,11 +141,12 @@ def card_data(
         ],
         dataset_info=dataset_info(stats, export),
     )
+    return f"---\n{data.to_yaml()}\n---"
 
 
-def dataset_info(stats: Mapping[str, Any], export: type[Export]) -> dict[str, Any] | None:
+def dataset_info(stats: Mapping[str, Any], export: type[DatasetFiles]) -> dict[str, Any] | None:
     """Features and sizes of a parquet dataset; JSON lines are typed as they are read."""
-    if not issubclass(export, ParquetExport):
+    if not issubclass(export, ParquetFiles):
         return None
     splits = [
         {
@@ -150,14 +173,14 @@ def files_by_split(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {split: files for split, files in found.items() if files}
 
 
-def write_example(folder: Path, example: PairRow | None) -> str | None:
+def write_example(folder: Path, sample: Sample | None) -> str | None:
     """Write the example's first picture, made small, into a dataset's folder; returns its name."""
-    if example is None or not example.sample.images:
+    if sample is None or not sample.images:
         return None
     from stream_engine.errors import RecordError
     from stream_engine.pictures import decode_image
 
-    image = example.sample.images[0]
+    image = sample.images[0]
     try:
         decoded = decode_image(image.data, image.path)
     except RecordError:  # the card is no place to fail for it
@@ -175,20 +198,26 @@ def example_section(example: PairRow | None, picture: str | None) -> str:
     """One pair as a person reads it; foreign text stands in blocks that nothing in it can end."""
     if example is None:
         return ""
-    lines = ["## Example"]
-    if picture:
-        lines.append(f"![the example's picture]({picture})")
-    for name, text in (
-        ("Question", example.sample.question),
-        ("Chosen", example.chosen.text),
-        ("Rejected", example.rejected.text),
-    ):
-        shown = "\n".join(printable(line) for line in text[:EXAMPLE_TEXT].split("\n"))
-        lines.append(f"{name}:\n\n{fenced(shown, 'text')}")
-    lines.append(
+    texts = {
+        "Question": example.sample.question,
+        "Chosen": example.chosen.text,
+        "Rejected": example.rejected.text,
+    }
+    scores = (
         f"Scores: {example.pair.chosen_score:.4g} (chosen), "
         f"{example.pair.rejected_score:.4g} (rejected)."
     )
+    return shown_texts(texts, picture) + f"\n\n{scores}"
+
+
+def shown_texts(texts: Mapping[str, str], picture: str | None) -> str:
+    """The section of an example, its texts by what they are."""
+    lines = ["## Example"]
+    if picture:
+        lines.append(f"![the example's picture]({picture})")
+    for name, text in texts.items():
+        shown = "\n".join(printable(line) for line in text[:EXAMPLE_TEXT].split("\n"))
+        lines.append(f"{name}:\n\n{fenced(shown, 'text')}")
     return "\n\n".join(lines)
 
 
@@ -203,6 +232,23 @@ def counts(stats: Mapping[str, Any]) -> str:
     """Where every sample and every candidate pair went."""
     samples, pairs, answers = stats["samples"], stats["pairs"], stats["answers"]
     rows = {
+        **counts_of_samples(samples),
+        "... with candidate pairs": samples["with_candidates"],
+        "... with pairs in this dataset": samples["with_pairs"],
+        "records refused at input": samples["rejected"],
+        **counts_of_answers(answers),
+        **{f"pairs of the input: {why}": n for why, n in stats["given_pairs"].items()},
+        "candidate pairs": pairs["candidates"],
+        **{f"... dropped: {why}": n for why, n in pairs["dropped"].items()},
+        "... written": pairs["written"],
+        **{f"... ... split {name}": n for name, n in stats["splits"].items()},
+    }
+    return two_columns("count of", rows)
+
+
+def counts_of_samples(samples: Mapping[str, Any]) -> dict[str, int]:
+    """Where every sample went."""
+    return {
         "samples": samples["total"],
         **{
             f"... with {k} picture{'' if k == '1' else 's'}": count
@@ -211,18 +257,19 @@ def counts(stats: Mapping[str, Any]) -> str:
         "... scored": samples["scored"],
         **{f"... set aside ({stage})": n for stage, n in samples["quarantined"].items()},
         "... in shards without results": samples["missing"],
-        "... with candidate pairs": samples["with_candidates"],
-        "... with pairs in this dataset": samples["with_pairs"],
-        "records refused at input": samples["rejected"],
+    }
+
+
+def counts_of_answers(answers: Mapping[str, Any]) -> dict[str, int]:
+    """Where every answer of the scored samples comes from, and how it ended."""
+    brought = answers["ids_from_text"]
+    return {
         "answers": answers["total"],
+        **({"... of the input, with ids made from their texts": brought} if brought else {}),
+        **{f"... by {printable(model)}": n for model, n in answers["models"].items()},
         **{f"... finished by {why}": n for why, n in answers["finish_reasons"].items()},
         **{f"... not scored ({why})": n for why, n in answers["unscored"].items()},
-        "candidate pairs": pairs["candidates"],
-        **{f"... dropped: {why}": n for why, n in pairs["dropped"].items()},
-        "... written": pairs["written"],
-        **{f"... ... split {name}": n for name, n in stats["splits"].items()},
     }
-    return two_columns("count of", rows)
 
 
 def bias(stats: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stream_engine.outputs.formats.base import EXTRAS, Export, ParquetExport
+from stream_engine.outputs.formats.base import EXTRAS, DatasetFiles, ParquetFiles
 from stream_engine.outputs.parquet import IMAGE
 
 MEANINGS = {
@@ -15,6 +15,12 @@ MEANINGS = {
     "prompt": "the user's turn: texts, and a part `image` for each picture",
     "messages": "the user's turn, `<image>` where a picture stands, and the chosen answer",
     "conversations": "the user's turn, `<image>` where a picture stands",
+    "answers": "every answer, best first (see below)",
+    "completion": "the answer as the assistant's turn",
+    "label": "whether the answer is one of the best of its question, or one of the worst",
+    "model": "who wrote the answer, as the input said; empty: sampled by this run",
+    "score": "score of the answer; higher is better",
+    "rank": "its place among the answers to the question; 1 is the best, equal scores share it",
     "chosen": "the better answer",
     "rejected": "the worse answer",
     "rejected_response": "the worse answer",
@@ -38,9 +44,9 @@ JSONL_COLUMNS = {
 }
 
 
-def column_rows(export: type[Export], format: str) -> list[tuple[str, str, str]]:
+def column_rows(export: type[DatasetFiles], format: str) -> list[tuple[str, str, str]]:
     """Name, type and meaning of each column."""
-    if issubclass(export, ParquetExport):
+    if issubclass(export, ParquetFiles):
         types = {name: type_name(feature) for name, feature in export.features.items()}
         return [(f"`{name}`", kind, MEANINGS[name]) for name, kind in types.items()]
     names = (*JSONL_COLUMNS[format], *EXTRAS)

@@ -23,6 +23,8 @@ ROWS_PER_BATCH = 16  # that are read at once
 
 STRING = {"dtype": "string", "_type": "Value"}
 FLOAT = {"dtype": "float64", "_type": "Value"}
+INT = {"dtype": "int64", "_type": "Value"}
+BOOL = {"dtype": "bool", "_type": "Value"}
 IMAGE = {"_type": "Image"}
 
 
@@ -162,7 +164,7 @@ def arrow_type(feature: Any) -> pyarrow.DataType:
     if feature == IMAGE:
         return pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     if feature.get("_type") == "Value":
-        return {"string": pyarrow.string(), "float64": pyarrow.float64()}[feature["dtype"]]
+        return pyarrow.type_for_alias(feature["dtype"])
     return pyarrow.struct([(name, arrow_type(value)) for name, value in feature.items()])
 
 

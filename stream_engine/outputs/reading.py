@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from stream_engine.errors import ConfigError
+from stream_engine.outputs.formats import RANKINGS
 from stream_engine.outputs.formats.base import split_named
 from stream_engine.outputs.parquet import rows_of
 from stream_engine.outputs.validate import format_of, jsonl_parts, lines_of, parquet_parts
@@ -31,6 +32,8 @@ def read_pairs(folder: Location) -> Iterator[DatasetPair]:
     name = format_of(folder)
     if name is None:
         raise ConfigError(f"{folder} holds no dataset; has the run been merged?")
+    if name in RANKINGS:
+        raise ConfigError(f"{folder} holds answers (format {name}), not pairs")
     texts = TEXTS[name.removesuffix("_jsonl")]
     rows = jsonl_rows(folder) if name.endswith("_jsonl") else parquet_rows(folder)
     for split, row in rows:
@@ -97,6 +100,11 @@ def trl_texts(row: Row) -> tuple[str, str, str]:
     return question, chosen, rejected
 
 
+def trl_reward_texts(row: Row) -> tuple[str, str, str]:
+    (question, chosen), (_, rejected) = row["chosen"], row["rejected"]
+    return question["content"], chosen["content"], rejected["content"]
+
+
 def ms_swift_texts(row: Row) -> tuple[str, str, str]:
     user, assistant = row["messages"]
     return user["content"], assistant["content"], row["rejected_response"]
@@ -110,6 +118,7 @@ def llama_factory_texts(row: Row) -> tuple[str, str, str]:
 TEXTS: dict[str, Callable[[Row], tuple[str, str, str]]] = {
     "rlaifv": rlaifv_texts,
     "trl": trl_texts,
+    "trl_reward": trl_reward_texts,
     "ms_swift": ms_swift_texts,
     "llama_factory": llama_factory_texts,
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 FOLDER = "path/to/this/folder"
 MODEL = "your/instruct-model"
+REWARD_MODEL = "your/language-model"
 
 LOSS = """\
 The loss beside DPO's own is the log-likelihood of the chosen answer (RPO, weight 1). Measured on
@@ -82,6 +83,78 @@ learning_rate: 1.0e-6
 `template` is the model's: `qwen2_vl` is the prompt that Qwen2.5-VL was asked; `llava` says "a
 curious user" where LLaVA-1.5 was asked as "a curious human"."""
 
+TRL_REWARD = """\
+```python
+from datasets import load_dataset
+from trl import RewardConfig, RewardTrainer
+
+pairs = load_dataset("{folder}")
+trainer = RewardTrainer(
+    model="{reward_model}",
+    args=RewardConfig(output_dir="reward", max_length=None),
+    train_dataset=pairs["train"],{test_argument}
+)
+trainer.train()
+```
+
+TRL's trainer of reward models reads texts: it makes a classifier of a language model, and does not
+look at `images`. A mark `<image>` in the question is where a picture stands; a reward model that is
+to see it wants a trainer of your own, which finds it in `images`."""
+
+TRL_KTO = """\
+```python
+from datasets import load_dataset
+from trl import KTOConfig, KTOTrainer
+
+answers = load_dataset("{folder}")
+trainer = KTOTrainer(
+    model="{model}",
+    args=KTOConfig(output_dir="kto", max_length=None),  # the default cuts image tokens off
+    train_dataset=answers["train"],{test_argument}
+)
+trainer.train()
+```
+
+Of each question the best answers are labelled true and as many of the worst false (`--rank`), and
+each that is true was scored higher than each that is false; where the two labels are not as many,
+set `desirable_weight` and `undesirable_weight`."""
+
+TRL_SFT = """\
+```python
+from datasets import load_dataset
+from trl import SFTConfig, SFTTrainer
+
+answers = load_dataset("{folder}")
+trainer = SFTTrainer(
+    model="{model}",
+    args=SFTConfig(output_dir="sft", max_length=None),  # the default cuts image tokens off
+    train_dataset=answers["train"],{test_argument}
+)
+trainer.train()
+```
+
+This is rejection sampling: of each question the best answers (`--best`) that are whole and no near
+duplicates of better ones. The best of a question may still be a poor one: `score` tells."""
+
+RANKED = """\
+```python
+from datasets import load_dataset
+
+questions = load_dataset("{folder}")["train"]
+for question in questions:
+    best, *others = question["answers"]
+```
+
+Of an answer in `answers`, best first: `score` and `rank` (1 is the best, equal scores share it;
+null where there is no score), `scores` (its components, as JSON), `unfit` (why `trl_kto` and
+`trl_sft` leave it out: no score, empty, a near duplicate of a better one, a mark of a picture),
+`model` (who wrote it; empty: sampled by this run), `given_as` (its side of a pair that the input
+had made), `finish_reason` (`stop`, or `length`: cut off), `token_ids` (with the end token where
+there is one), `token_logps` (of these, under the instruct model, untempered), `reward_token_logps`
+(under the reward model, where the pipeline computes them), `ids_from_text` (whether the ids were
+made from the text of an answer that the input brought). `stream-engine run --dataset_path {folder}`
+scores these answers again."""
+
 RLAIFV = """\
 ```bash
 deepspeed ./muffin/train/train_llava15.py --deepspeed ./script/zero2.json \\
@@ -121,6 +194,10 @@ and the policy's are of two pictures."""
 USAGE = {
     "rlaifv": RLAIFV,
     "trl": TRL,
+    "trl_reward": TRL_REWARD,
+    "trl_kto": TRL_KTO,
+    "trl_sft": TRL_SFT,
+    "ranked": RANKED,
     "ms_swift": MS_SWIFT,
     "ms_swift_jsonl": MS_SWIFT.replace("\nswift", "\nROOT_IMAGE_DIR={folder} swift"),
     "llama_factory": LLAMA_FACTORY,
@@ -133,13 +210,15 @@ def usage(format: str, files: Mapping[str, Sequence[str]]) -> str:
     train, test = (
         " ".join(f"{FOLDER}/{file}" for file in files.get(split, ())) for split in ("train", "test")
     )
+    loaded = "answers" if format in ("trl_kto", "trl_sft") else "pairs"
     return USAGE[format].format(
         folder=FOLDER,
         model=MODEL,
+        reward_model=REWARD_MODEL,
         loss=LOSS,
         media=f"media_dir: {FOLDER}\n" if format.endswith("_jsonl") else "",
         train_files=train,
         test_files=f"    --val_dataset {test} \\\n" if test else "",
-        test_argument='\n    eval_dataset=pairs["test"],' if test else "",
+        test_argument=f'\n    eval_dataset={loaded}["test"],' if test else "",
         test_dataset="eval_dataset: stream_engine_test\n" if test else "",
     )

@@ -6,17 +6,21 @@ A problem is one line that names the file, the row and the rule. An empty list m
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from stream_engine.config import InputConfig
-from stream_engine.errors import RecordError
-from stream_engine.outputs.formats import EXPORTS
-from stream_engine.outputs.formats.base import EXTRAS, SPLITS, ParquetExport, split_named
+from stream_engine.outputs.formats import FORMATS
+from stream_engine.outputs.formats.base import (
+    ANSWER_EXTRAS,
+    EXTRAS,
+    SPLITS,
+    ParquetFiles,
+    split_named,
+)
 from stream_engine.outputs.parquet import arrow_schema, rows_of
 from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of
+from stream_engine.outputs.row_checks import CHECKS, Check, Row
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
@@ -27,24 +31,21 @@ from stream_engine.store.objects import is_object_url
 
 MAX_PROBLEMS = 100
 RESERVED_TRL_COLUMNS = frozenset(("image", "label", "messages", "completion"))
-OPTIONAL_COLUMNS = frozenset(("logps", *EXTRAS)) - {"idx"}
-ROLES = frozenset(("user", "assistant", "system"))
+OPTIONAL_COLUMNS = frozenset(("logps", *EXTRAS, *ANSWER_EXTRAS)) - {"idx"}
 
-FEATURES = {
-    name: kind.features for name, kind in EXPORTS.items() if issubclass(kind, ParquetExport)
-}
+FEATURES = {name: kind.features for name, kind in FORMATS.items() if issubclass(kind, ParquetFiles)}
 
 OWN_COLUMNS = {
+    "ranked": {"question", "answers"},
+    "trl_kto": {"prompt", "completion", "label"},
+    "trl_sft": {"prompt", "completion"},
     "trl": {"prompt", "chosen", "rejected"},
     "llama_factory": {"conversations", "chosen", "rejected"},
     "ms_swift": {"messages", "rejected_response"},
     "rlaifv": {"question", "chosen", "rejected"},
+    "trl_reward": {"chosen", "rejected"},
 }
-"""By which a parquet file is known."""
-
-Row = dict[str, Any]
-Check = Callable[[Row, Location], Iterator[str]]
-"""(row, the dataset's folder) -> the row's problems."""
+"""By which a parquet file is known: the first whose columns it has."""
 
 
 def validate(path: str | Location) -> list[str]:
@@ -97,7 +98,7 @@ def is_run(folder: Location) -> bool:
 def format_of(path: Location) -> str | None:
     """A dataset's format, as its record, columns or files say; None when it is none of ours."""
     stats = read_sealed(path / RECORD)
-    if stats is not None and stats.get("format") in EXPORTS:
+    if stats is not None and stats.get("format") in FORMATS:
         return str(stats["format"])
     for part in parquet_parts(path):
         columns = set(column_names(part))
@@ -142,7 +143,7 @@ def dataset_problems(folder: Location) -> Iterator[str]:
     if name is None:  # too damaged to tell
         yield from file_problems(folder)
         return
-    rows = parquet_rows if issubclass(EXPORTS[name], ParquetExport) else jsonl_rows
+    rows = parquet_rows if issubclass(FORMATS[name], ParquetFiles) else jsonl_rows
     num_rows = 0
     for where, row in rows(folder, name):
         if isinstance(row, str):
@@ -217,73 +218,6 @@ def row_problems(row: Row, folder: Location, check: Check) -> Iterator[str]:
         yield f"not of the expected shape: {type(error).__name__}: {error}"
 
 
-def rlaifv_problems(row: Row, _folder: Location) -> Iterator[str]:
-    """RLAIF-V: texts, one image, and log-probs of which the trainer unpacks six."""
-    yield from text_problems(row["question"], row["chosen"], row["rejected"])
-    if row["idx"] is None:
-        yield "idx is null"
-    if row["image"] is None or not row["image"]["bytes"]:
-        yield "no image bytes"
-    else:
-        yield from image_problems(row["image"]["bytes"])
-    if row.get("logps") is not None:
-        logps = json.loads(row["logps"])["logps"]
-        if len(logps) != 6:
-            yield f"logps holds {len(logps)} values, not 6"
-            return
-        numbers = [logps[0], logps[1], *logps[2], logps[3], logps[4], *logps[5]]
-        if not all(isinstance(n, int | float) and math.isfinite(n) and n <= 0 for n in numbers):
-            yield "logps holds values that are no log-probs"
-
-
-def trl_problems(row: Row, _folder: Location) -> Iterator[str]:
-    """TRL's conversational preference rows with images."""
-    question, num_image_parts = "", 0
-    for message in row["prompt"]:
-        for part in message["content"]:
-            num_image_parts += part["type"] == "image"
-            question += part["text"] or ""
-            if "image" in part:
-                yield "a content part has a key 'image'"
-    chosen, rejected = (
-        "".join(part["text"] or "" for message in row[name] for part in message["content"])
-        for name in ("chosen", "rejected")
-    )
-    yield from text_problems(question, chosen, rejected)
-    for name in ("prompt", "chosen", "rejected"):
-        for message in row[name]:
-            if message["role"] not in ROLES:
-                yield f"{name} has the role {message['role']!r}"
-    if row["images"] is None:
-        yield "images is null; a row without images has an empty list"
-        return
-    if num_image_parts != len(row["images"]):
-        yield f"{num_image_parts} image parts in the prompt, {len(row['images'])} images"
-    for image in row["images"]:
-        yield from image_problems(image["bytes"])
-
-
-def text_problems(question: str, chosen: str, rejected: str) -> Iterator[str]:
-    """Rules for texts that all formats share."""
-    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
-        if not text or not text.strip():
-            yield f"{name} is empty"
-        elif "<image>" in text:
-            yield f"{name} holds a literal <image>"
-    if chosen == rejected:
-        yield "chosen and rejected are the same"
-
-
-def image_problems(data: bytes) -> Iterator[str]:
-    """Whether an image decodes to its last row."""
-    from stream_engine.pictures import read_picture
-
-    try:
-        read_picture(data, InputConfig().max_image_pixels)
-    except RecordError as error:
-        yield f"image: {error}"
-
-
 def lines_of(path: Location) -> Iterator[Row | None]:
     """The JSON objects of a file's lines; None for a line that is none."""
     with files.open_file(path) as file:
@@ -297,56 +231,9 @@ def lines_of(path: Location) -> Iterator[Row | None]:
             yield row if isinstance(row, dict) else None
 
 
-def ms_swift_problems(row: Row, folder: Location) -> Iterator[str]:
-    """ms-swift: a user's and an assistant's turn, and as many image marks as images."""
-    user, assistant = row["messages"]
-    if (user["role"], assistant["role"]) != ("user", "assistant"):
-        yield f"roles are {user['role']}, {assistant['role']}"
-    yield from mark_problems(user["content"], row.get("images", []), folder)
-    question = user["content"].replace("<image>", "")
-    yield from text_problems(question, assistant["content"], row["rejected_response"])
-
-
-def llama_factory_problems(row: Row, folder: Location) -> Iterator[str]:
-    """LLaMA-Factory: one human turn, two gpt turns, and as many image marks as images."""
-    (human,) = row["conversations"]
-    roles = (human["from"], row["chosen"]["from"], row["rejected"]["from"])
-    if roles != ("human", "gpt", "gpt"):
-        yield f"turns are from {', '.join(roles)}"
-    yield from mark_problems(human["value"], row.get("images", []), folder)
-    question = human["value"].replace("<image>", "")
-    yield from text_problems(question, row["chosen"]["value"], row["rejected"]["value"])
-
-
-def mark_problems(
-    prompt: str, images: list[str | dict[str, Any]], folder: Location
-) -> Iterator[str]:
-    """Image marks and images match in number, and the images are there: inside, or as files."""
-    if prompt.count("<image>") != len(images):
-        yield f"{prompt.count('<image>')} image marks in the prompt, {len(images)} images"
-    for image in images:
-        if isinstance(image, dict):
-            yield from image_problems(image["bytes"])
-            continue
-        data = files.read_bytes(folder / image)
-        if data is None:
-            yield f"{image}: No such file or directory"
-            continue
-        yield from (f"{image}: {problem}" for problem in image_problems(data))
-
-
-CHECKS: dict[str, Check] = {
-    "rlaifv": rlaifv_problems,
-    "trl": trl_problems,
-    "ms_swift": ms_swift_problems,
-    "llama_factory": llama_factory_problems,
-    "ms_swift_jsonl": ms_swift_problems,
-    "llama_factory_jsonl": llama_factory_problems,
-}
-
-
 def count_problems(folder: Location, num_rows: int) -> Iterator[str]:
     """Whether the rows are as many as stats.json says, which is checked with the files."""
     stats = read_sealed(folder / RECORD)
-    if stats is not None and stats["pairs"]["written"] != num_rows:
-        yield f"{folder}: {num_rows} rows, stats.json says {stats['pairs']['written']}"
+    expected = num_rows if stats is None else sum(stats["splits"].values())
+    if expected != num_rows:
+        yield f"{folder}: {num_rows} rows, stats.json says {expected}"

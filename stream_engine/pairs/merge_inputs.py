@@ -18,7 +18,7 @@ from stream_engine.config import (
     Stage,
     fingerprint,
 )
-from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.errors import ConservationError, MissingStageError, ShardReadError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
@@ -26,6 +26,8 @@ from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header, verify_result
 from stream_engine.run_dir.state import RunState, numbered
+
+MAX_NAMED = 10  # shards named in a message
 
 
 class ShardCounts(NamedTuple):
@@ -117,6 +119,33 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
         newest = max(written[stage][info.index].modified for stage in STAGES)
         inputs.newest = max(inputs.newest, newest)
     return inputs
+
+
+def read_complete_inputs(
+    run_dir: RunDir, fingerprints: Mapping[Stage, str], *, allow_partial: bool
+) -> MergeInputs:
+    """The same of a run all of whose shards have results, or, if allowed, some of them.
+
+    Raises:
+        MissingStageError: when there are none, or some lack results and that was not allowed.
+        Otherwise as `read_inputs`.
+    """
+    inputs = read_inputs(run_dir, fingerprints)
+    if inputs.num_shards == 0:
+        raise MissingStageError(f"{run_dir.root} has no shards; `stream-engine shard` makes them")
+    if inputs.missing and not allow_partial:
+        raise MissingStageError(
+            f"{len(inputs.missing)} of {inputs.num_shards} shards have no complete results "
+            f"({named_shards(inputs.missing)}); `stream-engine work` computes them"
+        )
+    return inputs
+
+
+def named_shards(indices: list[int]) -> str:
+    """`shards 3, 5, 8 and 12 more`."""
+    named = ", ".join(str(index) for index in indices[:MAX_NAMED])
+    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
+    return f"shard{'s' if len(indices) > 1 else ''} {named}{more}"
 
 
 def damaged_tars(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> Iterator[int]:

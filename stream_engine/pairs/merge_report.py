@@ -9,12 +9,10 @@ import msgspec
 
 from stream_engine.outputs.parquet import Part
 from stream_engine.outputs.published import RECORD, is_intact
-from stream_engine.pairs.merge_inputs import MergeInputs
+from stream_engine.pairs.merge_inputs import MergeInputs, named_shards
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
 from stream_engine.store.base import Location
-
-MAX_NAMED = 10  # shards named in a message
 
 
 class FormatReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,10 +108,3 @@ def balance_line(candidates: int, written: int, dropped: Mapping[str, int]) -> s
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()) if n)
     shown = f" ({reasons})" if reasons else ""
     return f"{candidates} candidates = {written} written + {sum(dropped.values())} dropped{shown}"
-
-
-def named_shards(indices: list[int]) -> str:
-    """`shards 3, 5, 8 and 12 more`."""
-    named = ", ".join(str(index) for index in indices[:MAX_NAMED])
-    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
-    return f"shard{'s' if len(indices) > 1 else ''} {named}{more}"

@@ -14,6 +14,7 @@ candidate pair is in the dataset or dropped for a reason.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -23,35 +24,28 @@ from typing import Any
 import msgspec
 
 from stream_engine.config import RankingConfig, RunConfig, Stage
-from stream_engine.errors import ConservationError, MissingStageError
+from stream_engine.errors import ConservationError
 from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import SPLITS, PairRow, split_of
-from stream_engine.outputs.publication import Publication, remove_older_rows, with_token
-from stream_engine.outputs.published import (
-    CARD,
-    content_hash,
-    record_of,
-    record_of_bytes,
-    record_of_file,
-)
+from stream_engine.outputs.publication import Publication, remove_older_rows
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.merge_debug import DebugFiles
-from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
+from stream_engine.pairs.merge_inputs import MergeInputs, read_complete_inputs, read_inputs
 from stream_engine.pairs.merge_report import (
     MergeReport,
     balance_line,
     is_current,
-    named_shards,
     read_report,
 )
+from stream_engine.pairs.output import Output
 from stream_engine.pairs.statistics import PairStatistics, RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import Sample, SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
-from stream_engine.run_dir.sealed import sealed
+from stream_engine.run_dir.run_json import resolved_sampling
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.store import files as store
 from stream_engine.store.base import Location
@@ -133,14 +127,7 @@ def write_formats(
     """Bring each format's folder up to date."""
     for name in folders:
         export_class(name)
-    inputs = read_inputs(run_dir, fingerprints)
-    if inputs.num_shards == 0:
-        raise MissingStageError(f"{run_dir.root} has no shards; `stream-engine shard` makes them")
-    if inputs.missing and not allow_partial:
-        raise MissingStageError(
-            f"{len(inputs.missing)} of {inputs.num_shards} shards have no complete results "
-            f"({named_shards(inputs.missing)}); `stream-engine work` computes them"
-        )
+    inputs = read_complete_inputs(run_dir, fingerprints, allow_partial=allow_partial)
     made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
     for name in folders.keys() - set(stale):
@@ -148,7 +135,7 @@ def write_formats(
     if stale:
         with ExitStack() as stack:
             outputs = [
-                Output(
+                PairOutput(
                     name,
                     Publication(folders[name]),
                     stack.enter_context(store.scratch_folder(folders[name])),
@@ -164,16 +151,14 @@ def write_formats(
     return read_report(folders, is_new=bool(stale))
 
 
-class Output:
-    """One format in the making."""
+class PairOutput(Output):
+    """One format of pairs in the making."""
 
     def __init__(
         self, name: str, publication: Publication, scratch: Path, config: RunConfig
     ) -> None:
-        self.name = name
-        self.publication = publication
-        self.scratch = scratch
         self.export = export_class(name)(scratch, max_part_bytes=config.max_part_bytes)
+        super().__init__(name, publication, scratch, self.export)
         self.dropped: Counter[str] = Counter()
         self.statistics = PairStatistics()
         self.splits: Counter[str] = Counter()
@@ -191,10 +176,7 @@ class Output:
         return reason
 
     def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
-        """Close the files, check the counts, and make card and statistics.
-
-        The latter record every file, for `validate` and for the next merge to hold it against.
-        """
+        """Close the files, check the counts, and make card and statistics."""
         parts = self.export.close()
         dropped = Counter(common["pairs"]["dropped"]) + self.dropped
         candidates, written = common["pairs"]["candidates"], self.statistics.num_pairs
@@ -217,35 +199,20 @@ class Output:
                 "dropped": dict(sorted(dropped.items())),
             },
             "splits": {split: self.splits[split] for split in SPLITS if self.splits[split]},
-            "parts": msgspec.to_builtins(parts),
         }
-        picture = write_example(self.scratch, self.example)
-        hashed = {part.name: record_of_file(self.scratch / part.name) for part in parts}
-        content = content_hash(hashed)
-        token = content[:8]
-        self.rows = {name: with_token(name, token) for name in hashed}
-        stats["parts"] = [{**part, "name": self.rows[part["name"]]} for part in stats["parts"]]
-        self.export.describe(lambda name: with_token(name, token))
-        files = {self.rows[name]: record for name, record in hashed.items()}
-        files |= record_of(self.scratch, but=hashed)
-        card = dataset_card(
-            config,
+        picture = write_example(self.scratch, self.example.sample if self.example else None)
+        self.seal(
             stats,
-            export=type(self.export),
-            content=content,
-            token=token,
-            example=self.example,
-            picture=picture,
-            resolved_sampling=common["resolved_sampling"],
+            parts,
+            functools.partial(
+                dataset_card,
+                config,
+                export=type(self.export),
+                example=self.example,
+                picture=picture,
+                resolved_sampling=common["resolved_sampling"],
+            ),
         )
-        self.card = card.encode()
-        files[CARD] = record_of_bytes(self.card)
-        stats["files"] = msgspec.to_builtins(files)
-        self.record = sealed(stats)
-
-    def publish(self) -> None:
-        """Put what `finish` made into the dataset's folder."""
-        self.publication.put(self.scratch, self.rows, card=self.card, record=self.record)
 
 
 def build(
@@ -253,7 +220,7 @@ def build(
     config: RunConfig,
     pipeline: Pipeline,
     inputs: MergeInputs,
-    outputs: list[Output],
+    outputs: list[PairOutput],
 ) -> dict[str, Any]:
     """Both passes; returns what the statistics of all formats have in common."""
     ranking = config.part(RankingConfig)
@@ -307,7 +274,7 @@ def write_pairs(
     config: RunConfig,
     inputs: MergeInputs,
     balance: Balance,
-    outputs: list[Output],
+    outputs: list[PairOutput],
     debug: DebugFiles,
 ) -> Counter[str]:
     """Second pass: write what is kept; returns the reasons of what no format gets."""
@@ -382,12 +349,3 @@ def scored_samples(
                 "order"
             )
         yield sample, rollouts, rewards
-
-
-def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
-    """The sampling values that the instruct model's engine noted in run.json."""
-    try:
-        run_file = msgspec.json.decode(store.read_bytes(run_dir.run_json) or b"")
-    except msgspec.DecodeError:
-        return None
-    return run_file.get("engines", {}).get("instruct", {}).get("sampling")

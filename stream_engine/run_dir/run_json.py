@@ -304,6 +304,15 @@ def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, work
     change(run_dir, noted)
 
 
+def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
+    """The sampling values that the instruct model's engine noted; None where there are none."""
+    try:
+        run_file = msgspec.json.decode(files.read_bytes(run_dir.run_json) or b"")
+    except msgspec.DecodeError:
+        return None
+    return run_file.get("engines", {}).get("instruct", {}).get("sampling")
+
+
 def precision(said: Mapping[str, Any]) -> tuple[str, str]:
     """The kind of device and the dtype that an engine said it has."""
     return str(said["device"]).partition(":")[0], str(said["dtype"])

@@ -10,7 +10,8 @@ import pytest
 from stream_engine import __version__
 from stream_engine.config import RunConfig
 from stream_engine.outputs.columns import column_rows, yaml_features
-from stream_engine.outputs.formats import EXPORTS
+from stream_engine.outputs.formats import FORMATS
+from stream_engine.outputs.formats.base import ParquetFiles
 from stream_engine.outputs.made_by import command_line
 from stream_engine.outputs.parquet import arrow_schema
 from stream_engine.run_dir.paths import RunDir
@@ -86,13 +87,17 @@ def test_the_card_is_what_the_hub_reads(run_dir: RunDir) -> None:
     assert (run_dir.dataset_dir / "assets/example.jpg").stat().st_size > 0
 
 
-@pytest.mark.parametrize("name", ["rlaifv", "trl", "ms_swift", "llama_factory"])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in FORMATS.items() if issubclass(kind, ParquetFiles)]
+)
 def test_the_cards_features_are_those_that_datasets_itself_would_write(name: str) -> None:
     datasets = pytest.importorskip("datasets")
-    features = EXPORTS[name].features
+    kind = FORMATS[name]
+    assert issubclass(kind, ParquetFiles)
+    features = kind.features
     theirs = datasets.Features.from_arrow_schema(arrow_schema(features))
     assert yaml_features(features) == theirs._to_yaml_list()
-    named = {row[0].strip("`") for row in column_rows(EXPORTS[name], name)}
+    named = {row[0].strip("`") for row in column_rows(kind, name)}
     assert named == set(features)
 
 

@@ -1,5 +1,7 @@
 """What a format is: handed rows one at a time, it writes a folder of files.
 
+An `Export` is handed pairs, a `Ranking` questions with all their answers, best first.
+
 Knows no trainer and no run.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,15 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from stream_engine.outputs.parquet import FLOAT, STRING, ParquetParts, Part, arrow_schema
-from stream_engine.records import Answer, PreferencePair, Sample
+from stream_engine.outputs.parquet import FLOAT, INT, STRING, ParquetParts, Part, arrow_schema
+from stream_engine.records import Answer, AnswerScore, PreferencePair, Sample
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 SCORES: dict[str, Any] = {"chosen_score": FLOAT, "rejected_score": FLOAT, "margin": FLOAT}
 """Columns of the scores, and their features."""
-EXTRAS: dict[str, Any] = {
+ORIGIN: dict[str, Any] = {
     "idx": STRING,
     "key": STRING,
     "ds_name": STRING,
@@ -30,11 +33,17 @@ EXTRAS: dict[str, Any] = {
     "origin_split": STRING,
     "image_path": STRING,
     "metainfos": STRING,
+}
+"""Columns of whence a question comes."""
+EXTRAS: dict[str, Any] = {
+    **ORIGIN,
     "chosen_model": STRING,
     "rejected_model": STRING,
     **SCORES,
 }
-"""Columns beside a trainer's own: whence a row comes and how its answers were scored."""
+"""Columns beside a trainer's own: whence a pair comes and how its answers were scored."""
+ANSWER_EXTRAS: dict[str, Any] = {**ORIGIN, "model": STRING, "score": FLOAT, "rank": INT}
+"""The same of a row that is an answer by itself."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,31 @@ class PairRow:
     pair: PreferencePair
     num_prompt_tokens: int = 0
     split: Split = "train"
+
+
+@dataclass(frozen=True)
+class RankedAnswer:
+    """One answer to a question; `score` and `rank` (1 is the best, equal scores share it) are None
+    where it could not be scored. `unfit` is why it is no example of a good or bad answer, or ""."""
+
+    answer: Answer
+    score: AnswerScore | None
+    rank: int | None
+    unfit: str = ""
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """A question with all its answers, best first, those without a score last."""
+
+    sample: Sample
+    answers: list[RankedAnswer]
+    split: Split = "train"
+
+    @property
+    def fit(self) -> list[RankedAnswer]:
+        """The answers that may be examples, best first."""
+        return [one for one in self.answers if not one.unfit]
 
 
 def split_of(key: str, test_fraction: float) -> Split:
@@ -69,14 +103,25 @@ def scores(row: PairRow) -> dict[str, float]:
     }
 
 
+def origin(sample: Sample) -> dict[str, Any]:
+    """The values of the columns ORIGIN."""
+    return {name: getattr(sample, name) for name in ORIGIN}
+
+
 def extras(row: PairRow) -> dict[str, Any]:
     """The values of the columns EXTRAS."""
     models = {"chosen_model": row.chosen.model, "rejected_model": row.rejected.model}
-    return {name: getattr(row.sample, name, "") for name in EXTRAS} | models | scores(row)
+    return origin(row.sample) | models | scores(row)
 
 
-class Export(ABC):
-    """Writes rows into a folder that nobody else reads yet."""
+def answer_extras(sample: Sample, one: RankedAnswer) -> dict[str, Any]:
+    """The values of the columns ANSWER_EXTRAS."""
+    score = None if one.score is None else float(one.score.score)
+    return origin(sample) | {"model": one.answer.model, "score": score, "rank": one.rank}
+
+
+class DatasetFiles(ABC):
+    """Files of rows in a folder that nobody else reads yet."""
 
     data_files: ClassVar[str]
     """What of the folder `datasets.load_dataset` is to read for a split, `{split}` its name."""
@@ -87,10 +132,6 @@ class Export(ABC):
         folder.mkdir(parents=True, exist_ok=True)
 
     @abstractmethod
-    def write(self, row: PairRow) -> str | None:
-        """Take a row, or return the reason why this format cannot express it."""
-
-    @abstractmethod
     def close(self) -> list[Part]:
         """Finish every file; returns those that hold rows, in order."""
 
@@ -98,7 +139,15 @@ class Export(ABC):
         """Write what tells trainers of these files; `name` is what one will be called."""
 
 
-class ParquetExport(Export):
+class Export(DatasetFiles):
+    """Writes pairs."""
+
+    @abstractmethod
+    def write(self, row: PairRow) -> str | None:
+        """Take a row, or return the reason why this format cannot express it."""
+
+
+class ParquetFiles(DatasetFiles):
     """Rows to parquet parts of each split; without a row there is still a part to train on."""
 
     data_files = "{split}-*-of-*.parquet"
@@ -121,6 +170,18 @@ class ParquetExport(Export):
             )
         return self.parts[split]
 
+    def close(self) -> list[Part]:
+        found = []
+        for parts in self.parts.values():
+            for part in parts.close():
+                name = (parts.folder / part.name).relative_to(self.folder).as_posix()
+                found.append(msgspec.structs.replace(part, name=name))
+        return found
+
+
+class ParquetExport(ParquetFiles, Export):
+    """Pairs as rows of parquet."""
+
     @abstractmethod
     def to_row(self, row: PairRow) -> dict[str, Any] | str:
         """The row's columns, or the reason why there are none."""
@@ -132,10 +193,28 @@ class ParquetExport(Export):
         self.parts_of(row.split).write(columns)
         return None
 
-    def close(self) -> list[Part]:
-        found = []
-        for parts in self.parts.values():
-            for part in parts.close():
-                name = (parts.folder / part.name).relative_to(self.folder).as_posix()
-                found.append(msgspec.structs.replace(part, name=name))
-        return found
+
+class Ranking(ParquetFiles):
+    """Writes the answers of questions as rows of parquet."""
+
+    holds: ClassVar[str]
+    """What a row is, in the plural."""
+    holds_single_answers: ClassVar[bool] = True
+    """Whether a row is one answer, and not a question with all of them."""
+
+    def __init__(self, folder: Path, *, max_part_bytes: int, rank: int = 3, best: int = 1) -> None:
+        """`rank` and `best` are the settings of these names."""
+        super().__init__(folder, max_part_bytes=max_part_bytes)
+        self.rank = rank
+        self.best = best
+
+    @abstractmethod
+    def to_rows(self, row: RankedRow) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """The rows that a question makes, and its answers that are in none of them by reason."""
+
+    def write(self, row: RankedRow) -> Counter[str]:
+        """Take a question; returns how many of its answers were dropped, by reason."""
+        rows, dropped = self.to_rows(row)
+        for columns in rows:
+            self.parts_of(row.split).write(columns)
+        return dropped
