@@ -13,7 +13,7 @@ if [ ! -x "$venv/bin/stream-engine" ]; then
     echo "Making $venv (once; this downloads PyTorch) ..." >&2
     "${PYTHON:-python3}" -m venv "$venv"
     "$python" -m pip install --quiet --editable "$root${extra:+[$extra]}"
-elif [ "$extra" = dev ] && ! "$python" -c 'import axe_playwright_python, hypothesis, pytest, ray, ruff, trl, xdist' 2>/dev/null; then
+elif [ "$extra" = dev ] && ! "$python" -c 'import axe_playwright_python, hypothesis, kubernetes_validate, pytest, ray, ruff, trl, xdist' 2>/dev/null; then
     echo "Adding the development tools to $venv ..." >&2
     "$python" -m pip install --quiet --editable "$root[dev]"
 fi
