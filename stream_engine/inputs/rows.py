@@ -37,7 +37,10 @@ COLUMNS = frozenset(
         *ANSWER_COLUMNS,
     )
 )
-KNOWN_COLUMNS = COLUMNS | {"key", "image_paths"}
+KNOWN_COLUMNS = COLUMNS | {
+    *("key", "image_paths", "logps"),
+    *("chosen_score", "rejected_score", "margin"),
+}
 """With what the shards and the datasets of a run say besides, which is made anew."""
 
 

@@ -39,6 +39,8 @@ class ShownAnswer(msgspec.Struct, kw_only=True):
     words: int
     tokens: int
     finish: str
+    origin: str = ""
+    """Of an answer that the input brought: who wrote it, and its side of a pair made before."""
     score: float | None = None
     rank: int | None = None
     scores: dict[str, float] = {}
@@ -201,6 +203,7 @@ def shown_answers(rollouts: SampleRollouts, rewards: SampleRewards) -> list[Show
             words=count_words(answer.text),
             tokens=len(answer.token_ids),
             finish=answer.finish_reason,
+            origin=origin_of(answer),
         )
         if answer.index in ranks:
             one.rank, score = ranks[answer.index]
@@ -216,6 +219,15 @@ def shown_answers(rollouts: SampleRollouts, rewards: SampleRewards) -> list[Show
     for one in shown:
         one.facts = facts.get(one.same_as, []) if one.same_as is not None else one.facts
     return sorted(shown, key=lambda one: (one.rank is None, one.rank or 0, one.index))
+
+
+def origin_of(answer: Answer) -> str:
+    """Where an answer of the input comes from, in words; empty for a sampled one."""
+    if not answer.ids_from_text:
+        return ""
+    by = f" by {cut(answer.model)}" if answer.model else ""
+    given = f", given as {answer.given_as}" if answer.given_as else ""
+    return f"of the input{by}{given}"
 
 
 def heat_of(answer: Answer, score: AnswerScore, pieces: Pieces | None) -> list[HeatToken]:

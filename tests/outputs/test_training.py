@@ -20,20 +20,34 @@ from pathlib import Path
 
 import pytest
 
-from stream_engine.outputs.usage import FOLDER, MODEL
+from stream_engine.config import RunConfig
+from stream_engine.outputs.formats import RANKINGS
+from stream_engine.outputs.usage import FOLDER, MODEL, REWARD_MODEL
+from stream_engine.pairs.ranked import write_ranking
 from stream_engine.run_dir.paths import RunDir
 from tests.outputs.qwen_checkpoint import FIRST_SPECIAL, SPECIALS, write_qwen
-from tests.outputs.test_trl import VOCABULARY, save_tiny_llava
-from tests.synthetic import run_merge, synthetic_sample, write_run
+from tests.outputs.test_trl import VOCABULARY, save_tiny_llava, tiny_configs
+from tests.synthetic import (
+    FINGERPRINTS,
+    SyntheticPipeline,
+    run_merge,
+    synthetic_sample,
+    write_run,
+)
 
 LOSS = re.compile(r"'(?:loss|train_loss)': '?([\d.]+)")
 ON_CPU = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
 TRL_ON_CPU = """\
 import functools, trl
-trl.DPOConfig = functools.partial(
-    trl.DPOConfig, max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-    per_device_train_batch_size=2, logging_steps=1,
-)
+for name in ("DPOConfig", "KTOConfig", "SFTConfig", "RewardConfig"):
+    config = functools.partial(
+        getattr(trl, name), max_steps=2, use_cpu=True, bf16=False, report_to=[],
+        save_strategy="no", per_device_train_batch_size=2, logging_steps=1,
+    )
+    setattr(trl, name, config)
+"""
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}{{ message['role'] }}: {{ message['content'] }} </s> {% endfor -%}
 """
 
 
@@ -47,6 +61,10 @@ def dataset_of(name: str, folder: Path) -> Path:
     run_dir = RunDir(folder / "run")
     samples = [synthetic_sample(i, num_images=(1, 0, 2, 1)[i % 4]) for i in range(8)]
     write_run(run_dir, samples, num_words=8)
+    if name in RANKINGS:
+        config = RunConfig(test_fraction=0.4)
+        pipeline = SyntheticPipeline(config)
+        return Path(write_ranking(run_dir, config, pipeline, FINGERPRINTS, format=name).folder)
     return Path(run_merge(run_dir, format=(name,), test_fraction=0.4).dataset)
 
 
@@ -55,7 +73,9 @@ def command_of(dataset: Path, model: Path) -> str:
     card = (dataset / "README.md").read_text()
     use = card[card.index("## Use") : card.index("## How it was made")]
     (block,) = re.findall(r"```\w+\n(.*?)\n```", use, re.DOTALL)
-    return block.replace(FOLDER, str(dataset)).replace(MODEL, str(model))
+    for name in (MODEL, REWARD_MODEL):
+        block = block.replace(name, str(model))
+    return block.replace(FOLDER, str(dataset))
 
 
 def interpreter(variable: str) -> Path:
@@ -120,3 +140,36 @@ def test_trl_takes_two_steps_by_the_cards_program(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(program)
     output = run_words([sys.executable, "train.py"], tmp_path, Path(sys.executable))
     check_losses(output, num_words=len(VOCABULARY))
+
+
+def save_tiny_language_model(llava: Path, folder: Path) -> None:
+    """A language model of a few thousand random parameters, for plain texts."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(llava)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(tiny_configs(len(VOCABULARY))["text_config"]).save_pretrained(folder)
+
+
+def test_trl_takes_two_steps_on_answers_and_on_pairs_for_a_reward_model(tmp_path: Path) -> None:
+    """Each by its card's program: KTO begins at a loss of 1/2, SFT at log of the number of words,
+    a reward model at log 2."""
+    pytest.importorskip("trl")
+    llava, language_model = tmp_path / "llava", tmp_path / "language_model"
+    save_tiny_llava(llava)
+    save_tiny_language_model(llava, language_model)
+    names = ("trl_kto", "trl_sft", "trl_reward")
+    programs = [
+        command_of(
+            dataset_of(name, tmp_path / name), language_model if name == "trl_reward" else llava
+        )
+        for name in names
+    ]
+    (tmp_path / "train.py").write_text(TRL_ON_CPU + "\nprint('NEXT')\n".join(programs))
+    output = run_words([sys.executable, "train.py"], tmp_path, Path(sys.executable))
+    losses = [[float(loss) for loss in LOSS.findall(part)] for part in output.split("NEXT")]
+    assert [len(found) for found in losses] == [3, 3, 3], output[-3000:]
+    assert losses[0][0] == pytest.approx(0.5, abs=0.05)
+    assert losses[1][0] == pytest.approx(math.log(len(VOCABULARY)), abs=0.2)
+    assert losses[2][0] == pytest.approx(math.log(2), abs=0.1)

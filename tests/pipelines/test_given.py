@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stream_engine import api
+from stream_engine.cli.main import main
 from stream_engine.demo import demo_models
 from stream_engine.demo.data import dataset_bytes
 from stream_engine.pairs.merger import scored_samples
@@ -17,7 +18,8 @@ from stream_engine.records import Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.status import quarantined
-from tests.samples import write_jsonl
+from tests.samples import write_jsonl, write_parquet
+from tests.synthetic import rows_of
 
 NUM_QUESTIONS = 24
 Scored = dict[str, tuple[Sample, SampleRollouts, SampleRewards]]
@@ -56,45 +58,43 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_answers_brought_along_give_the_pairs_of_those_that_were_sampled(
-    sampled: Path, tmp_path: Path
+def test_ranked_answers_brought_along_give_the_pairs_of_those_that_were_sampled(
+    sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """With the ids made from the text again; a question without answers is sampled beside them."""
-    before = scored(sampled)
-    rows = [
-        {
-            "idx": idx,
-            "question": sample.question,
-            "image": {"bytes": sample.images[0].data},
-            "answers": [
-                {"text": a.text, "finish_reason": a.finish_reason, "model": f"m{a.index}"}
-                for a in rollouts.answers
-            ],
-        }
-        for idx, (sample, rollouts, _) in before.items()
-    ]
+    assert main(["rank", str(sampled)]) == 0
+    folder = sampled / "dataset_ranked"
+    said = f"ranked: {NUM_QUESTIONS} questions with all their answers in {folder}\n"
+    assert capsys.readouterr().out == said
+    rows = rows_of(folder)
+    for row in rows:
+        row["answers"] = [{**one, "model": f"m{one['rank']}"} for one in row["answers"]]
     fresh = {**rows[0], "idx": "new", "answers": None}
-    report = run(tmp_path / "run", write_jsonl(tmp_path / "given.jsonl", [*rows, fresh]))
+    report = run(tmp_path / "run", write_parquet(tmp_path / "given.parquet", [*rows, fresh]))
     assert report.exit_status == 0
-    after = scored(tmp_path / "run")
+    assert report.notes[0].endswith(
+        f"{NUM_QUESTIONS} rows with answers of their own: these are scored, and none is sampled"
+    )
+    before, after = scored(sampled), scored(tmp_path / "run")
     assert len(after.pop("new")[1].answers) == 10
+    given = {row["idx"]: row["answers"] for row in rows}
+    num_ids_differ = 0
     for idx, (_, rollouts, rewards) in after.items():
-        _, own, own_rewards = before[idx]
-        assert rollouts.prompt == own.prompt
-        assert [a.scored_ids for a in rollouts.answers] == [a.scored_ids for a in own.answers]
-        assert all(a.ids_from_text and a.model == f"m{a.index}" for a in rollouts.answers)
-        assert not any(a.ids_from_text or a.model for a in own.answers)
-        for given, drawn in zip(rollouts.answers, own.answers):
-            assert given.scored_logps == pytest.approx(drawn.scored_logps, abs=1e-3)
-        assert [s.score for s in rewards.scores] == pytest.approx(
-            [s.score for s in own_rewards.scores], abs=1e-3
-        )
+        assert rollouts.prompt == before[idx][1].prompt
+        for answer, score, row in zip(rollouts.answers, rewards.scores, given[idx]):
+            num_ids_differ += answer.scored_ids != row["token_ids"]
+            assert (answer.text, answer.model) == (row["text"], f"m{row['rank']}")
+            assert answer.scored_logps == pytest.approx(row["token_logps"], abs=1e-3)
+            assert score.token_logps == pytest.approx(row["reward_token_logps"], abs=1e-3)
+            assert score.score == pytest.approx(row["score"], abs=1e-3)
+            assert answer.ids_from_text and not row["ids_from_text"]
+    assert num_ids_differ == 0
     pairs = texts_of(tmp_path / "run")
     assert Counter({p: n for p, n in pairs.items() if p[0] != "new"}) == texts_of(sampled)
     stats = json.loads((tmp_path / "run/dataset/stats.json").read_text())
     assert stats["answers"]["ids_from_text"] == 10 * NUM_QUESTIONS
-    assert stats["answers"]["models"]["m3"] == NUM_QUESTIONS
-    api.append(tmp_path / "run", [str(tmp_path / "given.jsonl")], show_progress=False)
+    assert stats["answers"]["models"]["m1"] == NUM_QUESTIONS
+    api.append(tmp_path / "run", [str(tmp_path / "given.parquet")], show_progress=False)
     assert texts_of(tmp_path / "run") == pairs
 
 

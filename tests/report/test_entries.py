@@ -87,3 +87,13 @@ def test_without_the_tokenizer_tokens_are_shown_by_their_numbers() -> None:
     assert entry.chosen is not None
     numbers = [f"#{token_id} " for token_id in ROLLOUTS.answers[2].scored_ids]
     assert [token.text for token in entry.chosen.heat] == numbers
+
+
+def test_an_answer_of_the_input_says_who_wrote_it_and_its_side() -> None:
+    first, *others = ROLLOUTS.answers
+    brought = msgspec.structs.replace(first, ids_from_text=True, model="m", given_as="rejected")
+    rollouts = msgspec.structs.replace(ROLLOUTS, answers=[brought, *others])
+    entry = entry_of(SAMPLE, rollouts, REWARDS, PAIR, fate="kept")
+    origins = {answer.index: answer.origin for answer in entry.answers}
+    assert origins[0] == "of the input by m, given as rejected"
+    assert set(origins.values()) == {origins[0], ""}

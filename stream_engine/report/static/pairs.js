@@ -247,7 +247,7 @@ function sideNode(name, entry, answers) {
   return h("section", { class: `card side ${name}`, "aria-label": `${name} answer` },
     h("header", null,
       h("h2", null, name === "chosen" ? "Chosen" : "Rejected"),
-      h("span", { class: "small" }, `answer ${side.index} · score ${number(answer.score)} · rank ${answer.rank} of ${entry.answers.length} · ${count(answer.words)} words${cut}`)),
+      h("span", { class: "small" }, `answer ${side.index} · score ${number(answer.score)} · rank ${answer.rank} of ${entry.answers.length} · ${count(answer.words)} words${cut}`, ...shown(answer.origin ? ` · ${answer.origin}` : ""))),
     h("p", { class: "text", dir: "auto", tabindex: answer.text.length > 1200 ? "0" : null },
       side.segments.map(([own, text]) => (own ? h("mark", null, ...shown(text)) : shown(text)))));
 }
@@ -377,6 +377,7 @@ function answersNode(entry) {
       h("details", null, h("summary", { dir: "auto" }, badge(answer), ...shown(answer.text.slice(0, 160) || "(empty)")),
         h("p", { class: "text", dir: "auto" }, ...shown(answer.text)),
         answer.same_as === null ? null : h("p", { class: "small" }, `the same text as answer ${answer.same_as}`),
+        answer.origin ? h("p", { class: "small" }, ...shown(answer.origin)) : null,
         answer.details ? h("p", { class: "text small" }, ...shown(answer.details)) : null)));
   const heads = [["rank", 1], ["score", 1], ...names.map((name) => [name, 1]), ["words", 1], ["tokens", 1], ["end", 0], ["no.", 1], ["answer", 0]];
   return h("section", { class: "block", "aria-labelledby": "answers" },
