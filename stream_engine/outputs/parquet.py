@@ -1,6 +1,7 @@
 """Parquet parts, written as a stream, that carry Hugging Face's feature metadata.
 
-Knows nothing of samples or trainers: rows are dicts of columns. The schema is always given, since
+Knows nothing of samples or trainers: rows are dicts of columns, which `pack_rows` makes a batch of
+in any process and `ParquetParts` takes in the one that writes. The schema is always given, since
 a column whose values are all null would have another type in each part.
 """
 
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
+    import numpy
     import pyarrow
     import pyarrow.parquet
 
 ROW_GROUP_BYTES = 16_000_000  # unencoded; what a reader must hold to get at one row
 FOOTER_BYTES = 16_000  # left free in a part for its footer: schema and features,
 GROUP_FOOTER_BYTES = 4_000  # and the columns of each row group
-ROWS_PER_BATCH = 16  # that are read at once
+ROWS_PER_BATCH = 16  # that are read at once, or wait to be written
+NUMBER_BYTES = 8
 
 STRING = {"dtype": "string", "_type": "Value"}
 FLOAT = {"dtype": "float64", "_type": "Value"}
@@ -52,7 +55,9 @@ class ParquetParts:
         self.schema = schema
         self.max_part_bytes = max_part_bytes
         self.row_group_bytes = min(ROW_GROUP_BYTES, max(1, max_part_bytes // 2))
-        self.rows: list[dict[str, Any]] = []
+        self.batches: list[pyarrow.RecordBatch] = []
+        self.unpacked: list[dict[str, Any]] = []
+        self.num_rows = 0
         self.num_bytes = 0
         self.part_rows: list[int] = []
         self.part_groups = 0
@@ -60,19 +65,39 @@ class ParquetParts:
         self._sink: pyarrow.NativeFile | None = None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Take a row; writes a row group when enough of them are there."""
-        num_bytes = size_of(row)
-        if self.rows and self.num_bytes + num_bytes > self.row_group_bytes:
-            self._write_row_group()
-        self.rows.append(row)
-        self.num_bytes += num_bytes
+        """Take a row by itself."""
+        self.unpacked.append(row)
+        if len(self.unpacked) == ROWS_PER_BATCH:
+            self._pack()
+
+    def _pack(self) -> None:
+        unpacked, self.unpacked = self.unpacked, []
+        if unpacked:
+            self.take(pack_rows(unpacked, self.schema))
+
+    def take(self, rows: PackedRows) -> None:
+        """Take rows; writes a row group whenever enough of them are there."""
+        import pyarrow
+
+        self._pack()
+        batch = pyarrow.ipc.read_record_batch(pyarrow.py_buffer(rows.batch), self.schema)
+        first = 0
+        for row, num_bytes in enumerate(rows.sizes):
+            if self.num_rows and self.num_bytes + num_bytes > self.row_group_bytes:
+                self.batches.append(batch.slice(first, row - first))
+                self._write_row_group()
+                first = row
+            self.num_rows += 1
+            self.num_bytes += num_bytes
+        self.batches.append(batch.slice(first))
 
     def close(self) -> list[Part]:
         """Finish the last part and give all parts their names.
 
         Without any row there is one part without rows, so that the dataset still has its columns.
         """
-        if self.rows:
+        self._pack()
+        if self.num_rows:
             self._write_row_group()
         elif not self.part_rows:
             self._open_part()
@@ -98,11 +123,11 @@ class ParquetParts:
         if self._writer is None:
             self._open_part()
         assert self._writer is not None
-        table = pyarrow.Table.from_pylist(self.rows, schema=self.schema)
-        self._writer.write_table(table, row_group_size=len(self.rows))
-        self.part_rows[-1] += len(self.rows)
+        table = pyarrow.Table.from_batches(self.batches, schema=self.schema)
+        self._writer.write_table(table.combine_chunks(), row_group_size=self.num_rows)
+        self.part_rows[-1] += self.num_rows
         self.part_groups += 1
-        self.rows, self.num_bytes = [], 0
+        self.batches, self.num_rows, self.num_bytes = [], 0, 0
 
     def _open_part(self) -> None:
         import pyarrow
@@ -168,14 +193,45 @@ def arrow_type(feature: Any) -> pyarrow.DataType:
     return pyarrow.struct([(name, arrow_type(value)) for name, value in feature.items()])
 
 
-def size_of(value: Any) -> int:
-    """About how many bytes a row takes unencoded."""
-    if isinstance(value, bytes):
-        return len(value)
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, Mapping):
-        return sum(size_of(item) for item in value.values())
-    if isinstance(value, list):
-        return sum(size_of(item) for item in value)
-    return 8
+class PackedRows(msgspec.Struct, frozen=True):
+    """Rows as one batch, and about how many bytes each takes unencoded."""
+
+    batch: bytes
+    sizes: list[int]
+
+
+def pack_rows(rows: list[dict[str, Any]], schema: pyarrow.Schema) -> PackedRows:
+    """Rows, each a dict of columns, as a batch of that schema."""
+    import pyarrow
+
+    batch = pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+    sizes = total_of([sizes_of(column) for column in batch.columns])
+    return PackedRows(batch.serialize().to_pybytes(), sizes.tolist())
+
+
+def total_of(sizes: list[numpy.ndarray]) -> numpy.ndarray:
+    """The sums, value by value."""
+    import numpy
+
+    return numpy.sum(sizes, axis=0)
+
+
+def sizes_of(values: pyarrow.Array) -> numpy.ndarray:
+    """About how many bytes each value takes: those of texts and pictures, and 8 for what is none or
+    a number."""
+    import numpy
+    import pyarrow
+    import pyarrow.compute
+
+    kind = values.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind):
+        sizes = pyarrow.compute.binary_length(values).fill_null(NUMBER_BYTES).to_numpy()
+    elif pyarrow.types.is_struct(kind):
+        sizes = total_of([sizes_of(values.field(i)) for i in range(kind.num_fields)])
+    elif pyarrow.types.is_list(kind):
+        up_to = numpy.concatenate([[0], numpy.cumsum(sizes_of(values.values))])
+        ends = values.offsets.to_numpy()
+        sizes = up_to[ends[1:]] - up_to[ends[:-1]]
+    else:
+        return numpy.full(len(values), NUMBER_BYTES)
+    return numpy.where(values.is_null().to_numpy(zero_copy_only=False), NUMBER_BYTES, sizes)

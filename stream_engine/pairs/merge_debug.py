@@ -7,10 +7,10 @@ drops.jsonl    the pairs that were dropped, with the reason
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -23,39 +23,15 @@ from stream_engine.store.base import Location, Spool
 NAMES = ("ranked", "pairs", "drops")
 
 
-class DebugFiles:
-    """Writes the three files into a folder, each replaced when all is done; None: does nothing."""
+class DebugLines:
+    """The lines about some samples, made where these are read."""
 
-    def __init__(self, folder: Location | None) -> None:
-        self.folder = folder
-        self.files: dict[str, BinaryIO] = {}
-        self.spools: dict[str, Spool] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> DebugFiles:
-        if self.folder is not None:
-            for name in NAMES:
-                self.spools[name] = self._stack.enter_context(store.spool(self.folder))
-                self.files[name] = self.spools[name].file
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._stack:
-            if error is None:
-                for name, spool in self.spools.items():
-                    assert self.folder is not None
-                    path = self.folder / f"{name}.jsonl"
-                    spool.publish(path, store.version_of(path))
+    def __init__(self) -> None:
+        self.lines = {name: bytearray() for name in NAMES}
+        self.expected: list[tuple[Sample, Candidate]] = []
 
     def ranked(self, sample: Sample, rollouts: SampleRollouts, rewards: SampleRewards) -> None:
         """A sample's answers with their scores, best first, those without a score last."""
-        if not self.files:
-            return
         scores = {score.index: score for score in rewards.scores}
         unscored = {i: reason for reason, indices in rewards.unscored.items() for i in indices}
         order = sorted(scores.values(), key=lambda score: (-score.score, score.index))
@@ -76,21 +52,60 @@ class DebugFiles:
         ]
         self._write("ranked", sample, {"answers": lines})
 
-    def written(
-        self, sample: Sample, candidate: Candidate, refusals: Mapping[str, str | None]
-    ) -> None:
-        """A pair that was kept."""
-        refused = {name: reason for name, reason in refusals.items() if reason is not None}
-        self._write("pairs", sample, {**shown_pair(candidate), "refused_by": refused})
+    def expect(self, sample: Sample, candidate: Candidate) -> None:
+        """A pair that was kept, and that the formats are now asked about."""
+        self.expected.append((sample, candidate))
 
     def dropped(self, sample: Sample, candidate: Candidate, reason: str) -> None:
         """A pair that was dropped."""
         self._write("drops", sample, {"reason": reason, **shown_pair(candidate)})
 
+    def take(self, refusals: Mapping[str, Sequence[str | None]]) -> dict[str, bytes]:
+        """All lines since the last call; `refusals` are by format those of the kept pairs."""
+        for number, (sample, candidate) in enumerate(self.expected):
+            by = {name: each[number] for name, each in refusals.items() if each[number] is not None}
+            self._write("pairs", sample, {**shown_pair(candidate), "refused_by": by})
+        taken = {name: bytes(lines) for name, lines in self.lines.items()}
+        self.lines = {name: bytearray() for name in NAMES}
+        self.expected = []
+        return taken
+
     def _write(self, name: str, sample: Sample, content: dict[str, Any]) -> None:
-        if self.files:
-            line = {"idx": sample.idx, "key": sample.key, "question": sample.question, **content}
-            self.files[name].write(msgspec.json.encode(line) + b"\n")
+        line = {"idx": sample.idx, "key": sample.key, "question": sample.question, **content}
+        self.lines[name] += msgspec.json.encode(line) + b"\n"
+
+
+class DebugFiles:
+    """The three files in a folder, each replaced when all is done; None: there are none."""
+
+    def __init__(self, folder: Location | None) -> None:
+        self.folder = folder
+        self.spools: dict[str, Spool] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> DebugFiles:
+        if self.folder is not None:
+            for name in NAMES:
+                self.spools[name] = self._stack.enter_context(store.spool(self.folder))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._stack:
+            if error is None:
+                for name, spool in self.spools.items():
+                    assert self.folder is not None
+                    path = self.folder / f"{name}.jsonl"
+                    spool.publish(path, store.version_of(path))
+
+    def write(self, lines: Mapping[str, bytes]) -> None:
+        """Add lines to each file."""
+        for name, content in lines.items():
+            self.spools[name].file.write(content)
 
 
 def shown(answer: Answer) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import ResultHeader, read_header, verify_result
+from stream_engine.run_dir.rankings import Checksums
+from stream_engine.run_dir.results import ResultHeader, read_identified, verify_result
 from stream_engine.run_dir.state import RunState, numbered
 
 MAX_NAMED = 10  # shards named in a message
@@ -48,6 +49,8 @@ class MergeInputs:
         self.missing: list[int] = []
         self.num_missing_samples = 0
         self.digest: list[tuple[int, str, ShardCounts | None]] = []
+        self.results: dict[int, Checksums] = {}
+        """Of the shards that take part."""
         self.images: Counter[int] = Counter()
         self.newest = 0.0
 
@@ -75,6 +78,18 @@ class MergeInputs:
             "with_images": {str(k): count for k, count in sorted(self.images.items())},
             "rejected": sum(sum(i.rejected.values()) for i in self.manifest.inputs.values()),
         }
+
+    def check_complete(self, *, allow_partial: bool) -> None:
+        """Raise MissingStageError when there is no shard, or some lack results and that is not
+        allowed."""
+        if self.num_shards == 0:
+            root = self.manifest.run_dir.root
+            raise MissingStageError(f"{root} has no shards; `stream-engine shard` makes them")
+        if self.missing and not allow_partial:
+            raise MissingStageError(
+                f"{len(self.missing)} of {self.num_shards} shards have no complete results "
+                f"({named_shards(self.missing)}); `stream-engine work` computes them"
+            )
 
     def fingerprint(self, config: RunConfig, pipeline: Pipeline, format: str) -> str:
         """Hash of everything that shapes the dataset of one format."""
@@ -109,7 +124,7 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     for info in inputs.manifest.shards:
         counts = None
         if info.index not in without_tar and all(info.index in written[s] for s in STAGES):
-            counts = complete_counts(run_dir, info, fingerprints)
+            counts = complete_counts(run_dir, info, fingerprints, inputs.results)
         inputs.digest.append((info.index, info.sha256, counts))
         inputs.images.update(info.images)
         if counts is None:
@@ -127,17 +142,11 @@ def read_complete_inputs(
     """The same of a run all of whose shards have results, or, if allowed, some of them.
 
     Raises:
-        MissingStageError: when there are none, or some lack results and that was not allowed.
+        MissingStageError: as `MergeInputs.check_complete`.
         Otherwise as `read_inputs`.
     """
     inputs = read_inputs(run_dir, fingerprints)
-    if inputs.num_shards == 0:
-        raise MissingStageError(f"{run_dir.root} has no shards; `stream-engine shard` makes them")
-    if inputs.missing and not allow_partial:
-        raise MissingStageError(
-            f"{len(inputs.missing)} of {inputs.num_shards} shards have no complete results "
-            f"({named_shards(inputs.missing)}); `stream-engine work` computes them"
-        )
+    inputs.check_complete(allow_partial=allow_partial)
     return inputs
 
 
@@ -180,16 +189,20 @@ def seen_inputs(state: RunState) -> MergeInputs:
 
 
 def complete_counts(
-    run_dir: RunDir, info: ShardInfo, fingerprints: Mapping[Stage, str]
+    run_dir: RunDir,
+    info: ShardInfo,
+    fingerprints: Mapping[Stage, str],
+    results: dict[int, Checksums],
 ) -> ShardCounts | None:
-    """The counts of a shard whose stages are both complete, else None.
+    """The counts of a shard whose stages are both complete, else None; notes their checksums.
 
     After `retry-failed` a result covers a part of its samples, and is not complete.
     """
     try:
-        rollouts, rewards = (read_header(run_dir.result(stage, info.index)) for stage in STAGES)
+        found = [read_identified(run_dir.result(stage, info.index)) for stage in STAGES]
     except ShardReadError:
         return None
+    (rollouts, of_rollouts), (rewards, of_rewards) = found
     for header, stage in zip((rollouts, rewards), STAGES):
         if (header.shard_sha256, header.fingerprint) != (info.sha256, fingerprints[stage]):
             return None
@@ -197,6 +210,7 @@ def complete_counts(
     check_header(run_dir, info, rewards, rollouts.num_results)
     if rollouts.num_samples < info.num_samples or rewards.num_samples < rollouts.num_results:
         return None
+    results[info.index] = of_rollouts, of_rewards
     return counts_of(info.num_samples, rollouts, rewards)
 
 

@@ -8,11 +8,10 @@ from typing import Literal
 
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError, LeaseLostError
-from stream_engine.outputs.publication import remove_older_rows
 from stream_engine.outputs.published import CARD
 from stream_engine.pairs.merge_inputs import seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current
-from stream_engine.pairs.merger import merge, merge_is_current
+from stream_engine.pairs.merger import merge
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.state import RunState
@@ -72,15 +71,6 @@ def merge_once(
         if was_merged_meanwhile(state, config, pipeline, before):
             return "current"
         fingerprints = state.fingerprints
-
-        def is_up_to_date() -> bool:
-            return merge_is_current(state.run_dir, config, pipeline, fingerprints)
-
-        if around_damage(state, config, worker, is_up_to_date):
-            for folder in state.run_dir.dataset_folders(config.format).values():
-                remove_older_rows(folder)
-            return "current"
-        logger.info("building pairs from %d shards", len(state.shards))
         started = time.monotonic()
 
         def write() -> MergeReport:
@@ -89,6 +79,8 @@ def merge_once(
             return merge(state.run_dir, config, pipeline, fingerprints, allow_partial=allow_partial)
 
         report = around_damage(state, config, worker, write)
+        if not report.is_new:
+            return "current"
         logger.info(
             "merged in %.1f s: %d pairs of %d candidates",
             time.monotonic() - started,

@@ -1,8 +1,10 @@
 """Results -> candidate pairs -> filters -> length balance -> dataset, statistics and card.
 
-Two passes over the shards in order, one sample in memory at a time. The first counts (balance,
-bounds of the margins); the second decides about every pair again, reads the images from the
-shards and writes. Both see the same pairs in the same order, since ranking and filters are pure.
+Two passes over the shards in order. The first takes their rankings, which are small numbers a pair
+(rankings.py), and counts: balance, bounds of the margins. The second decides about every pair, has
+the texts and images of those that stay read (rows.py) and writes. Both see the same pairs in the
+same order, since ranking and filters are pure. What a shard takes by itself, other processes do
+(helpers.py); what concerns all of them is done here.
 
 A dataset is written in a scratch folder and published when it is complete (outputs/publication.py),
 so a killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while
@@ -15,24 +17,25 @@ candidate pair is in the dataset or dropped for a reason.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
-
-from stream_engine.config import RankingConfig, RunConfig, Stage
+from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.formats.base import SPLITS, PairRow, split_of
+from stream_engine.outputs.formats.base import SPLITS, PairRow, Split, split_of
 from stream_engine.outputs.publication import Publication, remove_older_rows
 from stream_engine.pairs.balance import Balance, length_balance
-from stream_engine.pairs.filters import Candidate, split_candidates
+from stream_engine.pairs.helpers import Crew, Ranked, RankOrder
 from stream_engine.pairs.merge_debug import DebugFiles
-from stream_engine.pairs.merge_inputs import MergeInputs, read_complete_inputs, read_inputs
+from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
 from stream_engine.pairs.merge_report import (
     MergeReport,
     balance_line,
@@ -40,15 +43,18 @@ from stream_engine.pairs.merge_report import (
     read_report,
 )
 from stream_engine.pairs.output import Output
+from stream_engine.pairs.rankings import kept_ranking, ranking_settings
+from stream_engine.pairs.rows import Chunk, RowsOrder
 from stream_engine.pairs.statistics import PairStatistics, RunStatistics
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.records import Sample, SampleRewards, SampleRollouts, ShardInfo
+from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.rankings import RankedPair, RankedShard
 from stream_engine.run_dir.run_json import resolved_sampling
-from stream_engine.run_dir.shards import read_shard
 from stream_engine.store import files as store
 from stream_engine.store.base import Location
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -100,21 +106,6 @@ def export(
     )
 
 
-def merge_is_current(
-    run_dir: RunDir,
-    config: RunConfig,
-    pipeline: Pipeline,
-    fingerprints: Mapping[Stage, str],
-) -> bool:
-    """Whether every dataset asked for is there, whole, and made from what is there now."""
-    inputs = read_inputs(run_dir, fingerprints)
-    folders = run_dir.dataset_folders(config.format)
-    return all(
-        is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
-        for name, folder in folders.items()
-    )
-
-
 def write_formats(
     run_dir: RunDir,
     config: RunConfig,
@@ -127,12 +118,14 @@ def write_formats(
     """Bring each format's folder up to date."""
     for name in folders:
         export_class(name)
-    inputs = read_complete_inputs(run_dir, fingerprints, allow_partial=allow_partial)
+    inputs = read_inputs(run_dir, fingerprints)
     made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
     for name in folders.keys() - set(stale):
         remove_older_rows(folders[name])
     if stale:
+        inputs.check_complete(allow_partial=allow_partial)
+        logger.info("building pairs from %d shards", inputs.num_shards - len(inputs.missing))
         with ExitStack() as stack:
             outputs = [
                 PairOutput(
@@ -151,6 +144,14 @@ def write_formats(
     return read_report(folders, is_new=bool(stale))
 
 
+class WrittenPair(NamedTuple):
+    """A pair that is written, if its format can express it."""
+
+    pair: RankedPair
+    key: str
+    split: Split
+
+
 class PairOutput(Output):
     """One format of pairs in the making."""
 
@@ -164,16 +165,16 @@ class PairOutput(Output):
         self.splits: Counter[str] = Counter()
         self.example: PairRow | None = None
 
-    def write(self, row: PairRow, candidate: Candidate) -> str | None:
-        """Write a row; returns the reason when this format cannot express it."""
-        reason = self.export.write(row)
-        if reason is None:
-            self.statistics.add_pair(candidate)
-            self.splits[row.split] += 1
-            self.example = self.example or row
-        else:
-            self.dropped[reason] += 1
-        return reason
+    def take(self, chunk: Chunk, written: Sequence[WrittenPair]) -> None:
+        """Write the rows of these pairs, but for those that this format cannot express."""
+        self.export.take(chunk.content[self.name])
+        self.example = self.example or chunk.examples.get(self.name)
+        for (pair, key, split), refusal in zip(written, chunk.refusals[self.name], strict=True):
+            if refusal is None:
+                self.statistics.add_pair(pair, key)
+                self.splits[split] += 1
+            else:
+                self.dropped[refusal] += 1
 
     def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
         """Close the files, check the counts, and make card and statistics."""
@@ -223,18 +224,25 @@ def build(
     outputs: list[PairOutput],
 ) -> dict[str, Any]:
     """Both passes; returns what the statistics of all formats have in common."""
-    ranking = config.part(RankingConfig)
-    balance = length_balance(pipeline.length_balance, ranking)
+    balance = length_balance(pipeline.length_balance, config.part(RankingConfig))
     statistics = RunStatistics()
-    count_pairs(run_dir, pipeline, ranking, inputs, balance, statistics)
-    for output in outputs:
-        output.statistics.set_margin_bounds(statistics.least_margin, statistics.greatest_margin)
-    with DebugFiles(run_dir.debug_dir if config.debug else None) as debug:
-        dropped = write_pairs(run_dir, pipeline, config, inputs, balance, outputs, debug)
-    if statistics.num_samples != inputs.samples["scored"]:
+    formats = [output.name for output in outputs]
+    scored = inputs.samples["scored"]
+    settings = config.part(OutputConfig)
+    with Crew(run_dir, pipeline, settings, formats, num_samples=scored) as crew:
+        for _, ranked in rankings(kept_rankings(run_dir, pipeline, inputs), crew):
+            statistics.add_shard(ranked)
+            for pair in ranked.pairs:
+                balance.count(pair)
+        bounds = statistics.least_margin, statistics.greatest_margin
+        for output in outputs:
+            output.statistics.set_margin_bounds(*bounds)
+        with DebugFiles(run_dir.debug_dir if config.debug else None) as debug:
+            shards = rankings_again(kept_rankings(run_dir, pipeline, inputs), crew)
+            dropped = write_pairs(config, shards, balance, outputs, debug, crew)
+    if statistics.num_samples != scored:
         raise ConservationError(
-            f"{statistics.num_samples} samples were read, the results' headers say "
-            f"{inputs.samples['scored']}"
+            f"{statistics.num_samples} samples were read, the results' headers say {scored}"
         )
     return {
         "pipeline": pipeline.name,
@@ -249,103 +257,77 @@ def build(
     }
 
 
-def count_pairs(
-    run_dir: RunDir,
-    pipeline: Pipeline,
-    ranking: RankingConfig,
-    inputs: MergeInputs,
-    balance: Balance,
-    statistics: RunStatistics,
-) -> None:
-    """First pass: let balance and statistics see every answer and every pair that passes."""
+def kept_rankings(
+    run_dir: RunDir, pipeline: Pipeline, inputs: MergeInputs
+) -> Iterator[tuple[ShardInfo, Ranked | RankOrder]]:
+    """The ranking that is kept of each shard, in order; else the order to make it."""
+    settings = ranking_settings(pipeline)
     for info in inputs.shards():
-        for rollouts, rewards in scored_answers(run_dir, info):
-            candidates = rank(pipeline, rollouts, rewards)
-            statistics.add_sample(rollouts, rewards, num_candidates=len(candidates))
-            kept, _ = split_candidates(candidates, ranking)
-            for candidate in kept:
-                balance.count(candidate)
-                statistics.add_pair(candidate)
+        results = inputs.results[info.index]
+        kept = kept_ranking(run_dir, info.index, settings=settings, results=results)
+        order = RankOrder(info=info, results=results, settings=settings)
+        yield info, order if kept is None else Ranked(kept)
+
+
+def rankings(
+    orders: Iterator[tuple[ShardInfo, Ranked | RankOrder]], crew: Crew
+) -> Iterator[tuple[ShardInfo, RankedShard]]:
+    """The ranking of each shard in order; those that are not kept are made by helpers."""
+    for info, answer in crew.answers(orders):
+        assert isinstance(answer, Ranked)
+        yield info, answer.ranking
+
+
+def rankings_again(
+    orders: Iterator[tuple[ShardInfo, Ranked | RankOrder]], crew: Crew
+) -> Iterator[tuple[ShardInfo, RankedShard]]:
+    """The same for the second pass, whose rows the helpers make meanwhile: where a ranking could
+    not be kept, this process makes it again."""
+    for info, order in orders:
+        yield info, order.ranking if isinstance(order, Ranked) else crew.rank(order)
 
 
 def write_pairs(
-    run_dir: RunDir,
-    pipeline: Pipeline,
     config: RunConfig,
-    inputs: MergeInputs,
+    shards: Iterator[tuple[ShardInfo, RankedShard]],
     balance: Balance,
     outputs: list[PairOutput],
     debug: DebugFiles,
+    crew: Crew,
 ) -> Counter[str]:
     """Second pass: write what is kept; returns the reasons of what no format gets."""
     all_dropped: Counter[str] = Counter()
-    ranking = config.part(RankingConfig)
-    for info in inputs.shards():
-        for sample, rollouts, rewards in scored_samples(run_dir, info):
-            candidates = rank(pipeline, rollouts, rewards)
-            debug.ranked(sample, rollouts, rewards)
-            kept, dropped = split_candidates(candidates, ranking)
-            split = split_of(sample.key, config.test_fraction)
-            for candidate in kept:
-                reason = balance.reason_to_drop(candidate)
-                if reason is not None:
-                    dropped.append((candidate, reason))
-                    continue
-                row = PairRow(
-                    as_asked(sample, rollouts),
-                    candidate.chosen,
-                    candidate.rejected,
-                    candidate.pair,
-                    rollouts.num_prompt_tokens,
-                    split,
+
+    def orders() -> Iterator[tuple[RowsOrder, RowsOrder]]:
+        for info, ranked in shards:
+            reasons = [balance.reason_to_drop(pair) for pair in ranked.pairs]
+            all_dropped.update(ranked.dropped)
+            all_dropped.update([reason for reason in reasons if reason is not None])
+            if ranked.counts.num_samples:
+                order = RowsOrder(
+                    info=info,
+                    results=ranked.results,
+                    pairs=ranked.pairs,
+                    reasons=reasons,
+                    wants_example=any(output.example is None for output in outputs),
                 )
-                refusals = {output.name: output.write(row, candidate) for output in outputs}
-                debug.written(sample, candidate, refusals)
-            for candidate, reason in dropped:
-                all_dropped[reason] += 1
-                debug.dropped(sample, candidate, reason)
+                yield order, order
+
+    for order, chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
+        written = iter(written_pairs(order, config.test_fraction))
+        for _, chunk in chunks:
+            assert isinstance(chunk, Chunk)
+            pairs = list(islice(written, chunk.num_pairs))
+            for output in outputs:
+                output.take(chunk, pairs)
+            debug.write(chunk.debug)
+        if next(written, None) is not None:
+            raise ConservationError(f"shard {order.info.index}: a pair was not written")
     return all_dropped
 
 
-def as_asked(sample: Sample, rollouts: SampleRollouts) -> Sample:
-    """The sample with its question in the words that the instruct model was asked."""
-    return msgspec.structs.replace(sample, question=rollouts.asked) if rollouts.asked else sample
-
-
-def rank(pipeline: Pipeline, rollouts: SampleRollouts, rewards: SampleRewards) -> list[Candidate]:
-    """The pipeline's candidate pairs with their answers, found by index."""
-    answers = {answer.index: answer for answer in rollouts.answers}
-    return [
-        Candidate(pair, answers[pair.chosen], answers[pair.rejected])
-        for pair in pipeline.pairs_of(rollouts, rewards)
-    ]
-
-
-def scored_answers(
-    run_dir: RunDir, info: ShardInfo
-) -> Iterator[tuple[SampleRollouts, SampleRewards]]:
-    """The samples of a shard that have a result of both stages, joined by key, in order."""
-    rollouts = read_results(run_dir.result("rollouts", info.index), SampleRollouts)
-    for rewards in read_results(run_dir.result("rewards", info.index), SampleRewards):
-        answers = next((record for record in rollouts if record.key == rewards.key), None)
-        if answers is None:
-            raise ConservationError(
-                f"shard {info.index}: the scores of {rewards.key} have no answers, or are out of "
-                "order"
-            )
-        yield answers, rewards
-
-
-def scored_samples(
-    run_dir: RunDir, info: ShardInfo
-) -> Iterator[tuple[Sample, SampleRollouts, SampleRewards]]:
-    """The same with the samples themselves, read from the shard."""
-    samples = read_shard(run_dir.shard(info.index), info)
-    for rollouts, rewards in scored_answers(run_dir, info):
-        sample = next((sample for sample in samples if sample.key == rollouts.key), None)
-        if sample is None:
-            raise ConservationError(
-                f"shard {info.index}: the answers to {rollouts.key} have no sample, or are out of "
-                "order"
-            )
-        yield sample, rollouts, rewards
+def written_pairs(order: RowsOrder, test_fraction: float) -> Iterator[WrittenPair]:
+    """The pairs of an order that are to be written."""
+    for pair in order.written():
+        key = order.info.keys[pair.sample]
+        yield WrittenPair(pair, key, split_of(key, test_fraction))

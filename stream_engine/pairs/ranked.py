@@ -26,8 +26,8 @@ from stream_engine.outputs.ranking_card import ranking_card
 from stream_engine.pairs.filters import IMAGE_TAG
 from stream_engine.pairs.merge_inputs import MergeInputs, read_complete_inputs
 from stream_engine.pairs.merge_report import FormatReport, is_current, read_stats
-from stream_engine.pairs.merger import as_asked, scored_samples
 from stream_engine.pairs.output import Output
+from stream_engine.pairs.rankings import as_asked, scored_samples
 from stream_engine.pairs.statistics import RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.ranking import AnswerTexts, count_words, drop_near_duplicates, words
@@ -97,7 +97,7 @@ class RankingOutput(Output):
         """The one pass: every scored sample in order."""
         for info in inputs.shards():
             for sample, rollouts, rewards in scored_samples(run_dir, info):
-                self.statistics.add_sample(rollouts, rewards, num_candidates=0)
+                self.statistics.add_sample(rollouts, rewards)
                 row = ranked_row(sample, rollouts, rewards, config)
                 self.dropped += self.ranking.write(row)
                 self.example = self.example or row

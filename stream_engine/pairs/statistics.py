@@ -7,12 +7,12 @@ counters, and histograms over word counts and over fixed bins of the margin.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from stream_engine.pairs.balance import Lengths
-from stream_engine.pairs.filters import Candidate
 from stream_engine.records import SampleRewards, SampleRollouts
+from stream_engine.run_dir.rankings import AnswerCounts, RankedPair, RankedShard
 
 NUM_MARGIN_BINS = 40
 
@@ -62,30 +62,35 @@ class RunStatistics:
         self.least_margin = float("inf")
         self.greatest_margin = float("-inf")
 
-    def add_sample(
-        self, rollouts: SampleRollouts, rewards: SampleRewards, *, num_candidates: int
-    ) -> None:
-        """Count one sample's answers and verdicts, and the pairs ranking made of it."""
-        self.num_samples += 1
-        self.num_samples_with_candidates += num_candidates > 0
-        self.num_candidates += num_candidates
-        self.num_answers += len(rollouts.answers)
-        self.num_tokens += sum(len(answer.token_ids) for answer in rollouts.answers)
-        self.num_scored += len(rewards.scores)
-        self.finish_reasons.update(answer.finish_reason for answer in rollouts.answers)
-        self.num_brought += sum(answer.ids_from_text for answer in rollouts.answers)
-        self.models.update(answer.model for answer in rollouts.answers if answer.model)
-        self.given_pairs.update(verdicts_on_given(rollouts, rewards))
-        for reason, indices in rewards.unscored.items():
-            self.unscored[reason] += len(indices)
-        for name, value in rewards.judge.items():
-            self.judge[name] += value
+    def add_sample(self, rollouts: SampleRollouts, rewards: SampleRewards) -> None:
+        """Count the answers and verdicts of one sample."""
+        self.add_counts(counts_of([(rollouts, rewards)]))
 
-    def add_pair(self, candidate: Candidate) -> None:
-        """Take note of a pair that passed the filters, before the balance."""
-        self.length_wins.add(candidate)
-        self.least_margin = min(self.least_margin, candidate.pair.margin)
-        self.greatest_margin = max(self.greatest_margin, candidate.pair.margin)
+    def add_counts(self, counts: AnswerCounts) -> None:
+        """Count the answers and verdicts of some samples."""
+        self.num_samples += counts.num_samples
+        self.num_answers += counts.num_answers
+        self.num_tokens += counts.num_tokens
+        self.num_scored += counts.num_scored
+        self.num_brought += counts.num_brought
+        self.finish_reasons.update(counts.finish_reasons)
+        self.models.update(counts.models)
+        self.given_pairs.update(counts.given_pairs)
+        self.unscored.update(counts.unscored)
+        for name, values in counts.judge.items():
+            for value in values:  # one by one: their sum depends on the order
+                self.judge[name] += value
+
+    def add_shard(self, ranked: RankedShard) -> None:
+        """Count a shard: its answers, and the pairs that ranking made of them."""
+        self.add_counts(ranked.counts)
+        self.num_samples_with_candidates += ranked.num_samples_with_candidates
+        self.num_candidates += ranked.num_candidates
+        for pair in ranked.pairs:
+            self.length_wins.add(pair)
+        margins = [pair.margin for pair in ranked.pairs]
+        self.least_margin = min([self.least_margin, *margins])
+        self.greatest_margin = max([self.greatest_margin, *margins])
 
     def to_dict(self, judge_rates: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
         """The parts of stats.json that do not depend on the format."""
@@ -111,6 +116,34 @@ class RunStatistics:
             },
             "length_wins_before_balance": self.length_wins.to_dict(),
         }
+
+
+def counts_of(samples: Iterable[tuple[SampleRollouts, SampleRewards]]) -> AnswerCounts:
+    """The counts of some samples' answers and verdicts."""
+    counts = AnswerCounts()
+    finish_reasons: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    given_pairs: Counter[str] = Counter()
+    unscored: Counter[str] = Counter()
+    judge: defaultdict[str, list[float]] = defaultdict(list)
+    for rollouts, rewards in samples:
+        answers = rollouts.answers
+        counts.num_samples += 1
+        counts.num_answers += len(answers)
+        counts.num_tokens += sum([len(answer.token_ids) for answer in answers])
+        counts.num_scored += len(rewards.scores)
+        counts.num_brought += sum([answer.ids_from_text for answer in answers])
+        finish_reasons.update([answer.finish_reason for answer in answers])
+        models.update([answer.model for answer in answers if answer.model])
+        given_pairs.update(verdicts_on_given(rollouts, rewards))
+        for reason, indices in rewards.unscored.items():
+            unscored[reason] += len(indices)
+        for name, value in rewards.judge.items():
+            judge[name].append(value)
+    counts.finish_reasons, counts.models = dict(finish_reasons), dict(models)
+    counts.given_pairs, counts.unscored = dict(given_pairs), dict(unscored)
+    counts.judge = dict(judge)
+    return counts
 
 
 VERDICTS = ("agreed", "reversed", "tied", "unscored")
@@ -150,17 +183,17 @@ class PairStatistics:
         """What the first pass found, before any pair is added."""
         self.margins = Histogram(least, greatest)
 
-    def add_pair(self, candidate: Candidate) -> None:
-        """Count a pair that was written; the pairs of a sample come one after the other."""
+    def add_pair(self, pair: RankedPair, key: str) -> None:
+        """Count a pair of the sample of that key; those of a sample come one after the other."""
         self.num_pairs += 1
-        self.num_samples += candidate.pair.key != self.last_key
-        self.last_key = candidate.pair.key
-        self.margins.add(candidate.pair.margin)
-        self.chosen_words[candidate.chosen_words] += 1
-        self.rejected_words[candidate.rejected_words] += 1
-        self.length_wins.add(candidate)
-        self.finish_reasons[f"chosen_{candidate.chosen.finish_reason}"] += 1
-        self.finish_reasons[f"rejected_{candidate.rejected.finish_reason}"] += 1
+        self.num_samples += key != self.last_key
+        self.last_key = key
+        self.margins.add(pair.margin)
+        self.chosen_words[pair.chosen_words] += 1
+        self.rejected_words[pair.rejected_words] += 1
+        self.length_wins.add(pair)
+        self.finish_reasons[f"chosen_{pair.chosen_finish}"] += 1
+        self.finish_reasons[f"rejected_{pair.rejected_finish}"] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """The parts of stats.json about the pairs of this dataset."""

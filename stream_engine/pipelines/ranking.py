@@ -19,6 +19,7 @@ and the near-duplicate test decide differently near their thresholds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -35,22 +36,30 @@ UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 
 
+MAX_COUNTED = 1024
+"""Texts whose words are remembered: those of a few questions, which are asked for several times."""
+
+
 def words(text: str) -> list[str]:
     """The words of a text: runs without white space, or single Chinese or Japanese characters."""
-    return WORD.findall(text)
+    return text.split() if text.isascii() else WORD.findall(text)
 
 
+@functools.lru_cache(maxsize=MAX_COUNTED)
 def count_words(text: str) -> int:
     """`len(words(text))`."""
     return len(words(text))
 
 
-Ngrams = frozenset[tuple[str, ...]]
+Ngrams = frozenset[str]
 
 
 def ngrams(text: Sequence[str], n: int) -> Ngrams:
-    """The distinct runs of n words."""
-    return frozenset(tuple(text[i : i + n]) for i in range(len(text) - n + 1))
+    """The distinct runs of n words, each as one string: words have no space of their own.
+
+    A string keeps its hash, which a tuple computes anew from all its words.
+    """
+    return frozenset([" ".join(text[i : i + n]) for i in range(len(text) - n + 1)])
 
 
 def similarity(a: Sequence[str], b: Sequence[str], *, n: int | None = None) -> float:
@@ -68,23 +77,44 @@ class AnswerTexts:
 
     def __init__(self, words: dict[int, list[str]]) -> None:
         self.words = words
-        self._ngrams: dict[tuple[int, int], Ngrams] = {}
+        self.num_words = {index: len(text) for index, text in words.items()}
+        self._ngrams: dict[int, dict[int, Ngrams]] = {}
 
     def ngrams(self, index: int, n: int) -> Ngrams:
-        if (index, n) not in self._ngrams:
-            self._ngrams[index, n] = ngrams(self.words[index], n)
-        return self._ngrams[index, n]
+        known = self._ngrams.setdefault(n, {})
+        if index not in known:
+            known[index] = ngrams(self.words[index], n)
+        return known[index]
 
     def similarity(self, a: int, b: int, *, n: int | None) -> float:
         """`similarity` of two answers, by index."""
         if n is None:
-            n = min(NGRAM, len(self.words[a]), len(self.words[b]))
+            n = min(NGRAM, self.num_words[a], self.num_words[b])
             if n == 0:
-                return float(len(self.words[a]) == len(self.words[b]))
-        grams_a, grams_b = self.ngrams(a, n), self.ngrams(b, n)
-        num_common = len(grams_a & grams_b)
-        num_either = len(grams_a) + len(grams_b) - num_common
-        return num_common / num_either if num_either else 0.0
+                return float(self.num_words[a] == self.num_words[b])
+        return jaccard(self.ngrams(a, n), self.ngrams(b, n))
+
+    def is_near(self, index: int, others: Iterable[int], threshold: float, n: int | None) -> bool:
+        """Whether the similarity of an answer to one of the others exceeds the threshold."""
+        if n is not None or self.num_words[index] < NGRAM or threshold < 0:
+            return any(self.similarity(index, other, n=n) > threshold for other in others)
+        mine = self.ngrams(index, NGRAM)
+        for other in others:
+            if self.num_words[other] < NGRAM:
+                if self.similarity(index, other, n=None) > threshold:
+                    return True
+            elif jaccard(mine, self.ngrams(other, NGRAM)) > threshold:
+                return True
+        return False
+
+
+def jaccard(a: Ngrams, b: Ngrams) -> float:
+    """What two sets have in common, as a share of all that is in either; 0 for two empty ones."""
+    if a.isdisjoint(b):
+        return 0.0
+    num_common = len(a & b)
+    num_either = len(a) + len(b) - num_common
+    return num_common / num_either if num_either else 0.0
 
 
 def drop_near_duplicates(
@@ -93,7 +123,7 @@ def drop_near_duplicates(
     """Keep each answer that is not too similar to one kept before it; the order stays."""
     kept: list[AnswerScore] = []
     for score in scores:
-        if all(texts.similarity(score.index, o.index, n=n) <= threshold for o in kept):
+        if not texts.is_near(score.index, [other.index for other in kept], threshold, n):
             kept.append(score)
     return kept
 
@@ -161,7 +191,7 @@ def of_similar_length(
     best: Sequence[AnswerScore], worst: Sequence[AnswerScore], texts: AnswerTexts, *, distance: int
 ) -> list[tuple[AnswerScore, AnswerScore]]:
     """Any of the best with any of the worst whose word counts differ by less than `distance`."""
-    num_words = {index: len(text) for index, text in texts.words.items()}
+    num_words = texts.num_words
     return [
         (chosen, rejected)
         for chosen in best

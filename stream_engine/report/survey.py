@@ -17,7 +17,7 @@ from itertools import groupby
 from stream_engine.config import RankingConfig
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.filters import Candidate, split_candidates
-from stream_engine.pairs.merger import rank, scored_answers
+from stream_engine.pairs.rankings import rank, scored_answers
 from stream_engine.pairs.statistics import Histogram, LengthWins
 from stream_engine.records import SampleRewards, SampleRollouts
 from stream_engine.report.places import KEPT, Draw, PairFile, PairPlace, Place, Shown

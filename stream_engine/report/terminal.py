@@ -24,7 +24,7 @@ from rich.text import Text
 from stream_engine.config import RankingConfig
 from stream_engine.errors import ConfigError, RecordError
 from stream_engine.pairs.filters import split_candidates
-from stream_engine.pairs.merger import rank, scored_answers
+from stream_engine.pairs.rankings import rank, scored_answers
 from stream_engine.pictures import pixels_of, small_picture
 from stream_engine.records import Sample, ShardInfo
 from stream_engine.report.difference import Segment

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from stream_engine.config import STAGES
 from stream_engine.errors import ConfigError
 from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
+from stream_engine.run_dir.rankings import ranking_line
 from stream_engine.run_dir.results import quarantined_by, read_results
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, slim
@@ -59,6 +60,8 @@ def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
         )
         for record in quarantined_by(state.run_dir, header):
             yield f"  {describe_failure(record)}"
+    if all(state.is_complete(stage, shard) for stage in STAGES):
+        yield f"ranking   {ranking_line(state.run_dir, info.index)}"
     lease = state.holders().get(info.index)
     if lease is not None:
         yield f"running   {lease.worker_id} since {duration(lease.held_s)}"

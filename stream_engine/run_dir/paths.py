@@ -9,6 +9,7 @@ The run directory is a folder, or a place in object storage.
                                    manifest-00001.jsonl and so on, the list of shards
     results/<stage>/000012.msgpack
     results/<stage>.headers        what the headers of these say; may be deleted
+    rankings/000012.msgpack        what ranking made of a shard; may be deleted
     damaged/<stage>-000012.msgpack results whose bytes were found changed, kept to be looked at
     failures/000012.json           why a shard failed
     quarantine/*.jsonl             records set aside, with their reasons; a name ends in random
@@ -68,6 +69,13 @@ class RunDir:
 
     def headers(self, stage: str) -> Location:
         return self.root / "results" / f"{stage}.headers"
+
+    @property
+    def rankings_dir(self) -> Location:
+        return self.root / "rankings"
+
+    def ranking(self, index: int) -> Location:
+        return self.rankings_dir / f"{index:06d}.msgpack"
 
     def damaged(self, stage: str, index: int) -> Location:
         """Where a result goes whose bytes are not those that were written."""

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from stream_engine.config import Stage
-from stream_engine.errors import ConservationError, ShardReadError
+from stream_engine.errors import ChangedError, ConservationError, ShardReadError
 from stream_engine.records import SCHEMA_VERSION, Failure, SampleRewards, SampleRollouts
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import CHUNK_BYTES, HashingWriter
@@ -188,24 +188,40 @@ def read_header(file: Location | Entry) -> ResultHeader:
     Raises:
         ShardReadError: when the file is missing, cut, no result file or of a newer version.
     """
+    return read_identified(file)[0]
+
+
+def read_identified(file: Location | Entry) -> tuple[ResultHeader, str]:
+    """The header of a result file, and the checksum that its end states: no other content has it.
+
+    Raises:
+        ShardReadError: as `read_header`.
+    """
     try:
         head, tail, size = files.read_ends(file, head=HEAD_BYTES, tail=FOOTER.size)
     except OSError as error:
         raise ShardReadError(path_of(file), error.strerror or str(error)) from error
-    return parse_ends(file, head, tail, size)
+    header = parse_ends(file, head, tail, size)
+    return header, FOOTER.unpack(tail)[1].hex()
 
 
-def read_results(path: Location, record_type: type[RecordT]) -> Iterator[RecordT]:
+def read_results(
+    path: Location, record_type: type[RecordT], *, checksum: str | None = None
+) -> Iterator[RecordT]:
     """Yield the records of a result file, one at a time, after verifying its checksum.
 
+    Args:
+        checksum: of the very content that is wanted, as `read_identified` told it.
+
     Raises:
+        ChangedError: when another process has replaced that content since.
         ShardReadError: when the file is missing, cut or changed; it names the file.
     """
     try:
         with files.open_file(path) as file:
             header = parse_header(path, file)
             start = file.tell()
-            verify_checksum(path, file)
+            verify_checksum(path, file, wanted=checksum)
             file.seek(start)
             decoder = msgspec.msgpack.Decoder(record_type)
             for number in range(header.num_results):
@@ -217,16 +233,17 @@ def read_results(path: Location, record_type: type[RecordT]) -> Iterator[RecordT
         raise ShardReadError(path, error.strerror or str(error)) from error
 
 
-def verify_result(path: Location) -> None:
-    """Check a result file's checksum.
+def verify_result(path: Location, *, checksum: str | None = None) -> None:
+    """Check a result file's checksum, as `read_results` does.
 
     Raises:
+        ChangedError: when another process has replaced the content of that `checksum`.
         ShardReadError: when the file is missing, cut or changed; it names the file.
     """
     try:
         with files.open_file(path) as file:
             parse_header(path, file)
-            verify_checksum(path, file)
+            verify_checksum(path, file, wanted=checksum)
     except OSError as error:
         raise ShardReadError(path, error.strerror or str(error)) from error
 
@@ -276,8 +293,8 @@ def read_frame(path: Location, file: BinaryIO) -> bytes:
     raise ShardReadError(path, "the file ends inside a record")
 
 
-def verify_checksum(path: Location, file: BinaryIO) -> None:
-    """Compare the footer's checksum with the bytes before it."""
+def verify_checksum(path: Location, file: BinaryIO, *, wanted: str | None = None) -> None:
+    """Compare the footer's checksum with the bytes before it, and with the one that is wanted."""
     remaining = size_of(file) - FOOTER.size
     digest = hashlib.sha256()
     file.seek(0)
@@ -289,6 +306,8 @@ def verify_checksum(path: Location, file: BinaryIO) -> None:
         remaining -= len(chunk)
     if digest.digest() != FOOTER.unpack(file.read(FOOTER.size))[1]:
         raise ShardReadError(path, "its checksum does not match its content")
+    if wanted is not None and digest.hexdigest() != wanted:
+        raise ChangedError(path)
 
 
 def size_of(file: BinaryIO) -> int:

@@ -261,8 +261,13 @@ def has_results(run_dir: RunDir, stage: Stage) -> bool:
 def discard(run_dir: RunDir, stage: Stage, *, keep: str) -> None:
     """Remove a stage's results and their quarantined records, but those of the fingerprint `keep`.
 
+    What ranking made of them goes too.
+
     Failures are of settings, too, and count under those alone.
     """
+    for entry in files.list_files(run_dir.rankings_dir):
+        with suppress(ChangedError):  # it is of no use to anybody, and nobody reads it as if
+            files.remove(entry.path, entry.version, durable=False)
     for entry in files.list_files(run_dir.results_dir(stage)):
         while (version := files.version_of(entry.path)) is not None:
             quarantine = ""

@@ -5,7 +5,7 @@ image with its original encoded bytes. Owner, mode and times are fixed, so equal
 tars. A tar that was cut at a member's boundary reads silently short in WebDataset: readers here
 compare size, checksum, keys and count with the manifest's ShardInfo.
 
-webdataset imports torch, so it is imported where a tar is really read or written.
+webdataset imports torch, so it is imported where a tar is written, or is not one of ours any more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from tarfile import TarError
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import msgspec
 
 from stream_engine.errors import ShardReadError
 from stream_engine.records import EncodedImage, GivenAnswer, Sample, ShardInfo, sample_key
+from stream_engine.run_dir.plain_tar import UnusualTar, plain_samples
 from stream_engine.store import files
 from stream_engine.store.base import Location, Version
 
@@ -138,6 +140,18 @@ def tar_samples(path: Location, file: BinaryIO) -> Iterator[dict[str, Any]]:
     Raises:
         ShardReadError: for whatever goes wrong with the tar, naming the member it happened in.
     """
+    num_read = 0
+    try:
+        for sample in plain_samples(file):
+            yield sample
+            num_read += 1
+    except UnusualTar:
+        file.seek(0)
+        yield from islice(general_samples(path, file), num_read, None)
+
+
+def general_samples(path: Location, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The same of any tar, as webdataset reads it."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     member = ""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
+from stream_engine.run_dir.rankings import is_damaged
 from stream_engine.run_dir.results import (
     RECORD_TYPES,
     quarantined_by,
@@ -29,6 +30,11 @@ def damaged_parts(state: RunState) -> Iterator[str]:
         try:
             for _ in read_shard(state.run_dir.shard(info.index), info):
                 pass
+            if is_damaged(state.run_dir, info.index):
+                yield (
+                    f"{state.run_dir.ranking(info.index)}: is not what was written; delete it, "
+                    "whoever needs it makes it again"
+                )
             for stage in STAGES:
                 header = state.header(stage, shard)
                 if header is None:

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from stream_engine.config import RunConfig, Stage, WorkerConfig
+from stream_engine.config import STAGES, RunConfig, Stage, WorkerConfig
 from stream_engine.errors import ConfigError, LeaseLostError
+from stream_engine.pairs.rankings import rank_finished
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Sample
@@ -266,12 +267,24 @@ class Worker:
             if not left or self.state.is_failed(shard):
                 return False
             try:
-                return self.attempt(left, shard, lease)
+                is_done = self.attempt(left, shard, lease)
             except LeaseLostError as error:
                 logger.warning("%s", error)
                 return False
             finally:
                 self.state.refresh_shard(shard)
+            if is_done:
+                self.keep_ranking(shard)
+            return is_done
+
+    def keep_ranking(self, shard: Shard) -> None:
+        """Rank a shard whose stages are all done, which the merge would otherwise have to do."""
+        if not all(self.state.is_complete(stage, shard) for stage in STAGES):
+            return
+        info = self.state.manifest.shards[shard.index]
+        error = caught(functools.partial(rank_finished, self.run_dir, self.pipeline, info))
+        if error is not None:
+            logger.debug("shard %d is left to the merge to rank: %s", shard.index, error)
 
     def attempt(self, left: Sequence[Stage], shard: Shard, lease: Lease) -> bool:
         """Try once; a failure is recorded, and the run goes on."""

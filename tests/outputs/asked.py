@@ -14,7 +14,7 @@ from PIL import Image
 from stream_engine.models.base import VisionLanguageModel
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import PairRow
-from stream_engine.pairs.merger import as_asked
+from stream_engine.pairs.rankings import as_asked
 from stream_engine.records import (
     Answer,
     EncodedImage,

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from stream_engine.outputs.validate import validate
-from stream_engine.pairs.merger import as_asked
+from stream_engine.pairs.rankings import as_asked
 from stream_engine.run_dir.paths import RunDir
 from tests.synthetic import run_merge, synthetic_rollouts, synthetic_sample, write_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,10 +17,12 @@ from stream_engine.errors import (
     MissingStageError,
     ShardReadError,
 )
+from stream_engine.outputs.formats.base import Packed, PairRow
 from stream_engine.outputs.formats.rlaifv import RlaifvExport
 from stream_engine.outputs.validate import validate
-from stream_engine.pairs import merger
-from stream_engine.pairs.merger import export, merge, merge_is_current
+from stream_engine.pairs import merge_report
+from stream_engine.pairs.merge_inputs import read_inputs
+from stream_engine.pairs.merger import export, merge
 from stream_engine.records import PreferencePair, Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
@@ -45,7 +48,11 @@ def samples(num: int, **options: object) -> list[Sample]:
 
 def is_current(run_dir: RunDir, **settings: object) -> bool:
     config = RunConfig.create(dict(settings))
-    return merge_is_current(run_dir, config, SyntheticPipeline(config), FINGERPRINTS)
+    pipeline, inputs = SyntheticPipeline(config), read_inputs(run_dir, FINGERPRINTS)
+    return all(
+        merge_report.is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
+        for name, folder in run_dir.dataset_folders(config.format).items()
+    )
 
 
 def test_samples_and_pairs_are_conserved_and_said_so(run_dir: RunDir) -> None:
@@ -215,12 +222,13 @@ def test_a_row_lost_on_the_way_is_noticed_and_the_old_dataset_stays(
 ) -> None:
     run_merge(run_dir)
     before = bytes_of(run_dir.dataset_dir)
-    original = RlaifvExport.write
+    original = RlaifvExport.pack
 
-    def forgetful(self: RlaifvExport, row: merger.PairRow) -> str | None:
-        return None if row.sample.idx == "idx-7" else original(self, row)
+    def forgetful(rows: Sequence[PairRow]) -> Packed:
+        kept = original([row for row in rows if row.sample.idx != "idx-7"])
+        return Packed(original(rows).refusals, kept.content)
 
-    monkeypatch.setattr(RlaifvExport, "write", forgetful)
+    monkeypatch.setattr(RlaifvExport, "pack", forgetful)
     with pytest.raises(ConservationError, match="but the files hold"):
         run_merge(run_dir, rank=2)
     assert bytes_of(run_dir.dataset_dir) == before
@@ -237,6 +245,7 @@ def test_a_pipeline_that_ranks_differently_each_time_is_noticed(run_dir: RunDir)
             self.num_calls += 1
             return super().candidate_pairs(sample, rewards)[: 1 if self.num_calls > 18 else None]
 
+    run_dir.rankings_dir.write_text("no folder, so that both passes rank")
     config = RunConfig()
     with pytest.raises(ConservationError, match="the pairs do not add up"):
         merge(run_dir, config, Fickle(config), FINGERPRINTS)

@@ -10,14 +10,23 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
-from stream_engine.outputs.parquet import FLOAT, INT, STRING, ParquetParts, Part, arrow_schema
+from stream_engine.outputs.parquet import (
+    FLOAT,
+    INT,
+    STRING,
+    PackedRows,
+    ParquetParts,
+    Part,
+    arrow_schema,
+    pack_rows,
+)
 from stream_engine.records import Answer, AnswerScore, PreferencePair, Sample
 
 Split = Literal["train", "test"]
@@ -83,6 +92,14 @@ class RankedRow:
         return [one for one in self.answers if not one.unfit]
 
 
+class Packed(NamedTuple):
+    """Rows on their way to the file of a format."""
+
+    refusals: list[str | None]
+    """For each row the reason why the format cannot express it; None: it is in the content."""
+    content: bytes
+
+
 def split_of(key: str, test_fraction: float) -> Split:
     """Where all pairs of a question go: its key alone decides, whatever else is in the run."""
     share = int(key[:8], 16) / 2**32
@@ -142,9 +159,20 @@ class DatasetFiles(ABC):
 class Export(DatasetFiles):
     """Writes pairs."""
 
+    @classmethod
     @abstractmethod
+    def pack(cls, rows: Sequence[PairRow]) -> Packed:
+        """Rows as `take` wants them, in any process; those that it cannot express are refused."""
+
+    @abstractmethod
+    def take(self, content: bytes) -> None:
+        """Write what `pack` made."""
+
     def write(self, row: PairRow) -> str | None:
         """Take a row, or return the reason why this format cannot express it."""
+        packed = self.pack([row])
+        self.take(packed.content)
+        return packed.refusals[0]
 
 
 class ParquetFiles(DatasetFiles):
@@ -182,16 +210,27 @@ class ParquetFiles(DatasetFiles):
 class ParquetExport(ParquetFiles, Export):
     """Pairs as rows of parquet."""
 
+    @classmethod
     @abstractmethod
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         """The row's columns, or the reason why there are none."""
 
-    def write(self, row: PairRow) -> str | None:
-        columns = self.to_row(row)
-        if isinstance(columns, str):
-            return columns
-        self.parts_of(row.split).write(columns)
-        return None
+    @classmethod
+    def pack(cls, rows: Sequence[PairRow]) -> Packed:
+        refusals: list[str | None] = []
+        columns: dict[Split, list[dict[str, Any]]] = {}
+        for row in rows:
+            made = cls.to_row(row)
+            refusals.append(made if isinstance(made, str) else None)
+            if not isinstance(made, str):
+                columns.setdefault(row.split, []).append(made)
+        schema = arrow_schema(cls.features)
+        packed = {split: pack_rows(rows, schema) for split, rows in columns.items()}
+        return Packed(refusals, msgspec.msgpack.encode(packed))
+
+    def take(self, content: bytes) -> None:
+        for split, rows in msgspec.msgpack.decode(content, type=dict[Split, PackedRows]).items():
+            self.parts_of(split).take(rows)
 
 
 class Ranking(ParquetFiles):

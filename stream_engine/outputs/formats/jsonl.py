@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from stream_engine.outputs.formats.base import Export, PairRow, Split
+from stream_engine.outputs.formats.base import Export, Packed, PairRow, Split
 from stream_engine.outputs.parquet import Part
 from stream_engine.run_dir.shards import image_extension
+
+
+class JsonlRow(msgspec.Struct, frozen=True, array_like=True):
+    """A row on its way to its file."""
+
+    split: Split
+    columns: dict[str, Any]
+    images: list[str]
+    """The files of its pictures."""
+    data: list[bytes]
+    """Their contents, but for a row whose pictures came with the row before it."""
 
 
 class JsonlExport(Export):
@@ -24,7 +36,6 @@ class JsonlExport(Export):
         (folder / "images").mkdir(exist_ok=True)
         self.files: dict[Split, JsonlFile] = {}
         self.file_of("train")
-        self.last_key = ""
 
     def file_of(self, split: Split) -> JsonlFile:
         """The file of a split, begun when its first row comes."""
@@ -32,24 +43,36 @@ class JsonlExport(Export):
             self.files[split] = JsonlFile(self.folder / self.data_files.format(split=split))
         return self.files[split]
 
+    @classmethod
     @abstractmethod
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         """The row's JSON object but for its `images`, or the reason why there is none."""
 
-    def write(self, row: PairRow) -> str | None:
-        columns = self.to_row(row)
-        if isinstance(columns, str):
-            return columns
-        names = [
-            f"images/{row.sample.key}.{i}.{image_extension(image.data)}"
-            for i, image in enumerate(row.sample.images)
-        ]
-        if row.sample.key != self.last_key:  # the pairs of a sample come one after the other
-            for name, image in zip(names, row.sample.images):
-                (self.folder / name).write_bytes(image.data)
-            self.last_key = row.sample.key
-        self.file_of(row.split).write(columns, names)
-        return None
+    @classmethod
+    def pack(cls, rows: Sequence[PairRow]) -> Packed:
+        refusals: list[str | None] = []
+        lines: list[JsonlRow] = []
+        last_key = ""
+        for row in rows:
+            columns = cls.to_row(row)
+            refusals.append(columns if isinstance(columns, str) else None)
+            if isinstance(columns, str):
+                continue
+            images = {
+                f"images/{row.sample.key}.{i}.{image_extension(image.data)}": image.data
+                for i, image in enumerate(row.sample.images)
+            }
+            is_new = row.sample.key != last_key  # the pairs of a sample come one after the other
+            data = list(images.values()) if is_new else []
+            lines.append(JsonlRow(row.split, columns, list(images), data))
+            last_key = row.sample.key
+        return Packed(refusals, msgspec.msgpack.encode(lines))
+
+    def take(self, content: bytes) -> None:
+        for line in msgspec.msgpack.decode(content, type=list[JsonlRow]):
+            for name, image in zip(line.images, line.data):
+                (self.folder / name).write_bytes(image)
+            self.file_of(line.split).write(line.columns, line.images)
 
     def close(self) -> list[Part]:
         return [file.close() for file in self.files.values()]

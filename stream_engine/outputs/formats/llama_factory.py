@@ -40,7 +40,8 @@ class LlamaFactoryExport(ParquetExport):
         **EXTRAS,
     }
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         turns = turns_of(row)
         if isinstance(turns, str):
             return turns
@@ -54,7 +55,8 @@ class LlamaFactoryExport(ParquetExport):
 class LlamaFactoryJsonlExport(JsonlExport):
     """JSON lines, the pictures as files beside them."""
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         turns = turns_of(row)
         return turns if isinstance(turns, str) else {**turns, **extras(row)}
 

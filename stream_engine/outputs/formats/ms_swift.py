@@ -24,7 +24,8 @@ class MsSwiftExport(ParquetExport):
         **EXTRAS,
     }
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         turns = turns_of(row)
         if isinstance(turns, str):
             return turns
@@ -34,7 +35,8 @@ class MsSwiftExport(ParquetExport):
 class MsSwiftJsonlExport(JsonlExport):
     """JSON lines, the pictures as files beside them."""
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         turns = turns_of(row)
         return turns if isinstance(turns, str) else {**turns, **extras(row)}
 

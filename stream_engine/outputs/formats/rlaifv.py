@@ -41,7 +41,8 @@ class RlaifvExport(ParquetExport):
     marker = "train-logps.parquet"
     """A file without rows: the trainer uses stored log-probs if a file name has `logp` in it."""
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         if len(row.sample.images) != 1:
             return "needs_one_image"
         first, *others = question_parts(row.sample)

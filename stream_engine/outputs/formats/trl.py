@@ -45,7 +45,8 @@ class TrlExport(ParquetExport):
         **EXTRAS,
     }
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         return {
             "images": embedded_images(row.sample),
             "prompt": prompt_of(row.sample),
@@ -70,7 +71,8 @@ class TrlRewardExport(ParquetExport):
         **{name: feature for name, feature in EXTRAS.items() if name != "margin"},
     }
 
-    def to_row(self, row: PairRow) -> dict[str, Any] | str:
+    @classmethod
+    def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         question = {"role": "user", "content": marked_question(row.sample)}
         columns = {
             "images": embedded_images(row.sample),
@@ -78,7 +80,7 @@ class TrlRewardExport(ParquetExport):
             "rejected": [question, {"role": "assistant", "content": row.rejected.text}],
             **extras(row),
         }
-        return {name: columns[name] for name in self.features}
+        return {name: columns[name] for name in cls.features}
 
 
 class TrlKtoRanking(Ranking):
