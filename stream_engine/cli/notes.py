@@ -81,6 +81,8 @@ the work directory:
     shards/000012.tar                  WebDataset tars; manifest.jsonl, continued in
                                        manifest-00001.jsonl, has their samples and checksums
     results/rollouts/000012.msgpack    answers;  results/rewards/000012.msgpack  scores
+    rankings/000012.msgpack            what ranking made of these; may be deleted, a merge that
+                                       needs it makes it again
     failures/000012.json               why a shard failed
     quarantine/                        records set aside, with their reasons; a file's name ends in
                                        random digits, and a result or the manifest names it

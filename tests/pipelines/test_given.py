@@ -13,7 +13,7 @@ from stream_engine import api
 from stream_engine.cli.main import main
 from stream_engine.demo import demo_models
 from stream_engine.demo.data import dataset_bytes
-from stream_engine.pairs.merger import scored_samples
+from stream_engine.pairs.rankings import scored_samples
 from stream_engine.records import Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
