@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from operator import itemgetter
 
 import msgspec
@@ -22,8 +22,8 @@ from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
-from stream_engine.store.base import Entry, Location
-from stream_engine.store.leases import LeaseInfo, list_leases
+from stream_engine.store.base import Entry, Location, Version
+from stream_engine.store.leases import Holder, LeaseInfo, list_leases
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class RunState:
         self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
         self._kept = {stage: KeptHeaders(run_dir, stage) for stage in STAGES}
         self.keeps_headers = keeps_headers
+        self._holders: dict[str, tuple[Version, Holder]] = {}
         self._clock = (0.0, 0.0)
         self._refreshed = float("-inf")
         self._refresh_cost_s = 0.0
@@ -75,18 +76,19 @@ class RunState:
         """Look at the files again, unless that was done within `max_age_s`.
 
         Where looking is slow (many shards, a network file system) that age is stretched, so that a
-        worker spends at most a twentieth of its time here.
+        worker spends at most a twentieth of its time here. Results that were complete are looked at
+        only without `max_age_s`: nobody but `retry-failed` takes one away.
         """
         started = time.monotonic()
         if max_age_s and started - self._refreshed < max(max_age_s, 20 * self._refresh_cost_s):
             return self
         self._refresh_manifest()
         for stage in STAGES:
-            self._refresh_results(stage)
+            self._refresh_results(stage, only_missing=max_age_s > 0)
         self._refresh_failures()
         folder = self.run_dir.leases_dir
         self._clock = files.now(folder), time.monotonic()
-        leases = list_leases(folder, now=self.now())
+        leases = list_leases(folder, now=self.now(), known=self._holders)
         self.leases = [lease for lease in leases if not lease.is_stale]
         self._refreshed = time.monotonic()
         self._refresh_cost_s = self._refreshed - started
@@ -180,16 +182,20 @@ class RunState:
         new = shards.at(shards.offsets[len(self.shards) :])
         self.shards.extend(slim(info) for info in new)
 
-    def _refresh_results(self, stage: Stage) -> None:
+    def _refresh_results(self, stage: Stage, *, only_missing: bool) -> None:
         """Read the headers of results that are new, or were not complete the last time."""
-        present = dict(numbered(self.run_dir.results_dir(stage)))
+        complete = {shard.index for shard in self.shards if self.is_complete(stage, shard)}
+        passed_over = complete if only_missing else set()
+        present = dict(numbered(self.run_dir.results_dir(stage), passed_over))
         self.highest_result = max(self.highest_result, max(present, default=-1))
         seen, unread = self._seen[stage], []
         for shard in self.shards:
+            if shard.index in passed_over:
+                continue
             entry = present.get(shard.index)
             if entry is None:
                 seen.pop(shard.index, None)
-            elif not self.is_complete(stage, shard):
+            elif shard.index not in complete:
                 unread.append((shard, entry))
         if len(unread) > FEW:
             kept = self._kept[stage].refresh()
@@ -241,9 +247,18 @@ def slim(info: ShardInfo) -> Shard:
     return Shard(info.index, info.num_samples, info.sha256, info.images)
 
 
-def numbered(folder: Location) -> list[tuple[int, Entry]]:
-    """The files of a folder that are named by a shard's index, in order."""
-    found = ((entry.name.rpartition(".")[0], entry) for entry in files.list_files(folder))
-    return sorted(
-        ((int(stem), entry) for stem, entry in found if stem.isdecimal()), key=itemgetter(0)
-    )
+def numbered(folder: Location, passed_over: Container[int] = ()) -> list[tuple[int, Entry]]:
+    """The files of a folder that are named by a shard's index, in order; but for some of these."""
+
+    def is_wanted(name: str) -> bool:
+        index = index_of(name)
+        return index is not None and index not in passed_over
+
+    found = files.list_files(folder, wanted=is_wanted)
+    return sorted(((index_of(entry.name) or 0, entry) for entry in found), key=itemgetter(0))
+
+
+def index_of(name: str) -> int | None:
+    """The shard whose file has that name; None when it is of no shard."""
+    stem = name.rpartition(".")[0]
+    return int(stem) if stem.isdecimal() else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Protocol
@@ -72,6 +73,14 @@ class ObjectPath:
 
 
 Location = Path | ObjectPath
+
+
+Wanted = Callable[[str], bool]
+"""Whether a listing tells of a file of that name."""
+
+
+def all_names(name: str) -> bool:
+    return True
 
 
 class Entry(NamedTuple):
@@ -136,7 +145,7 @@ class Store(Protocol):
     def stat(self, path: Location) -> Entry | None:
         """What a file is; None when it is absent."""
 
-    def list_files(self, folder: Location) -> list[Entry]:
+    def list_files(self, folder: Location, wanted: Wanted = all_names) -> list[Entry]:
         """The files that lie in a folder, by name; names that begin with a dot are not told."""
 
     def list_folders(self, folder: Location) -> list[Location]:

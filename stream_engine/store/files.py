@@ -13,7 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from stream_engine.errors import ConfigError
-from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Store, Version
+from stream_engine.store.base import (
+    Entry,
+    Location,
+    ObjectPath,
+    Spool,
+    Store,
+    Version,
+    Wanted,
+    all_names,
+)
 from stream_engine.store.local import LocalStore, remove_leftovers, temporary_path
 from stream_engine.store.objects import SCHEMES, is_object_url, object_path, object_store
 
@@ -70,9 +79,14 @@ def version_of(path: Location) -> Version | None:
     return None if entry is None else entry.version
 
 
-def list_files(folder: Location) -> list[Entry]:
-    """The files that lie in a folder, by name; temporary ones are not told."""
-    return store_of(folder).list_files(folder)
+def list_files(folder: Location, *, wanted: Wanted = all_names) -> list[Entry]:
+    """The files that lie in a folder, by name; temporary ones are not told.
+
+    Args:
+        wanted: says by its name whether a file is told. On a disk the others are not looked at,
+            which on a network file system is a request for each.
+    """
+    return store_of(folder).list_files(folder, wanted)
 
 
 def list_folders(folder: Location) -> list[Location]:

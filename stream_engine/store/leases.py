@@ -27,6 +27,9 @@ from stream_engine.store.processes import process_start, system_identity
 
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
+MANY_LEASES = 64
+BEATING_S = 10.0
+"""Where there are many leases, one that was renewed so lately is taken for held without a look."""
 GIVEN_BACK: set[str] = set()
 """Tokens of this process that hold nothing, though a file that could not be changed may say so."""
 
@@ -47,6 +50,18 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     """By the store's clock."""
     timeout_s: float
+
+
+UNKNOWN = Holder(
+    token="",
+    worker_id="unknown",
+    host="unknown",
+    pid=0,
+    system="",
+    process_start="",
+    started=0.0,
+    timeout_s=0.0,
+)
 
 
 class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,32 +192,55 @@ def write(path: Location, holder: Holder, version: Version | None) -> Version:
     return files.replace(path, msgspec.json.encode(holder), version, durable=False)
 
 
-def list_leases(folder: Location, *, now: float | None = None) -> list[LeaseInfo]:
-    """All leases in a folder, sorted by name. `now` is the store's time, where it is known."""
+def list_leases(
+    folder: Location,
+    *,
+    now: float | None = None,
+    known: dict[str, tuple[Version, Holder]] | None = None,
+) -> list[LeaseInfo]:
+    """All leases in a folder, sorted by name.
+
+    Args:
+        now: the store's time, where the caller knows it.
+        known: what was read before, by file name; kept up to date. With it a lease is read once a
+            beat at most; and of more than MANY_LEASES those that beat within BEATING_S are not
+            read at all, since their holders live: who they are may be `unknown` then.
+    """
     found = [entry for entry in files.list_files(folder) if entry.name.endswith(SUFFIX)]
     if not found:
         return []
     now = files.now(folder) if now is None else now
+    holders = {} if known is None else known
+    for name in holders.keys() - {one.name for one in found}:
+        del holders[name]
     infos = []
-    for one in found:
-        current = files.read(one.path)
-        if current is None:
-            continue
-        holder, entry = holder_of(*current), current[1]
-        infos.append(
-            LeaseInfo(
-                name=one.path.stem,
-                worker_id=holder.worker_id,
-                host=holder.host,
-                pid=holder.pid,
-                held_s=max(0.0, now - holder.started),
-                age_s=max(0.0, now - entry.modified),
-                is_alive=is_alive(holder),
-                is_stale=is_stale(holder, entry, now),
-                version=entry.version,
-            )
-        )
+    for entry in found:
+        version, holder = holders.get(entry.name, ("", UNKNOWN))
+        is_beating = known is not None and now - entry.modified < BEATING_S
+        if version != entry.version and not (is_beating and len(found) > MANY_LEASES):
+            current = files.read(entry.path)
+            if current is None:
+                continue
+            entry, holder = current[1], holder_of(*current)
+            version = entry.version
+            holders[entry.name] = version, holder
+        infos.append(lease_info(entry, holder, now, is_read=version == entry.version))
     return infos
+
+
+def lease_info(entry: Entry, holder: Holder, now: float, *, is_read: bool) -> LeaseInfo:
+    """A lease as its file tells it; not `is_read`: as it was before its last beat."""
+    return LeaseInfo(
+        name=entry.path.stem,
+        worker_id=holder.worker_id,
+        host=holder.host,
+        pid=holder.pid,
+        held_s=max(0.0, now - holder.started),
+        age_s=max(0.0, now - entry.modified),
+        is_alive=is_alive(holder) if is_read else None,
+        is_stale=is_read and is_stale(holder, entry, now),
+        version=entry.version,
+    )
 
 
 def end_leases_of(folder: Location, worker_id: str) -> None:
@@ -261,13 +299,5 @@ def holder_of(content: bytes, entry: Entry) -> Holder:
     try:
         return msgspec.json.decode(content, type=Holder)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return Holder(
-            token=f"damaged-{entry.version}",
-            worker_id="unknown",
-            host="unknown",
-            pid=0,
-            system="",
-            process_start="",
-            started=entry.modified,
-            timeout_s=0.0,
-        )
+        token = f"damaged-{entry.version}"
+        return msgspec.structs.replace(UNKNOWN, token=token, started=entry.modified)

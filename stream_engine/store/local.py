@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stream_engine.errors import ChangedError
-from stream_engine.store.base import Entry, Location, Spool, Version, absent
+from stream_engine.store.base import Entry, Location, Spool, Version, Wanted, absent, all_names
 from stream_engine.store.processes import is_running, this_system
 
 RANDOM_NS = 1 << 20
@@ -59,11 +59,11 @@ class LocalStore:
         entry = stat_even_if_empty(local(path))
         return entry if entry is not None and entry.size else None
 
-    def list_files(self, folder: Location) -> list[Entry]:
+    def list_files(self, folder: Location, wanted: Wanted = all_names) -> list[Entry]:
         entries = []
         for found in scan(local(folder)):
             try:
-                if found.is_file():
+                if wanted(found.name) and found.is_file():
                     entry = entry_of(folder, found.name, found.stat())
                     entries += [entry] if entry.size else []
             except OSError as error:

@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from stream_engine.errors import ChangedError, ConfigError
-from stream_engine.store.base import Entry, Location, ObjectPath, Spool, Version, absent
+from stream_engine.store.base import (
+    Entry,
+    Location,
+    ObjectPath,
+    Spool,
+    Version,
+    Wanted,
+    absent,
+    all_names,
+)
 from stream_engine.text import one_line
 
 if TYPE_CHECKING:
@@ -135,12 +144,14 @@ class ObjectStore:
             return None
         return entry if entry.size else None
 
-    def list_files(self, folder: Location) -> list[Entry]:
+    def list_files(self, folder: Location, wanted: Wanted = all_names) -> list[Entry]:
         prefix = key_of(folder)
         return [
             entry_of(folder, name, meta)
             for meta in self.below(prefix)["objects"]
-            if meta["size"] and not (name := meta["path"].rpartition("/")[2]).startswith(".")
+            if meta["size"]
+            and not (name := meta["path"].rpartition("/")[2]).startswith(".")
+            and wanted(name)
         ]
 
     def list_folders(self, folder: Location) -> list[Location]:
