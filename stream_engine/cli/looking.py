@@ -13,6 +13,7 @@ from stream_engine.run_dir import damage
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.run_dir.timings import timing_of
 from stream_engine.text import printable
 
 
@@ -25,6 +26,11 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="exit 2 when shards or records failed or no pair was written, 1 when work is left",
     )
+    parser.add_argument(
+        "--timing",
+        action="store_true",
+        help="also seconds a question of each stage, and CPU milliseconds beside the models",
+    )
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +42,14 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def status(args: argparse.Namespace) -> int:
     state = open_state(args)
     found = collect(state)
+    timing = timing_of(state) if args.timing else None
     if args.json:
-        print(msgspec.json.encode(found).decode())
+        told = msgspec.to_builtins(found) | (
+            {"timing": msgspec.to_builtins(timing)} if timing else {}
+        )
+        print(msgspec.json.encode(told).decode())
     else:
-        print("\n".join(status_lines(found)))
+        print("\n".join([*status_lines(found), *(timing.lines() if timing else [])]))
         for problem in problems(state):
             print(f"  {printable(problem)}")
     if not args.check:

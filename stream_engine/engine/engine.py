@@ -48,6 +48,7 @@ from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.pictures import decode_image
 from stream_engine.records import EncodedImage
+from stream_engine.timing import spent_on
 
 HOST_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
 
@@ -247,6 +248,7 @@ def share_device(engines: Sequence[Engine]) -> None:
     share_memory([engine.planner for engine in engines])
 
 
+@spent_on("pictures")
 def decoded(images: Sequence[EncodedImage]) -> list[Image]:
     """A record's images, decoded fully."""
     return [decode_image(image.data, image.path) for image in images]

@@ -24,6 +24,7 @@ from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.leases import Holder, LeaseInfo, list_leases
+from stream_engine.timing import spent_on
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class RunState:
         self._refreshed = float("-inf")
         self._refresh_cost_s = 0.0
 
+    @spent_on("looking")
     def refresh(self, *, max_age_s: float = 0.0) -> RunState:
         """Look at the files again, unless that was done within `max_age_s`.
 

@@ -24,6 +24,7 @@ from stream_engine.errors import ChangedError, LeaseLostError
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.processes import process_start, system_identity
+from stream_engine.timing import spent_on
 
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
@@ -99,6 +100,7 @@ class Lease:
         self._heart.start()
 
     @classmethod
+    @spent_on("leases")
     def acquire(
         cls, folder: Location, name: str, *, worker_id: str, timeout_s: float
     ) -> Lease | None:
@@ -124,6 +126,7 @@ class Lease:
             raise
         return cls(path, holder, version, before)
 
+    @spent_on("leases")
     def verify(self) -> None:
         """Renew the lease, which shows that it is still held.
 
@@ -136,6 +139,7 @@ class Lease:
             to = f" to {holder_of(*found).worker_id}" if found is not None else ""
             raise LeaseLostError(f"lease {self.name} was lost{to}: {self.path}")
 
+    @spent_on("leases")
     def release(self) -> None:
         """Give the lease back; does nothing when it is no longer held.
 
@@ -163,7 +167,8 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.holder.timeout_s / BEATS_PER_TIMEOUT):
-            with suppress(OSError):  # the next beat may come through; verify() is what decides
+            # An error is let pass: the next beat may come through, and verify() is what decides.
+            with suppress(OSError), spent_on("leases"):
                 self._renew()
             if self._is_lost:
                 return

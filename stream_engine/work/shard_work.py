@@ -41,6 +41,7 @@ from stream_engine.run_dir.shards import read_shard
 from stream_engine.store import files
 from stream_engine.store.base import Version
 from stream_engine.store.leases import Lease
+from stream_engine.timing import spent_on, take
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
@@ -91,6 +92,7 @@ class ShardWork:
         for stage in stages:
             self.complete(stage, samples, process)
 
+    @spent_on("reading")
     def read_samples(self) -> list[Sample]:
         """The shard's samples, verified against the manifest."""
         return list(read_shard(self.run_dir.shard(self.info.index), self.info))
@@ -136,6 +138,7 @@ class ShardWork:
         seconds = time.monotonic() - started
         self.write(stage, inputs.keys(), records, failures, seconds, num_tokens, over)
 
+    @spent_on("reading")
     def inputs(self, stage: Stage, samples: Sequence[Sample]) -> dict[str, Any]:
         """What reaches a stage, by key in the shard's order."""
         if stage == "rollouts":
@@ -144,6 +147,7 @@ class ShardWork:
         rollouts = {record.key: record for record in read_results(path, SampleRollouts)}
         return {s.key: (s, rollouts[s.key]) for s in samples if s.key in rollouts}
 
+    @spent_on("reading")
     def on_file(
         self, stage: Stage, keys: Iterable[str]
     ) -> tuple[dict[str, StageRecord], dict[str, Failure]]:
@@ -224,18 +228,20 @@ class ShardWork:
                 "seconds": round(seconds, 3),
                 "tokens": num_tokens,
                 "finished": time.time(),
+                "cpu_s": {part: round(spent, 6) for part, spent in take().items()},
             },
         )
         self.lease.verify()
-        write_results(
-            self.run_dir,
-            header,
-            [records[key] for key in order if key in records],
-            [failures[key] for key in order if key in failures],
-            over=over,
-        )
-        # A disk that loses what it took fails this stage, and not the next one that reads it.
-        read_header(self.run_dir.result(stage, self.info.index))
+        with spent_on("writing"):
+            write_results(
+                self.run_dir,
+                header,
+                [records[key] for key in order if key in records],
+                [failures[key] for key in order if key in failures],
+                over=over,
+            )
+            # A disk that loses what it took fails this stage, and not the next one that reads it.
+            read_header(self.run_dir.result(stage, self.info.index))
 
 
 def tokens_of(outcome: Any) -> int:
