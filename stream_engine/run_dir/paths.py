@@ -65,7 +65,10 @@ class RunDir:
         return self.root / "results" / stage
 
     def result(self, stage: str, index: int) -> Location:
-        return self.results_dir(stage) / f"{index:06d}.msgpack"
+        return self.results_dir(stage) / self.result_name(index)
+
+    def result_name(self, index: int) -> str:
+        return f"{index:06d}.msgpack"
 
     def headers(self, stage: str) -> Location:
         return self.root / "results" / f"{stage}.headers"

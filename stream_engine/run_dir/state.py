@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -22,7 +21,7 @@ from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
-from stream_engine.store.base import Entry, Location, Version
+from stream_engine.store.base import Entry, Location, Version, all_names
 from stream_engine.store.leases import Holder, LeaseInfo, list_leases
 from stream_engine.timing import spent_on
 
@@ -66,6 +65,8 @@ class RunState:
         self.leases: list[LeaseInfo] = []
         self.highest_result = -1  # the highest number that a result file has
         self._seen: dict[Stage, dict[int, Seen]] = {stage: {} for stage in STAGES}
+        self._missing: dict[Stage, dict[str, Shard]] = {stage: {} for stage in STAGES}
+        self._aside: dict[Stage, dict[int, int]] = {stage: {} for stage in STAGES}
         self._kept = {stage: KeptHeaders(run_dir, stage) for stage in STAGES}
         self.keeps_headers = keeps_headers
         self._holders: dict[str, tuple[Version, Holder]] = {}
@@ -100,6 +101,7 @@ class RunState:
         """Look at the files of one shard again."""
         for stage in STAGES:
             self._look(stage, shard, files.stat(self.run_dir.result(stage, shard.index)))
+            self._note(stage, shard)
         failure = read_failure(self.run_dir, shard.index)
         self.failures.pop(shard.index, None)
         if failure is not None:
@@ -171,8 +173,12 @@ class RunState:
 
     def num_quarantined(self, stage: Stage) -> int:
         """Samples that a stage set aside."""
-        headers = (self.header(stage, shard) for shard in self.shards)
-        return sum(header.num_quarantined for header in headers if header is not None)
+        return sum(self._aside[stage].values())
+
+    def unsettled(self, stages: Sequence[Stage]) -> dict[int, Shard]:
+        """The shards with something left to do at these stages, by their index."""
+        left = (shard for stage in stages for shard in self._missing[stage].values())
+        return {shard.index: shard for shard in left if not self.is_failed(shard)}
 
     def num_rejected(self) -> int:
         """Records that ingest rejected, over all inputs."""
@@ -181,24 +187,19 @@ class RunState:
     def _refresh_manifest(self) -> None:
         self.manifest.refresh()
         shards = self.manifest.shards
-        new = shards.at(shards.offsets[len(self.shards) :])
-        self.shards.extend(slim(info) for info in new)
+        for info in shards.at(shards.offsets[len(self.shards) :]):
+            self.shards.append(shard := slim(info))
+            for stage in STAGES:
+                self._missing[stage][self.run_dir.result_name(shard.index)] = shard
 
     def _refresh_results(self, stage: Stage, *, only_missing: bool) -> None:
         """Read the headers of results that are new, or were not complete the last time."""
-        complete = {shard.index for shard in self.shards if self.is_complete(stage, shard)}
-        passed_over = complete if only_missing else set()
-        present = dict(numbered(self.run_dir.results_dir(stage), passed_over))
-        self.highest_result = max(self.highest_result, max(present, default=-1))
-        seen, unread = self._seen[stage], []
-        for shard in self.shards:
-            if shard.index in passed_over:
-                continue
-            entry = present.get(shard.index)
-            if entry is None:
-                seen.pop(shard.index, None)
-            elif shard.index not in complete:
-                unread.append((shard, entry))
+        missing, seen = self._missing[stage], self._seen[stage]
+        folder = self.run_dir.results_dir(stage)
+        found = files.list_files(folder, wanted=missing.__contains__ if only_missing else all_names)
+        if not only_missing:
+            self._forget_all_but(stage, by_index(found))
+        unread = [(missing[entry.name], entry) for entry in found if entry.name in missing]
         if len(unread) > FEW:
             kept = self._kept[stage].refresh()
             for shard, entry in unread:
@@ -206,8 +207,30 @@ class RunState:
                 if known is not None and known.version == entry.version:
                     seen[shard.index] = known
         num_read = sum(self._look(stage, shard, entry) for shard, entry in unread)
+        for shard, _ in unread:
+            self._note(stage, shard)
         if self.keeps_headers and num_read >= MANY:
             self._kept[stage].keep(seen)
+
+    def _forget_all_but(self, stage: Stage, present: Mapping[int, Entry]) -> None:
+        """Forget what is known of results that were taken away."""
+        self.highest_result = max(self.highest_result, max(present, default=-1))
+        for index in self._seen[stage].keys() - present.keys():
+            del self._seen[stage][index]
+            for one in STAGES:  # rewards are complete only beside their rollouts
+                self._note(one, self.shards[index])
+
+    def _note(self, stage: Stage, shard: Shard) -> None:
+        """Keep the lists of what is missing and what was set aside, when a result was looked at."""
+        header = self.header(stage, shard)
+        self._aside[stage].pop(shard.index, None)
+        if header is not None and header.num_quarantined:
+            self._aside[stage][shard.index] = header.num_quarantined
+        name = self.run_dir.result_name(shard.index)
+        if self.is_complete(stage, shard):
+            self._missing[stage].pop(name, None)
+        else:
+            self._missing[stage][name] = shard
 
     def _look(self, stage: Stage, shard: Shard, entry: Entry | None) -> bool:
         """Read a result's header unless the file is as it was and could be read.
@@ -249,18 +272,17 @@ def slim(info: ShardInfo) -> Shard:
     return Shard(info.index, info.num_samples, info.sha256, info.images)
 
 
-def numbered(folder: Location, passed_over: Container[int] = ()) -> list[tuple[int, Entry]]:
-    """The files of a folder that are named by a shard's index, in order; but for some of these."""
-
-    def is_wanted(name: str) -> bool:
-        index = index_of(name)
-        return index is not None and index not in passed_over
-
-    found = files.list_files(folder, wanted=is_wanted)
-    return sorted(((index_of(entry.name) or 0, entry) for entry in found), key=itemgetter(0))
+def numbered(folder: Location) -> list[tuple[int, Entry]]:
+    """The files of a folder that are named by a shard's index, in order."""
+    return list(by_index(files.list_files(folder)).items())
 
 
-def index_of(name: str) -> int | None:
-    """The shard whose file has that name; None when it is of no shard."""
-    stem = name.rpartition(".")[0]
-    return int(stem) if stem.isdecimal() else None
+def by_index(found: Iterable[Entry]) -> dict[int, Entry]:
+    """Those of some files that are named by a shard's index, in order."""
+    stems = ((entry.name.rpartition(".")[0], entry) for entry in found)
+    return dict(
+        sorted(
+            ((int(stem), entry) for stem, entry in stems if stem.isdecimal()),
+            key=lambda one: one[0],
+        )
+    )

@@ -157,8 +157,10 @@ class InputQueue:
         inputs = self.state.manifest.inputs.values()
         rejected = sum((Counter(info.rejected) for info in inputs), Counter[str]())
         refuse_bad_input(rejected, sum(info.read for info in inputs), limit)
-        headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
         aside = {stage: self.state.num_quarantined(stage) for stage in STAGES}
+        if not any(aside.values()):
+            return
+        headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
         refuse_bad_samples(aside, sum(header.num_samples for header in headers), limit)
 
     def lease(self) -> Lease | None:

@@ -153,11 +153,7 @@ class Worker:
 
     def is_settled(self) -> bool:
         """Whether no shard is left to do, by anybody."""
-        return all(
-            self.state.is_settled(stages, shard)
-            for stages in self.passes
-            for shard in self.state.shards
-        )
+        return not any(self.state.unsettled(stages) for stages in self.passes)
 
     # -- shards ----------------------------------------------------------------------------------
 
@@ -175,7 +171,8 @@ class Worker:
         others = [stages for stages in self.passes if stages != self.current_pass]
         held = self.state.holders()
         for stages in (self.current_pass, *others) if self.passes else ():
-            for shard in self.in_order():
+            left = self.state.unsettled(stages)
+            for shard in self.in_order(left):
                 if shard.index not in held and self.is_takeable(stages, shard):
                     lease = self.lease(shard_lease(shard.index))
                     if lease is None:
@@ -238,16 +235,17 @@ class Worker:
             self.passes = tuple((stage,) for stages in self.passes for stage in stages)
             self.current_pass = self.passes[0] if self.passes else ()
 
-    def in_order(self) -> list[Shard]:
+    def in_order(self, shards: Mapping[int, Shard]) -> list[Shard]:
         """This rank's own shards first, then those of others from the end; deadly ones later."""
         size, number = max(1, self.rank.num_workers), self.rank.worker
-        own = [s for s in self.state.shards if s.index % size == number % size]
-        others = [s for s in self.state.shards if s.index % size != number % size]
         failures = self.state.failures
-        return sorted(
-            own + others[::-1],
-            key=lambda s: failures[s.index].num_deaths if s.index in failures else 0,
-        )
+
+        def place(index: int) -> tuple[int, bool, int]:
+            num_deaths = failures[index].num_deaths if index in failures else 0
+            is_own = index % size == number % size
+            return num_deaths, not is_own, index if is_own else -index
+
+        return [shards[index] for index in sorted(shards, key=place)]
 
     def is_takeable(self, stages: tuple[Stage, ...], shard: Shard) -> bool:
         state = self.state

@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import itertools
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import pytest
 
 from stream_engine.cli.main import main
-from stream_engine.config import Stage
+from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir import state as run_state
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, path_of, read_header
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState, shard_lease
-from stream_engine.store.base import Entry, Location
+from stream_engine.store import files
+from stream_engine.store.base import Entry, Location, all_names
 from stream_engine.store.leases import Lease, LeaseInfo, list_leases
 from stream_engine.work import worker
 from stream_engine.work.runner import run
@@ -74,15 +75,40 @@ def test_a_run_with_an_unreadable_result_ends_and_computes_nothing_again(
     assert not CALLS
 
 
+def test_a_worker_looks_only_for_what_is_missing_and_at_the_end_for_all(
+    state: RunState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look read the attributes of every result: on a network file system a request each."""
+    state.refresh()
+    (shard, *_), path = state.shards, state.run_dir.result("rollouts", 0)
+    files.remove(path, files.version_of(path) or "")
+    looked: list[bool] = []
+
+    def listed(folder: Path, *, wanted: Callable[[str], bool] = all_names) -> list[Entry]:
+        found = list_files(folder, wanted=wanted)
+        looked.extend(folder.parent.name == "results" for _ in found)
+        return found
+
+    list_files = files.list_files
+    monkeypatch.setattr(files, "list_files", listed)
+    state.refresh(max_age_s=1e-9)
+    assert not any(looked)
+    assert not state.unsettled(STAGES)
+    state.refresh()
+    assert list(state.unsettled(STAGES)) == [0]
+    assert not state.is_complete("rewards", shard)
+    assert set(state.unsettled(("rewards",))) == {0}
+
+
 def fail_refreshes(monkeypatch: pytest.MonkeyPatch, which: Container[int]) -> None:
     """Let these of all refreshes fail as when a file server is started again."""
     count = itertools.count()
     refresh_results = RunState._refresh_results
 
-    def refresh(self: RunState, stage: Stage) -> None:
+    def refresh(self: RunState, stage: Stage, *, only_missing: bool) -> None:
         if stage == "rollouts" and next(count) in which:
             raise OSError(errno.EIO, "Input/output error", "results/rollouts")
-        refresh_results(self, stage)
+        refresh_results(self, stage, only_missing=only_missing)
 
     monkeypatch.setattr(RunState, "_refresh_results", refresh)
     monkeypatch.setattr(worker, "TROUBLE_WAIT_S", 0.01)

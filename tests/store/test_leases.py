@@ -285,6 +285,34 @@ def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
     assert 99 < far.age_s < 160
 
 
+def test_of_many_leases_only_those_that_missed_a_beat_are_read(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+):
+    """A thousand workers each read the leases of all the others at every look."""
+    monkeypatch.setattr(leases, "MANY_LEASES", 3)
+    dead = this_process("dead", 60, number=1, now=time.time())
+    dead = msgspec.structs.replace(dead, process_start="another time")
+    for i in range(5):
+        files.create(run_dir.lease(f"shard-{i:06d}"), msgspec.json.encode(dead))
+    paths = sorted(run_dir.leases_dir.iterdir())
+    for path in paths[:2]:
+        os.utime(path, (1, time.time() - 2 * leases.BEATING_S))
+    read: list[str] = []
+    read_file = files.read
+    monkeypatch.setattr(files, "read", lambda path: read.append(path.name) or read_file(path))
+    known: dict = {}
+    found = list_leases(run_dir.leases_dir, known=known)
+    assert read == [path.name for path in paths[:2]]
+    assert [lease.is_stale for lease in found] == [True, True, False, False, False]
+    assert [lease.worker_id for lease in found] == ["dead", "dead"] + ["unknown"] * 3
+    assert list_leases(run_dir.leases_dir, known=known)[0].is_stale
+    assert len(read) == 2, "a beat is read once"
+    assert all(lease.is_stale for lease in list_leases(run_dir.leases_dir)), "who asks for all"
+    files.remove(paths[0], files.version_of(paths[0]) or "")
+    list_leases(run_dir.leases_dir, known=known)
+    assert paths[0].name not in known
+
+
 def test_no_leases_folder_means_no_leases(run_dir: RunDir):
     assert list_leases(run_dir.leases_dir) == []
 
