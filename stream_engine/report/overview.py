@@ -16,7 +16,8 @@ from stream_engine.report.flow import Drawing, bands_of, draw
 from stream_engine.report.plots import Plot, Series, counted, histogram, short
 from stream_engine.report.run import ReportedRun
 from stream_engine.report.survey import Survey
-from stream_engine.run_dir.results import read_header, read_quarantine
+from stream_engine.run_dir.results import ResultHeader, read_header, read_quarantine
+from stream_engine.run_dir.timings import timing_from
 from stream_engine.text import duration
 
 MAX_REJECTED = 10
@@ -85,14 +86,13 @@ class StageTime:
         return f"{self.num_samples / self.seconds:,.2f}" if self.seconds else "–"
 
 
-def stage_times(run: ReportedRun) -> list[StageTime]:
+def stage_times(headers: Sequence[ResultHeader]) -> list[StageTime]:
     """What the result files' headers say of the work that made them."""
     times = []
     for stage in STAGES:
         workers: set[str] = set()
         seconds, num_tokens, num_samples = 0.0, 0, 0
-        for info in run.shards():
-            header = read_header(run.run_dir.result(stage, info.index))
+        for header in (header for header in headers if header.stage == stage):
             by = header.created_by
             workers.add(str(by.get("worker", "")))
             seconds += by.get("seconds", 0.0)
@@ -121,6 +121,8 @@ class Overview:
     plots: list[Plot]
     bias: list[tuple[str, dict[str, Any]]]
     times: list[StageTime]
+    beside: str
+    """CPU of a question beside the models, by what it went into."""
     judge: list[tuple[str, str]]
     settings: list[tuple[str, list[tuple[str, str]]]]
     notes: list[str]
@@ -129,12 +131,18 @@ class Overview:
 def overview(run: ReportedRun, found: Survey, aside: SetAside) -> Overview:
     """Put the first page together."""
     bands = bands_of(run, found, aside.counts)
-    times = stage_times(run)
+    headers = [
+        read_header(run.run_dir.result(stage, info.index))
+        for stage in STAGES
+        for info in run.shards()
+    ]
+    times = stage_times(headers)
     return Overview(
         figures=figures(run, found, times),
         flow=draw(bands),
         adds_up=all(band.adds_up for band in bands),
         plots=plots(found),
+        beside=timing_from(headers).beside_line(),
         bias=[
             ("before balance", found.wins_before.to_dict()),
             ("after", found.wins_after.to_dict()),

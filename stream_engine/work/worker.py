@@ -28,6 +28,7 @@ from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store import files
 from stream_engine.store.leases import Lease
 from stream_engine.text import describe
+from stream_engine.timing import spent_on
 from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
@@ -280,7 +281,8 @@ class Worker:
         if not all(self.state.is_complete(stage, shard) for stage in STAGES):
             return
         info = self.state.manifest.shards[shard.index]
-        error = caught(functools.partial(rank_finished, self.run_dir, self.pipeline, info))
+        with spent_on("ranking"):
+            error = caught(functools.partial(rank_finished, self.run_dir, self.pipeline, info))
         if error is not None:
             logger.debug("shard %d is left to the merge to rank: %s", shard.index, error)
 

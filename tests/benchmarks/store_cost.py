@@ -1,8 +1,7 @@
-"""What the store costs: a shard's life, requests to S3, and looking at many shards.
+"""What the store costs: a shard's life, and requests to S3.
 
     python -m tests.benchmarks.store_cost life [--shards 300]       seconds a shard on a disk
     python -m tests.benchmarks.store_cost requests [--shards 1000]  requests of a run on s3://
-    python -m tests.benchmarks.store_cost status [--shards 10000]   seconds of `status`, on a disk
 
 Prints one JSON object. `requests` runs the echo pipeline of the tests, one sample a shard, against
 moto's server through a proxy that counts; the seconds of that are the proxy's and moto's.
@@ -97,47 +96,7 @@ def requests(num_shards: int) -> dict[str, Any]:
         return found
 
 
-def status(num_shards: int) -> dict[str, Any]:
-    """`stream-engine status` of a finished run, as a process, and its part without the imports."""
-    from stream_engine.config import RunConfig
-    from stream_engine.run_dir.manifest import Manifest
-    from stream_engine.run_dir.paths import RunDir
-    from stream_engine.run_dir.run_json import StageInputs, open_run
-    from stream_engine.run_dir.state import RunState
-    from stream_engine.run_dir.status import collect
-    from tests.synthetic import FINGERPRINTS, synthetic_sample, write_run
-
-    os.fsync = lambda descriptor: None  # of building the run, not of what is measured
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = RunDir(Path(folder) / "run")
-        samples = (synthetic_sample(i, num_images=0) for i in range(num_shards))
-        write_run(run_dir, samples, samples_per_shard=1, sample_k=2)
-        stages = {
-            stage: StageInputs(fingerprint=FINGERPRINTS[stage], inputs={}) for stage in FINGERPRINTS
-        }
-        open_run(run_dir, RunConfig(work_dir=str(run_dir.root)), stages)
-        words = [sys.executable, "-m", "stream_engine", "status", str(run_dir.root)]
-        seconds, inside = [], []
-        for _ in range(3):
-            started = time.monotonic()
-            said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            seconds.append(time.monotonic() - started)
-            assert f"{num_shards} done" in said, said
-            started = time.monotonic()
-            state = RunState(run_dir, FINGERPRINTS, max_shard_retries=2).refresh()
-            collect(state)
-            inside.append(time.monotonic() - started)
-        started = time.monotonic()
-        Manifest.load(run_dir)
-        return {
-            "shards": num_shards,
-            "status_s": round(min(seconds), 2),
-            "of_it_looking_s": round(min(inside), 2),
-            "manifest_s": round(time.monotonic() - started, 2),
-        }
-
-
-MEASURES = {"life": (life, 300), "requests": (requests, 1000), "status": (status, 10_000)}
+MEASURES = {"life": (life, 300), "requests": (requests, 1000)}
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import Array, c_uint64
-from functools import lru_cache, wraps
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,14 @@ from stream_engine.run_dir.results import RECORD_TYPES, read_results
 from stream_engine.run_dir.shards import write_shard
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import collect
-from stream_engine.store.local import LocalSpool, LocalStore
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.worker import Worker
+from tests.benchmarks.scale.calls import CALLS, count_calls
 from tests.benchmarks.scale.measuring import Figures, Keep, memory_of
 from tests.echo_pipeline import EchoPipeline, answer
 from tests.synthetic import synthetic_sample
 
 FINGERPRINTS: dict[Stage, str] = {"rollouts": "f" * 16, "rewards": "e" * 16}
-CALLS = ("list", "listed files", "stat", "read", "read ends", "open", "publish")
-"""What is counted: of a listing each file too, whose attributes are read."""
 WATCH_S = 0.2
 context = multiprocessing.get_context("fork")
 
@@ -161,7 +159,7 @@ class Cluster:
     def host(self, number: int) -> None:
         """Some workers, each a thread."""
         logging.basicConfig(level=logging.ERROR)
-        count_calls(self.counts)
+        count_calls(self.add)
         headers.decoded = lru_cache(4)(headers.decoded)  # memory of one host, not of fifty
         first = number * self.num_threads
         threads = [
@@ -171,6 +169,9 @@ class Cluster:
             thread.start()
         for thread in threads:
             thread.join()
+
+    def add(self, name: str, number: int) -> None:
+        self.counts[CALLS.index(name)] += number
 
     def work(self, rank: int) -> None:
         size = self.arguments.workers
@@ -220,28 +221,3 @@ def result_keys(run_dir: RunDir, stage: Stage) -> Iterator[str]:
     """The stage and key of every record of a stage."""
     for path in sorted(Path(str(run_dir.results_dir(stage))).glob("*.msgpack")):
         yield from (f"{stage} {one.key}" for one in read_results(path, RECORD_TYPES[stage]))
-
-
-def count_calls(counts: Array[c_uint64]) -> None:
-    """Count what is asked of the disk, over all hosts."""
-    lock = threading.Lock()
-
-    def add(name: str, number: int = 1) -> None:
-        with lock:
-            counts[CALLS.index(name)] += number
-
-    def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found = function(*args, **kwargs)
-            add(name)
-            if name == "list":
-                add("listed files", len(found))
-            return found
-
-        return call
-
-    methods = {"list_files": "list", "stat": "stat", "read": "read", "read_ends": "read ends"}
-    for method, name in {**methods, "open": "open"}.items():
-        setattr(LocalStore, method, counted(getattr(LocalStore, method), name))
-    LocalSpool.publish = counted(LocalSpool.publish, "publish")
