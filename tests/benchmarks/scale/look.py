@@ -98,16 +98,14 @@ def worker(run_dir: RunDir, num_workers: int) -> Figures:
         return RunState(run_dir, FINGERPRINTS, max_shard_retries=2, keeps_headers=True)
 
     count_calls(lambda name, number: counts.update({name: number}))
-    figures = {
-        "first_look_of_the_first": look(new_state()),
-        "first_look": look(state := new_state()),
-    }
+    figures = {"first_look_of_the_first": look(new_state())}
+    figures["first_look"] = look(state := new_state())
     assert collect(state).shards.done == len(state.shards)
     leases = [
         Lease.acquire(run_dir.leases_dir, shard_lease(i), worker_id=f"w{i}", timeout_s=60)
         for i in range(num_workers)
     ]
-    look(state, max_age_s=1e-9)
+    time.sleep(1.2 * SHARE * figures["first_look"]["wall_s"])
     figures["look_while_working"] = look(state, max_age_s=1e-9)
     figures["look_before_it_ends"] = look(state)
     for lease in leases:
