@@ -20,7 +20,14 @@ from stream_engine.errors import ConfigError
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
-OF_OTHER_PROGRAMS = {"--nodes", "--nproc_per_node", "--help", "--minutes"}
+OF_OTHER_PROGRAMS = {
+    "--array",
+    "--help",
+    "--minutes",
+    "--nodes",
+    "--nproc_per_node",
+    "--signal",
+}
 
 ANCESTOR_FLAGS = (
     "--reward_model_name r --reward_model_path /r --instruct_model_name i --instruct_model_path /i "
@@ -161,6 +168,7 @@ def test_flags_that_readme_and_the_help_tell_of_exist(capsys: pytest.CaptureFixt
     flags = set(re.findall(r"^  (--\w+)|, (--\w+)", shown, re.MULTILINE))
     told = " ".join(command_of(name).notes for name in COMMANDS)
     told += re.sub("python -m tests.benchmarks.*?`", "", README.read_text())
+    told += (README.parent / "launch/README.md").read_text()
     unknown = set(re.findall(r"--\w+", told)) - {flag for pair in flags for flag in pair}
     assert unknown - OF_OTHER_PROGRAMS == set()
 

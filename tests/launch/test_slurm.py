@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
 from tests.processes import run_rank
 
 NUM_SHARDS = 8
-PATIENCE_S = 200.0
+PATIENCE_S = 500.0
+SETTLED_S = 5.0
 NODES = ("node0", "node1")
 CONFIGURATION = """\
 ClusterName=trial
@@ -115,7 +117,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             daemon.terminate()
             daemon.wait(timeout=60)
         for process in steps_of(""):
-            if process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
+            with suppress(psutil.Error):
                 process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -181,12 +183,37 @@ def test_jobs_of_an_array_are_preempted_and_die_and_the_dataset_is_that_of_a_pla
     assert parts(run_dir.dataset_dir) == parts(demo_run / "dataset")
 
 
-def submit(*words: str) -> str:
+STUB = """#!/bin/sh
+case "$*" in
+    *torch.distributed.run*) exec sleep 600 ;;
+    *status*) exit 1 ;;
+esac
+"""
+
+
+def test_a_job_that_is_cancelled_is_not_queued_again(slurm: Path, tmp_path: Path) -> None:
+    """In the place of python stands what never ends, and leaves work to do."""
+    programs = tmp_path / "venv/bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "stream-engine"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    options = ["--output=/dev/null", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = submit(*options, "launch/slurm.sbatch", venv=tmp_path / "venv")
+    until(lambda: f"{job}.0" in said_by("squeue", "-h", "-s", "-j", job))
+    said_by("scancel", job)
+    until(lambda: not said_by("squeue", "-h", "-j", job).strip())
+    until(lambda: not steps_of(job))
+    shown = said_by("scontrol", "show", "job", job)
+    assert "JobState=CANCELLED" in shown and "Restarts=0" in shown, shown
+
+
+def submit(*words: str, venv: str | Path = sys.prefix) -> str:
     """The number of a new job."""
     done = subprocess.run(
         ["sbatch", "--parsable", *words],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "VENV": str(venv)},
         capture_output=True,
         text=True,
     )
@@ -197,12 +224,13 @@ def submit(*words: str) -> str:
 def has_ended(job: str) -> bool:
     """Whether none of its jobs is queued.
 
-    Slurm lets two minutes pass before it starts one again, so that all of it has ended everywhere:
-    here that is seen, and the rest of them cut short.
+    Slurm lets two minutes pass before it starts one again, since it refuses for some seconds
+    whatever it told a node of the job before. The rest of them is cut short here.
     """
-    for line in said_by("squeue", "-h", "-r", "-j", job, "-o", "%i %A %r").splitlines():
-        name, number, reason = line.split(maxsplit=2)
-        if reason == "BeginTime" and not steps_of(number):
+    for line in said_by("squeue", "-h", "-r", "-j", job, "-o", "%i %A %V %r").splitlines():
+        name, number, queued, reason = line.split(maxsplit=3)
+        age_s = (datetime.now() - datetime.fromisoformat(queued)).total_seconds()
+        if reason == "BeginTime" and age_s > SETTLED_S and not steps_of(number):
             said_by("scontrol", "update", f"JobId={name}", "StartTime=now")
     return not said_by("squeue", "-h", "-j", job).strip()
 
@@ -213,7 +241,8 @@ def steps_of(number: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             line = " ".join(process.cmdline())
-            if line.startswith(f"slurmstepd: [{number}"):
+            is_of_this_slurm = process.environ().get("SLURM_CONF") == os.environ["SLURM_CONF"]
+            if line.startswith(f"slurmstepd: [{number}") and is_of_this_slurm:
                 found.append(process)
     return found
 
