@@ -65,6 +65,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 def without_marks(question: str) -> str:
     """A question without image marks, and without the white space that set them off."""
+    if IMAGE_MARK not in question:
+        return question
     ends = rf"\A\s*({IMAGE_MARK}\s*)+|(\s*{IMAGE_MARK})+\s*\Z"
     return re.sub(rf"{IMAGE_MARK}\n?", "", re.sub(ends, "", question))
 

@@ -1,17 +1,41 @@
-"""Tars as a shard's writer makes them: plain files of short names, one sample's side by side.
+"""Tars of shards: plain files of short names, one sample's side by side.
 
-They are read block by block, without a general reader of tars (an eighth of its time, and without
-importing torch, which webdataset does). What is not of that kind is refused: see shards.py.
+They are read and written block by block, without a general reader of tars (in an eighth of its
+time, and without importing torch, which webdataset does). What is not of that kind is refused by
+the reader: see shards.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from tarfile import LENGTH_NAME, RECORDSIZE, TarInfo
+from typing import Any, BinaryIO, Protocol
 
 BLOCK = 512
 END = bytes(BLOCK)
 PLAIN_FILE = b"0"
+SIZE = slice(124, 136)
+CHECKSUM = slice(148, 156)
+MOST_BYTES = 8**11
+BLANKS = b" " * 8
+"""What stands for the checksum while it is computed."""
+
+
+def template() -> bytes:
+    """A header of a file without name and size, whose checksum is not computed."""
+    header = bytearray(TarInfo("").tobuf())
+    header[SIZE], header[CHECKSUM] = bytes(12), BLANKS
+    return bytes(header)
+
+
+TEMPLATE = template()
+TEMPLATE_SUM = sum(TEMPLATE)
+
+
+class Writable(Protocol):
+    """What a tar is written to."""
+
+    def write(self, data: bytes, /) -> int: ...
 
 
 class UnusualTar(Exception):
@@ -58,3 +82,40 @@ def plain_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         if len(data) < size:
             raise UnusualTar
         yield name, data[:size]
+
+
+class PlainTarWriter:
+    """Writes what `plain_samples` reads: byte for byte what webdataset's TarWriter does with
+    `mtime=0, user="", group="", mode=0o644`, in a fifth of its time."""
+
+    def __init__(self, file: Writable) -> None:
+        self.file = file
+        self.num_bytes = 0
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add a sample: by suffix, the content of each of its files."""
+        for suffix in sorted(members):
+            data = members[suffix]
+            member = header_of(f"{key}.{suffix}", len(data)) + data + bytes(-len(data) % BLOCK)
+            self.file.write(member)
+            self.num_bytes += len(member)
+
+    def close(self) -> None:
+        """Write what ends a tar."""
+        num_bytes = 2 * BLOCK
+        num_bytes += -(self.num_bytes + num_bytes) % RECORDSIZE
+        self.file.write(bytes(num_bytes))
+
+
+def header_of(name: str, size: int) -> bytes:
+    """The block before a file; more than one for a name or a size that does not fit."""
+    encoded = name.encode()
+    if len(encoded) > LENGTH_NAME or size >= MOST_BYTES or not name.isascii():
+        info = TarInfo(name)
+        info.size = size
+        return info.tobuf()
+    header = bytearray(TEMPLATE)
+    header[: len(encoded)] = encoded
+    header[SIZE] = b"%011o\0" % size
+    header[CHECKSUM] = b"%06o\0 " % (TEMPLATE_SUM + sum(encoded) + sum(header[SIZE]))
+    return bytes(header)

@@ -5,7 +5,7 @@ image with its original encoded bytes. Owner, mode and times are fixed, so equal
 tars. A tar that was cut at a member's boundary reads silently short in WebDataset: readers here
 compare size, checksum, keys and count with the manifest's ShardInfo.
 
-webdataset imports torch, so it is imported where a tar is written, or is not one of ours any more.
+webdataset imports torch, so it is imported where a tar is not one of ours any more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 
 from stream_engine.errors import ShardReadError
 from stream_engine.records import EncodedImage, GivenAnswer, Sample, ShardInfo, sample_key
-from stream_engine.run_dir.plain_tar import UnusualTar, plain_samples
+from stream_engine.run_dir.plain_tar import PlainTarWriter, UnusualTar, plain_samples
 from stream_engine.store import files
 from stream_engine.store.base import Location, Version
 
@@ -60,21 +60,18 @@ def write_shard(
     Raises:
         ChangedError: when another process has put a tar there.
     """
-    from webdataset import TarWriter
-
     keys: list[str] = []
     ids: list[str] = []
     images: Counter[int] = Counter()
     with files.spool(path.parent) as new:
         hashing = HashingWriter(new.file)
-        with TarWriter(
-            hashing, encoder=False, mtime=0, user="", group="", mode=0o644, compress=False
-        ) as tar:
-            for sample in samples:
-                tar.write(sample_members(sample))
-                keys.append(sample.key)
-                ids.append(sample.idx)
-                images[len(sample.images)] += 1
+        tar = PlainTarWriter(hashing)
+        for sample in samples:
+            tar.write(sample.key, sample_members(sample))
+            keys.append(sample.key)
+            ids.append(sample.idx)
+            images[len(sample.images)] += 1
+        tar.close()
         assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
         new.publish(path, over)
     return ShardInfo(
@@ -174,14 +171,14 @@ def general_samples(path: Location, file: BinaryIO) -> Iterator[dict[str, Any]]:
         raise ShardReadError(path, detail.partition(" @ ")[0], member) from error
 
 
-def sample_members(sample: Sample) -> dict[str, Any]:
-    """A sample as WebDataset's writer takes it."""
+def sample_members(sample: Sample) -> dict[str, bytes]:
+    """The files of a sample, by what follows its key in their names."""
     kind = StoredWithAnswers if sample.answers else StoredSample
     stored = kind(
         image_paths=[image.path for image in sample.images],
         **{name: getattr(sample, name) for name in kind.__struct_fields__ if name != "image_paths"},
     )
-    members: dict[str, Any] = {"__key__": sample.key, "json": msgspec.json.encode(stored)}
+    members = {"json": msgspec.json.encode(stored)}
     for i, image in enumerate(sample.images):
         members[f"{i}.{image_extension(image.data)}"] = image.data
     return members

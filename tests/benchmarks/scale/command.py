@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tests.benchmarks.scale import look, merge, workers
+from tests.benchmarks.scale import ingest, look, merge, workers
 from tests.benchmarks.scale.measuring import Figures, load, machine, versions
 
-SUBCOMMANDS: dict[str, ModuleType] = {"look": look, "merge": merge, "workers": workers}
+SUBCOMMANDS: dict[str, ModuleType] = {
+    "look": look,
+    "workers": workers,
+    "merge": merge,
+    "ingest": ingest,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

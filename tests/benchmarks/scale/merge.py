@@ -21,6 +21,7 @@ from tests.benchmarks.scale.synthesis import (
     add_questions,
     config_of,
     pipeline_of,
+    repeat_questions,
 )
 
 THIS = "tests.benchmarks.scale.merge"
@@ -28,6 +29,9 @@ THIS = "tests.benchmarks.scale.merge"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[10_000])
+    parser.add_argument(
+        "--distinct", type=int, help="make as many questions; further ones are these once more"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the runs where they are")
     parser.add_argument("--once", action="store_true", help="the first merge alone")
 
@@ -38,7 +42,7 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
     for num_questions in arguments.questions:
         folder = Path(tempfile.mkdtemp(prefix=f"merge-{num_questions}-", dir=arguments.workdir))
         try:
-            figures["sizes"].append(measure_size(folder, num_questions, once=arguments.once))
+            figures["sizes"].append(measure_size(folder, num_questions, arguments))
         finally:
             if not arguments.keep:
                 shutil.rmtree(folder)
@@ -46,10 +50,17 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
     return figures
 
 
-def measure_size(folder: Path, num_questions: int, *, once: bool) -> Figures:
+def measure_size(folder: Path, num_questions: int, arguments: argparse.Namespace) -> Figures:
     """One size."""
-    add_questions(folder, num_questions)
-    figures: Figures = {"questions": num_questions, "answers_each": 10}
+    distinct = min(num_questions, arguments.distinct or num_questions)
+    add_questions(folder, distinct)
+    repeat_questions(folder, num_questions)
+    return measure_run(folder, num_questions, distinct, once=arguments.once)
+
+
+def measure_run(folder: Path, num_questions: int, distinct: int, *, once: bool) -> Figures:
+    """The merges of a run that is made."""
+    figures: Figures = {"questions": num_questions, "distinct": distinct, "answers_each": 10}
     figures["results_mib"] = mib_below(folder / "results")
     figures["tars_mib"] = mib_below(folder / "shards")
     figures["first_merge"] = measured(module(THIS, folder))

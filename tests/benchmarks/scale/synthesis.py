@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from stream_engine.config import RunConfig, Stage
 from stream_engine.pipelines.dpo_reward import DPORewardPipeline
 from stream_engine.records import (
@@ -66,12 +68,37 @@ def add_questions(folder: Path, num_questions: int, *, processes: int = 2) -> No
         source = f"{SOURCE}-{first_shard}"
         for info in pool.imap(write_one, jobs):
             manifest.append_shard(info, source=source)
-    manifest.append_input(
-        InputInfo(
-            source=source, fingerprint="read", settings="", read=num_questions,
-            added=num_questions, known=0,
-        )
-    )  # fmt: skip
+    add_input(manifest, source, num_questions)
+
+
+def repeat_questions(folder: Path, num_questions: int) -> None:
+    """Add shards that are the run's own once more, whole ones, until it has as many questions.
+
+    Their files are links. A row group of a dataset spans some 40 shards, so that its dictionaries
+    meet no question twice.
+    """
+    run_dir = RunDir(folder)
+    manifest = Manifest.load(run_dir)
+    num_known = len(manifest.shards)
+    num_present = sum(info.num_samples for info in manifest.shards)
+    flush_nothing()
+    before = num_present
+    while num_present < num_questions:
+        index = len(manifest.shards)
+        info = manifest.shards[index % num_known]
+        os.link(run_dir.shard(info.index), run_dir.shard(index))  # type: ignore[arg-type]
+        for stage in FINGERPRINTS:
+            old, new = run_dir.result(stage, info.index), run_dir.result(stage, index)
+            os.link(old, new)  # type: ignore[arg-type]
+        manifest.append_shard(msgspec.structs.replace(info, index=index), source="repeated")
+        num_present += info.num_samples
+    add_input(manifest, "repeated", num_present - before)
+
+
+def add_input(manifest: Manifest, source: str, num_rows: int) -> None:
+    """Say that an input was read to its end."""
+    counts = {"read": num_rows, "added": num_rows, "known": 0}
+    manifest.append_input(InputInfo(source=source, fingerprint="read", settings="", **counts))
 
 
 def flush_nothing() -> None:
