@@ -29,7 +29,7 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
     is_found = False
     for info in state.manifest.shards:
         for key, idx in zip(info.keys, info.ids):
-            if target in (key, idx):  # an id is that of one sample in each input
+            if target in (key, idx):  # several samples of one id: all
                 is_found = True
                 yield from inspect_sample(state, info, key)
     if is_found:
