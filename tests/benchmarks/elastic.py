@@ -19,7 +19,6 @@ import ctypes
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -156,7 +155,8 @@ def measure(questions: int, every_s: float, seed: int) -> dict[str, Any]:
             for unit in ("wall_s", "cpu_s")
         }
         return {
-            "command": shlex.join(["python", "-m", "tests.benchmarks.elastic", *sys.argv[1:]]),
+            "command": f"python -m tests.benchmarks.elastic --questions {questions} "
+            f"--every_s {every_s:g} --seed {seed}",
             "cores": len(os.sched_getaffinity(0)),
             "load_before_and_after": [round(load, 1), round(os.getloadavg()[0], 1)],
             "questions": questions,
