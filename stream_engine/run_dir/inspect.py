@@ -12,7 +12,7 @@ from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.rankings import ranking_line
 from stream_engine.run_dir.results import quarantined_by, read_results
 from stream_engine.run_dir.shards import read_shard
-from stream_engine.run_dir.state import RunState, slim
+from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import describe_failure, quarantined
 from stream_engine.text import duration
 
@@ -44,7 +44,7 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
 
 def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
     """Where a shard is, what each stage made of it, why it failed, and how to do it again."""
-    shard = slim(info)
+    shard = state.shards[info.index]
     yield f"shard {info.index}   {state.run_dir.shard(info.index)}"
     yield f"  {info.num_samples} samples, {info.num_bytes} bytes, sha256 {info.sha256}"
     for stage in STAGES:
@@ -78,7 +78,7 @@ def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
 
 def inspect_sample(state: RunState, info: ShardInfo, key: str) -> Iterator[str]:
     """A sample's question, its answers best first, and what set it aside."""
-    shard = slim(info)
+    shard = state.shards[info.index]
     sample = next(
         s for s in read_shard(state.run_dir.shard(info.index), info, verify=False) if s.key == key
     )

@@ -104,11 +104,21 @@ class ShardLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     source: str = ""
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """The little of a ShardInfo that is kept for every shard."""
+
+    index: int
+    num_samples: int
+    sha256: str
+    images: dict[int, int] = {}
+
+
 class LineKind(msgspec.Struct):
     """The little that loading needs of every line."""
 
     kind: str
     source: str = ""
+    shard: Shard | None = None
 
 
 class Part(NamedTuple):
@@ -175,6 +185,7 @@ class Manifest:
     def _begin(self) -> None:
         self.parts: list[Part] = []
         self.shards = ShardList(self.parts)
+        self.slim: list[Shard] = []
         self.inputs: dict[str, InputInfo] = {}
         self._input_offsets: dict[str, int] = {}
         self._whole_readings: dict[str, list[InputInfo]] = {}
@@ -241,7 +252,10 @@ class Manifest:
             kind = msgspec.json.decode(line, type=LineKind)
             if kind.kind == "input":
                 self._add_input(msgspec.json.decode(line, type=InputInfo))
+            elif kind.shard is None:
+                return False
             else:
+                self.slim.append(kind.shard)
                 self.shards.offsets.append(self.end)
                 self._unfinished.setdefault(kind.source, []).append(self.end)
         except (msgspec.DecodeError, UnicodeDecodeError):

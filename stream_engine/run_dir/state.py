@@ -10,14 +10,11 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
-
 from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
-from stream_engine.records import ShardInfo
 from stream_engine.run_dir.failures import ShardFailure, read_failure
 from stream_engine.run_dir.headers import FEW, MANY, KeptHeaders, Seen
-from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
@@ -28,15 +25,6 @@ from stream_engine.timing import spent_on
 logger = logging.getLogger(__name__)
 
 SHARD_LEASE = "shard-"
-
-
-class Shard(msgspec.Struct, frozen=True):
-    """The little of a ShardInfo that is kept for every shard."""
-
-    index: int
-    num_samples: int
-    sha256: str
-    images: dict[int, int] = {}
 
 
 def shard_lease(index: int) -> str:
@@ -186,9 +174,8 @@ class RunState:
 
     def _refresh_manifest(self) -> None:
         self.manifest.refresh()
-        shards = self.manifest.shards
-        for info in shards.at(shards.offsets[len(self.shards) :]):
-            self.shards.append(shard := slim(info))
+        for shard in self.manifest.slim[len(self.shards) :]:
+            self.shards.append(shard)
             for stage in STAGES:
                 self._missing[stage][self.run_dir.result_name(shard.index)] = shard
 
@@ -266,10 +253,6 @@ class RunState:
                 self.failures[index] = failure
             else:
                 self.failures.pop(index, None)
-
-
-def slim(info: ShardInfo) -> Shard:
-    return Shard(info.index, info.num_samples, info.sha256, info.images)
 
 
 def numbered(folder: Location) -> list[tuple[int, Entry]]:
