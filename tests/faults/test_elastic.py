@@ -12,7 +12,7 @@ from stream_engine.store.leases import list_leases
 from tests.conftest import DEMO_FLAGS, answers, parts
 from tests.fleet import Member, join
 
-NUM_DEPARTURES = 3
+NUM_DEPARTURES = 2
 
 
 def test_workers_of_two_launchers_come_and_go(
