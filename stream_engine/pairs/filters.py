@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from stream_engine.config import RankingConfig
 from stream_engine.pipelines.ranking import count_words
@@ -25,11 +24,11 @@ class Candidate:
     chosen: Answer
     rejected: Answer
 
-    @cached_property
+    @property
     def chosen_words(self) -> int:
         return count_words(self.chosen.text)
 
-    @cached_property
+    @property
     def rejected_words(self) -> int:
         return count_words(self.rejected.text)
 

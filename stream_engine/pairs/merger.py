@@ -318,6 +318,8 @@ def write_pairs(
         for _, chunk in chunks:
             assert isinstance(chunk, Chunk)
             pairs = list(islice(written, chunk.num_pairs))
+            if len(pairs) < chunk.num_pairs:
+                raise ConservationError(f"shard {order.info.index}: a pair was written twice")
             for output in outputs:
                 output.take(chunk, pairs)
             debug.write(chunk.debug)

@@ -134,7 +134,11 @@ class RowMaker:
             debug.ranked(sample, rollouts, rewards)
             kept, dropped = split_candidates(rank(self.pipeline, rollouts, rewards), self.ranking)
             for candidate in kept:
-                reason = next(reasons)
+                reason = next(reasons, "")
+                if reason == "":
+                    raise ConservationError(
+                        f"shard {order.info.index}: ranked again, it has more pairs than before"
+                    )
                 if reason is not None:
                     dropped.append((candidate, reason))
                     continue

@@ -98,20 +98,20 @@ class AnswerTexts:
         """Whether the similarity of an answer to one of the others exceeds the threshold."""
         if n is not None or self.num_words[index] < NGRAM or threshold < 0:
             return any(self.similarity(index, other, n=n) > threshold for other in others)
-        mine = self.ngrams(index, NGRAM)
+        mine, known = self.ngrams(index, NGRAM), self._ngrams[NGRAM]
         for other in others:
             if self.num_words[other] < NGRAM:
                 if self.similarity(index, other, n=None) > threshold:
                     return True
-            elif jaccard(mine, self.ngrams(other, NGRAM)) > threshold:
+                continue
+            theirs = known[other] if other in known else self.ngrams(other, NGRAM)
+            if not mine.isdisjoint(theirs) and jaccard(mine, theirs) > threshold:
                 return True
         return False
 
 
 def jaccard(a: Ngrams, b: Ngrams) -> float:
     """What two sets have in common, as a share of all that is in either; 0 for two empty ones."""
-    if a.isdisjoint(b):
-        return 0.0
     num_common = len(a & b)
     num_either = len(a) + len(b) - num_common
     return num_common / num_either if num_either else 0.0

@@ -24,6 +24,7 @@ from stream_engine.run_dir import results
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import RankedShard, checksums, is_damaged, read_ranking
+from stream_engine.run_dir.requeue import requeue
 from stream_engine.run_dir.results import read_results
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.verify import damaged_parts
@@ -164,6 +165,13 @@ def test_a_ranking_is_not_of_results_that_were_replaced(run_dir: RunDir) -> None
     assert before is not None and after is not None
     assert order_in(after) != order_in(before)
     assert fits(run_dir, 1)
+
+
+def test_a_retry_leaves_no_ranking_of_the_results_before(run_dir: RunDir) -> None:
+    run_merge(run_dir)
+    assert all(fits(run_dir, index) for index in range(3))
+    requeue(state_of(run_dir), worker="w", timeout_s=60.0)
+    assert [fits(run_dir, index) for index in range(3)] == [False, False, True]
 
 
 def order_in(ranked: RankedShard) -> list[tuple[int, int, int]]:
