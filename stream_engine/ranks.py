@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from stream_engine.errors import ConfigError
 
@@ -96,6 +98,23 @@ class Rank:
     def num_threads(self) -> int:
         """This rank's share of the cores that the process may use."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+def planned_device(rank: Rank, device: str) -> str:
+    """The device that `set_device` would name, told without torch where there can be no other.
+
+    Raises:
+        ConfigError: when a CUDA device is asked for by name and there is none.
+    """
+    if device == "cpu" or (device == "auto" and not has_device_files()):
+        return "cpu"
+    return set_device(rank, device)
+
+
+def has_device_files(root: Path = Path("/dev")) -> bool:
+    """Whether a driver of a GPU has left its files; elsewhere than on Linux nobody knows."""
+    names = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
+    return not sys.platform.startswith("linux") or any(any(root.glob(name)) for name in names)
 
 
 def set_device(rank: Rank, device: str) -> str:

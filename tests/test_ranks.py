@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from stream_engine import ranks
 from stream_engine.errors import ConfigError
-from stream_engine.ranks import Rank, set_device
+from stream_engine.ranks import Rank, planned_device, set_device
 
 RANK = Rank(local_rank=3, threads_set=True)
 
@@ -44,3 +47,25 @@ def test_a_cuda_device_that_is_not_there_is_an_error(monkeypatch, asked):
     ):
         set_device(RANK, asked)
     assert set_device(RANK, "auto") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("names", "device"),
+    [
+        pytest.param(["null", "shm"], "cpu", id="no-driver"),
+        pytest.param(["null", "nvidiactl"], "cuda:1", id="nvidia"),
+        pytest.param(["kfd"], "cuda:1", id="amd"),
+    ],
+)
+def test_a_plan_asks_torch_for_a_device_only_where_a_driver_is(
+    current, monkeypatch, tmp_path, names, device
+):
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(ranks.sys, "platform", "linux")
+    monkeypatch.setattr(
+        ranks, "has_device_files", functools.partial(ranks.has_device_files, tmp_path)
+    )
+    assert planned_device(RANK, "auto") == device
+    assert planned_device(RANK, "cpu") == "cpu"
+    assert planned_device(RANK, "cuda:1") == "cuda:1"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from stream_engine.cli.flags import convert_flag
+from stream_engine.cli.settings import run_arguments
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
-from stream_engine.work.ray_workers import RayPlaces, run_on_ray
-from stream_engine.work.runner import RunReport, Step, run
+
+if TYPE_CHECKING:
+    from stream_engine.work.ray_workers import RayPlaces
+    from stream_engine.work.runner import RunReport, Step
 
 RAY_FLAGS = (
     "num_workers",
@@ -19,6 +23,12 @@ RAY_FLAGS = (
     "worker_placement",
     "max_restarts",
 )
+
+
+def launched_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that begins a run and may start its workers."""
+    run_arguments(parser)
+    add_launcher(parser)
 
 
 def add_launcher(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +69,9 @@ def run_by_launcher(
     args: argparse.Namespace, config: RunConfig, steps: Sequence[Step]
 ) -> RunReport:
     """`run`, by whoever is to start the workers."""
+    from stream_engine.work.ray_workers import run_on_ray
+    from stream_engine.work.runner import run
+
     if getattr(args, "launcher", None) is None:
         for name in RAY_FLAGS:
             if getattr(args, name, None) is not None:
@@ -73,6 +86,8 @@ def places_of(args: argparse.Namespace) -> RayPlaces:
     Raises:
         ConfigError: for a value that cannot be.
     """
+
+    from stream_engine.work.ray_workers import RayPlaces
 
     def number(name: str, kind: type, default: float | None, least: float) -> float | None:
         text = getattr(args, name)

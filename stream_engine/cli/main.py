@@ -44,7 +44,7 @@ COMMANDS = {
     "work": Named("working", "only run the models on the shards on hand"),
     "merge": Named("working", "only build pairs and write the dataset"),
     "retry-failed": Named("working", "try failed shards and quarantined records again, then merge"),
-    "plan": Named("working", "show what a run would do, and do nothing"),
+    "plan": Named("planning", "show what a run would do, and do nothing"),
     "status": Named("looking", "show where a run stands"),
     "inspect": Named("looking", "show what happened to a shard or sample, and how to do it again"),
     "validate": Named("checking", "check an input, a dataset, or a whole run"),

@@ -64,3 +64,18 @@ def write_demo_dataset(path: Location) -> None:
     if not files.exists(path):
         with suppress(ChangedError):
             files.create(path, dataset_bytes(DEMO_COUNT, DEMO_SEED))
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that may begin a run."""
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="the embedded models of the pipeline and, without --dataset_path, the embedded data",
+    )
+    parser.add_argument(
+        "--failures_ok",
+        action="store_true",
+        help="exit 0 where it would be 2, for launchers that take any other status for a "
+        "crash; `status --check` tells afterwards",
+    )

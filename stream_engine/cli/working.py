@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from stream_engine.cli import notes
 from stream_engine.cli.command import WORK_DIR, Command
 from stream_engine.cli.flags import read_settings
-from stream_engine.cli.launchers import add_launcher, run_by_launcher
+from stream_engine.cli.launchers import add_launcher, launched_arguments, run_by_launcher
 from stream_engine.cli.looking import status_lines
 from stream_engine.cli.reports import report_after
-from stream_engine.cli.settings import config_from, config_of_run
+from stream_engine.cli.settings import config_from, config_of_run, run_arguments
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.models.hub import with_checkpoints
@@ -24,32 +24,12 @@ from stream_engine.run_dir.requeue import requeue
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
-from stream_engine.work.plan import plan_lines
 from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="the embedded models of the pipeline and, without --dataset_path, the embedded data",
-    )
-    parser.add_argument(
-        "--failures_ok",
-        action="store_true",
-        help="exit 0 where it would be 2, for launchers that take any other status for a "
-        "crash; `status --check` tells afterwards",
-    )
-
-
-def _launched_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_arguments(parser)
-    add_launcher(parser)
 
 
 def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("positional_work_dir", metavar="WORK_DIR", nargs="?", help=WORK_DIR)
-    _run_arguments(parser)
+    run_arguments(parser)
 
 
 def _append_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +113,6 @@ def retry_failed(args: argparse.Namespace) -> int:
     return finish(args, dataclasses.replace(config, dataset_path=tuple(unread)))
 
 
-def plan(args: argparse.Namespace) -> int:
-    for line in plan_lines(config_from(args, make_demo_data=False)):
-        print(line)
-    return 0
-
-
 def finish(
     args: argparse.Namespace, config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS
 ) -> int:
@@ -193,7 +167,7 @@ def remedies(report: RunReport) -> list[str]:
 
 
 COMMANDS = {
-    "run": Command(run_command, _launched_arguments, takes_settings=True, notes=notes.RUN),
+    "run": Command(run_command, launched_arguments, takes_settings=True, notes=notes.RUN),
     "append": Command(append, _append_arguments, takes_settings=True, notes=notes.RUN),
     "shard": Command(shard, _work_dir_arguments, takes_settings=True, notes=notes.INPUT),
     "work": Command(work, _work_arguments, takes_settings=True),
@@ -204,5 +178,4 @@ COMMANDS = {
         notes=notes.PAIRS + "\n" + notes.PUBLISHED,
     ),
     "retry-failed": Command(retry_failed, _retry_arguments, takes_settings=True, notes=notes.RETRY),
-    "plan": Command(plan, _launched_arguments, takes_settings=True),
 }

@@ -25,13 +25,13 @@ from torch import Tensor
 from stream_engine.device_errors import hidden_out_of_memory
 from stream_engine.engine.attention_steps import DecodeStep, active
 from stream_engine.engine.draw import draw
+from stream_engine.engine.memory import STEPS_PER_READ
 
 if TYPE_CHECKING:
     from stream_engine.engine.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
-STEPS_PER_READ = 8
 ROW_BUCKET = 32
 
 

@@ -26,6 +26,7 @@ from stream_engine.device_errors import is_out_of_memory
 from stream_engine.engine.attention_steps import ATTENTION_NAME
 from stream_engine.engine.batching import map_ahead
 from stream_engine.engine.decode import Decoder
+from stream_engine.engine.memory import rows_per_question
 from stream_engine.engine.parallel import load_spread
 from stream_engine.engine.plain import plain_generate, plain_next_token_logps, plain_score
 from stream_engine.engine.planner import MemoryPlanner, share_memory
@@ -232,11 +233,6 @@ def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) 
         rows_per_question=rows_per_question(role, sampling),
         draws=role.draws,
     )
-
-
-def rows_per_question(role: ModelRole, sampling: SamplingConfig) -> int:
-    """Answers that share a prompt: those to a sample; of a judge's replies, one is safe to say."""
-    return sampling.sample_k if role.stage == "rollouts" else 1
 
 
 def share_device(engines: Sequence[Engine]) -> None:

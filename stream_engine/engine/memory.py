@@ -22,11 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stream_engine.config import ModelRole, SamplingConfig
 from stream_engine.errors import ConfigError
 
 DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Upper bound of tokens in a packed forward, where the user sets none. CPU: GEMMs are near their
 peak from some hundred tokens on."""
+STEPS_PER_READ = 8
+"""Steps of a captured decode between two looks at what was drawn."""
 DEFAULT_ROWS = {"cpu": 160, "cuda": 320}
 """Upper bound of rows in a decode step. Accelerator: beyond about 300 rows nothing but launch
 latency improves."""
@@ -352,3 +355,8 @@ def language_shape(
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def rows_per_question(role: ModelRole, sampling: SamplingConfig) -> int:
+    """Answers that share a prompt: those to a sample; of a judge's replies, one is safe to say."""
+    return sampling.sample_k if role.stage == "rollouts" else 1

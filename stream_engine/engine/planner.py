@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from stream_engine.device_errors import is_device_lost, is_out_of_memory
-from stream_engine.engine.decode import STEPS_PER_READ, Decoder
+from stream_engine.engine.decode import Decoder
 from stream_engine.engine.host_memory import host_available
 from stream_engine.engine.memory import (
     PENALTY_COPIES,
+    STEPS_PER_READ,
     Demand,
     MemoryPlan,
     language_shape,

@@ -15,13 +15,13 @@ from PIL import Image
 from stream_kernels import HostLayout
 
 from stream_engine.engine.decode import (
-    STEPS_PER_READ,
     CaptureError,
     DecodeInput,
     Decoder,
     decode_eagerly,
 )
 from stream_engine.engine.draw import draw
+from stream_engine.engine.memory import STEPS_PER_READ
 from stream_engine.errors import RecordError
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import lzma
-from typing import BinaryIO, cast
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from stream_engine.inputs.unread import Unreadable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz", ".lz4": "lz4"}
 """Suffix -> pyarrow's codec; xz is Python's own."""
@@ -30,6 +31,8 @@ def decompressed(stream: BinaryIO, codec: str | None) -> BinaryIO:
     if codec == "xz":
         raw = lzma.LZMAFile(stream)  # noqa: SIM115  closed by whom it is given to
     else:
+        import pyarrow as pa
+
         raw = pa.CompressedInputStream(stream, codec)
     return cast(BinaryIO, io.BufferedReader(ForwardReader(raw), CHUNK_BYTES))
 

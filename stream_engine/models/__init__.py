@@ -1,7 +1,8 @@
 """Model families: which there are, and which one a checkpoint belongs to.
 
-The family is read from the checkpoint's config.json, never from its path. Third parties add
-families through an entry point, a module with `matches(config)` and `load(checkpoint, config)`:
+The family is read from the checkpoint's config.json, never from its path: formats.py tells the
+original formats. Third parties add families through an entry point, a module with
+`matches(config)` and `load(checkpoint, config)`:
 
     [project.entry-points."stream_engine.models"]
     acme = "acme_family"
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models.fingerprint import checkpoint_fingerprint
+from stream_engine.models.formats import FORMATS
 from stream_engine.models.intact import read_json, refuse_broken_files
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def detect_family(checkpoint: str | Path, *, name_hint: str | None = None) -> st
     for entry in entry_points(group="stream_engine.models"):
         families = {entry.name: entry.value} | families
     for name, module in families.items():
-        if importlib.import_module(module).matches(config):
+        matches = FORMATS.get(name) or importlib.import_module(module).matches
+        if matches(config):
             if name_hint:
                 promised = promised_families(name_hint, list(families), config)
                 if name not in (promised or [name]):

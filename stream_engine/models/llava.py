@@ -70,22 +70,6 @@ CLIP_L_336 = {
 CLIP_TEXT_HALF = r"^(text_model\.|text_projection|visual_projection|logit_scale)"
 
 
-def matches(config: dict[str, Any]) -> bool:
-    """Original: by architecture and `mm_vision_tower`. llava-hf: CLIP under a Llama-2 tokenizer."""
-    architectures = config.get("architectures") or []
-    if "LlavaLlamaForCausalLM" in architectures:
-        return "mm_vision_tower" in config
-    if "LlavaForConditionalGeneration" in architectures:
-        text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-        return (
-            text.get("model_type", "llama") == "llama"
-            and vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-            and text.get("bos_token_id", 1) == 1
-            and isinstance(config.get("vision_feature_layer", -2), int)
-        )
-    return False
-
-
 def load(checkpoint: Path, config: ModelConfig) -> LlavaModel:
     """Load any of the three layouts; see `models.Family`."""
     stated = read_own_config(checkpoint)

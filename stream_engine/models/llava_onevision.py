@@ -60,14 +60,6 @@ SO400M_384 = {
 """google/siglip-so400m-patch14-384, whose weights the checkpoint holds, but not its config."""
 
 
-def matches(config: dict[str, Any]) -> bool:
-    """By architecture and `mm_vision_tower`."""
-    return (
-        "LlavaQwenForCausalLM" in (config.get("architectures") or [])
-        and "mm_vision_tower" in config
-    )
-
-
 def load(checkpoint: Path, config: ModelConfig) -> LlavaOnevisionModel:
     """Load strictly; see `models.Family`."""
     stated = read_own_config(checkpoint)

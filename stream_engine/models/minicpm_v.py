@@ -68,12 +68,6 @@ LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
 END_TOKENS = {"2.5": ("<|eot_id|>",), "2.6": ("<|im_end|>", "<|endoftext|>")}
 
 
-def matches(config: dict[str, Any]) -> bool:
-    """By architecture, the resampler's `query_num`, and the tower's config."""
-    architectures = config.get("architectures") or []
-    return "MiniCPMV" in architectures and {"query_num", "vision_config"} <= config.keys()
-
-
 def load(checkpoint: Path, config: ModelConfig) -> MiniCpmVModel:
     """Load either version; see `models.Family`."""
     stated = read_own_config(checkpoint)

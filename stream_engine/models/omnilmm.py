@@ -58,13 +58,6 @@ SMALL_HEAD_SIZE = 16
 TOWER, RESAMPLER = "model.vision_tower.", "model.resampler."
 
 
-def matches(config: dict[str, Any]) -> bool:
-    """By architecture and `mm_vision_tower`."""
-    return (
-        "OmniLMMForCausalLM" in (config.get("architectures") or []) and "mm_vision_tower" in config
-    )
-
-
 def load(checkpoint: Path, config: ModelConfig) -> OmniLmmModel:
     """Load strictly; see `models.Family`."""
     stated = read_own_config(checkpoint)

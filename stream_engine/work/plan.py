@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stream_engine.config import STAGES, ModelRole, RunConfig, SamplingConfig
+from stream_engine.engine.host_memory import host_available
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models import detect_family, read_checkpoint_config
 from stream_engine.models.hub import with_checkpoints
 from stream_engine.outputs.formats import export_class
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
-from stream_engine.ranks import Rank, set_device
+from stream_engine.ranks import Rank, planned_device
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.refusals import (
     DEMO_DATASET,
@@ -35,8 +36,7 @@ from stream_engine.work.placement import (
     human_bytes,
     worker_memory,
 )
-from stream_engine.work.reading import check_inputs
-from stream_engine.work.stage_inputs import stage_inputs
+from stream_engine.work.stage_inputs import check_inputs, stage_inputs
 
 if TYPE_CHECKING:
     from stream_engine.engine.memory import Demand, LanguageShape
@@ -71,7 +71,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
             detect_family(role.path, name_hint=role.hint)
     yield f"pipeline  {pipeline.name}, {config.sample_k} answers a question, seed {config.seed}"
     rank = Rank.from_environment()
-    device = set_device(rank, config.device)
+    device = planned_device(rank, config.device)
     memory = worker_memory(device, local_workers=rank.local_world_size, offload=config.offload)
     placement = decide_placement(pipeline, config, memory_bytes=memory, device=device)
     for role in pipeline.roles():
@@ -157,6 +157,8 @@ def batch_lines(
 
 
 def _free_bytes(device: str, rank: Rank) -> int:
+    if device == "cpu":
+        return host_available(share=rank.local_world_size)
     import torch
 
     from stream_engine.engine.planner import free_bytes
@@ -166,9 +168,14 @@ def _free_bytes(device: str, rank: Rank) -> int:
 
 def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:
     """What the role's engine will ask of memory, as far as files tell."""
-    from stream_engine.engine.decode import STEPS_PER_READ
-    from stream_engine.engine.engine import rows_per_question
-    from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS, PENALTY_COPIES, Demand
+    from stream_engine.engine.memory import (
+        DEFAULT_ROWS,
+        DEFAULT_TOKENS,
+        PENALTY_COPIES,
+        STEPS_PER_READ,
+        Demand,
+        rows_per_question,
+    )
 
     kind = "cpu" if device == "cpu" else "cuda"
     answers = _resolved(role, config)

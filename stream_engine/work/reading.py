@@ -10,14 +10,14 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stream_engine.config import STAGES, InputConfig, RunConfig, Stage
 from stream_engine.errors import ConfigError, LeaseLostError, NoPicturesError
 from stream_engine.inputs.ingest import IngestReport, ingest
 from stream_engine.inputs.rejects import discard_refused
-from stream_engine.inputs.sources import input_fingerprint, list_inputs
+from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.leases import Lease
@@ -170,14 +170,6 @@ class InputQueue:
             worker_id=self.worker,
             timeout_s=self.config.lease_timeout_s,
         )
-
-
-def check_inputs(config: RunConfig, *, known: Container[str]) -> None:
-    """Raise ConfigError for an input that the run could not read, but for those that are known."""
-    if config.run_stage in (None, 0):
-        for source in config.dataset_path:
-            if canonical_source(source) not in known:
-                list_inputs(source)
 
 
 def refuse_bad_input(rejected: Mapping[str, int], read: int, max_fraction: float) -> None:

@@ -37,9 +37,8 @@ from stream_engine.work.follower import follow
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.work.progress import ProgressView, set_up_logging
-from stream_engine.work.reading import check_inputs
 from stream_engine.work.signals import exit_on_sigterm
-from stream_engine.work.stage_inputs import stage_inputs
+from stream_engine.work.stage_inputs import check_inputs, stage_inputs
 from stream_engine.work.team import Team
 from stream_engine.work.tracking import Tracker
 from stream_engine.work.worker import Worker

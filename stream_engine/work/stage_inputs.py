@@ -1,16 +1,20 @@
-"""What shapes each stage's results: checkpoints, sampling values, the pipeline's own settings."""
+"""What shapes each stage's results: checkpoints, sampling values, the pipeline's own settings; and
+whether the inputs can be read."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import msgspec
 
-from stream_engine.config import STAGES, SamplingConfig, Stage, fingerprint
+from stream_engine.config import STAGES, RunConfig, SamplingConfig, Stage, fingerprint
+from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import checkpoint_fingerprint
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.run_json import StageInputs, as_read_back
+from stream_engine.store.locations import canonical_source
 
 
 def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
@@ -40,3 +44,11 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
         stage: StageInputs(fingerprint=fingerprint(values), inputs=as_read_back(values))
         for stage, values in inputs.items()
     }
+
+
+def check_inputs(config: RunConfig, *, known: Container[str]) -> None:
+    """Raise ConfigError for an input that the run could not read, but for those that are known."""
+    if config.run_stage in (None, 0):
+        for source in config.dataset_path:
+            if canonical_source(source) not in known:
+                list_inputs(source)

@@ -350,7 +350,16 @@ def test_deepspeed_puts_its_flag_before_the_command(capsys: pytest.CaptureFixtur
     assert "stream-engine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["status", "."]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["--version"],
+        ["status", "."],
+        ["plan", "--demo", "--device", "cpu"],
+    ],
+)
 def test_light_commands_do_not_import_torch(words: list[str]) -> None:
     code = f"""
 import sys

@@ -13,7 +13,7 @@ import pytest
 
 from stream_engine.config import ModelConfig, RunConfig
 from stream_engine.demo import demo_models
-from stream_engine.engine import planner as planner_module
+from stream_engine.engine import planner
 from stream_engine.errors import StreamEngineError
 from stream_engine.models import detect_family, load_model
 from stream_engine.pipelines import pipeline_class
@@ -21,6 +21,7 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.refusals import DEMO_DATASET
 from stream_engine.run_dir.run_json import open_run
+from stream_engine.work import plan
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.plan import plan_lines, read_shape
 from stream_engine.work.stage_inputs import stage_inputs
@@ -47,7 +48,8 @@ def config(work_dir: Path, pipeline: str = "dpo_reward", **settings: object) -> 
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(planner_module, "host_available", lambda share: num_bytes)
+    for module in (plan, planner):
+        monkeypatch.setattr(module, "host_available", lambda share: num_bytes)
 
 
 def batch_lines(settings: RunConfig) -> list[str]:
