@@ -1,4 +1,4 @@
-"""llava_critic: a critic VLM judges answers in pairs; the score is wins minus losses.
+"""llava_critic: a critic VLM judges answers in pairs; the score is wins minus losses, or strength.
 
 Every match is judged in both orders, since critics favour a place. An answer wins a match when both
 orders say so; anything else is a tie, in particular a verdict that names the same place in both
@@ -21,7 +21,7 @@ from stream_engine.pipelines.asking import ask, failure_of
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.ranking import rank_by_wins
 from stream_engine.pipelines.schedules import VERDICTS_PER_MATCH, num_matches
-from stream_engine.pipelines.tournament import Tournament
+from stream_engine.pipelines.tournament import Scoring, Tournament
 from stream_engine.records import (
     Failure,
     PreferencePair,
@@ -38,7 +38,11 @@ class LlavaCriticOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """What is compared with what, and how the critic writes."""
 
     critic_pairs: int | Literal["all", "swiss"] = "all"
-    """Pairs of answers to compare, each in both orders: all, swiss (about k/2 * log2(k)), or N."""
+    """Pairs of answers to compare, each in both orders: all, swiss (a third of them for ten
+    answers, about as good), or N."""
+    critic_scores: Literal["auto", "wins", "bradley_terry"] = "auto"
+    """What an answer scores: wins minus losses, or its Bradley-Terry strength (a logarithm), which
+    tells more where few pairs are compared; auto: wins with all pairs, strength otherwise."""
     critic_compat: Literal["rlaifv"] | None = None
     """rlaifv: the sum over ordered pairs of RLAIF-V's data engine, and its reading of replies."""
     critic_temperature: float = 0.7
@@ -69,6 +73,16 @@ class LlavaCriticPipeline(Pipeline):
             raise ConfigError(f"critic_pairs must be all, swiss or at least 1, it is {pairs}")
         if compat and pairs != "all":
             raise ConfigError(f"critic_compat {compat} needs critic_pairs all, it is {pairs}")
+        if compat and self.scoring != "wins":
+            raise ConfigError(f"critic_compat {compat} needs critic_scores wins")
+
+    @property
+    def scoring(self) -> Scoring:
+        """What `critic_scores` means with these pairs."""
+        asked = self.options.critic_scores
+        if asked != "auto":
+            return asked
+        return "wins" if self.options.critic_pairs == "all" else "bradley_terry"
 
     def roles(self) -> tuple[ModelRole, ...]:
         config, options = self.config, self.options
@@ -99,7 +113,9 @@ class LlavaCriticPipeline(Pipeline):
         samples: Sequence[tuple[Sample, SampleRollouts]],
     ) -> Iterator[SampleRewards | Failure]:
         pairs, compat = self.options.critic_pairs, self.options.critic_compat
-        tournaments = {s.key: Tournament(s, rollouts, pairs, compat) for s, rollouts in samples}
+        tournaments = {
+            s.key: Tournament(s, rollouts, pairs, compat, self.scoring) for s, rollouts in samples
+        }
         waiting = list(tournaments.values())
         while waiting:
             yield from (t.rewards() for t in waiting if t.is_over)

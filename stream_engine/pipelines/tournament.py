@@ -16,6 +16,7 @@ from stream_engine.pipelines.schedules import (
     num_rounds,
     swiss_matches,
 )
+from stream_engine.pipelines.strengths import log_strengths
 from stream_engine.pipelines.verdicts import (
     VALUES,
     Verdict,
@@ -23,6 +24,8 @@ from stream_engine.pipelines.verdicts import (
     parse_verdict_rlaifv,
 )
 from stream_engine.records import AnswerScore, Sample, SampleRewards, SampleRollouts
+
+Scoring = Literal["wins", "bradley_terry"]
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Tournament:
     rollouts: SampleRollouts
     schedule: Schedule
     compat: Literal["rlaifv"] | None = None
+    scoring: Scoring = "wins"
     copies: dict[int, list[int]] = field(default_factory=dict)
     round: int = 0
     matches: list[Match] = field(default_factory=list)
@@ -56,8 +60,8 @@ class Tournament:
         """The questions of the next round of matches, both orders of each."""
         players = list(self.copies)
         if self.schedule == "swiss":
-            table = self.table()
-            standing = sorted(players, key=lambda i: (table[i]["losses"] - table[i]["wins"], i))
+            strengths = self.strengths()
+            standing = sorted(players, key=lambda i: (-strengths[i], i))
             new = swiss_matches(standing, self.matches)
         else:
             new = fixed_matches(self.schedule, players)
@@ -91,6 +95,19 @@ class Tournament:
         back = -VALUES[self.verdicts.get(match[::-1])]
         return there if there == back else 0
 
+    def strengths(self) -> dict[int, float]:
+        """Bradley-Terry strengths; of a match's two orders, one that calls a tie leaves half."""
+        return log_strengths(
+            list(self.copies),
+            (
+                (
+                    *match,
+                    (VALUES[self.verdicts.get(match)] - VALUES[self.verdicts.get(match[::-1])]) / 2,
+                )
+                for match in self.matches
+            ),
+        )
+
     def table(self) -> dict[int, Counter[str]]:
         """Wins, losses and ties of every answer."""
         table: dict[int, Counter[str]] = {index: Counter() for index in self.copies}
@@ -104,6 +121,7 @@ class Tournament:
         """The scores, once all matches are played."""
         self.count_matches()
         table, scores = self.table(), []
+        strengths = self.strengths() if self.scoring == "bradley_terry" else {}
         unscored: dict[str, list[int]] = {}
         for index, copies in self.copies.items():
             if reason := self.reason_unscored(index):
@@ -111,7 +129,11 @@ class Tournament:
                 continue
             row = table[index]
             if self.compat == "rlaifv":
-                score = sum(VALUES[v] for (first, _), v in self.verdicts.items() if first == index)
+                score: float = sum(
+                    VALUES[v] for (first, _), v in self.verdicts.items() if first == index
+                )
+            elif self.scoring == "bradley_terry":
+                score = strengths[index]
             else:
                 score = row["wins"] - row["losses"]
             scores += [

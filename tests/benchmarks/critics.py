@@ -24,11 +24,13 @@ from pathlib import Path
 from stream_engine.demo.facts import count_wrong_facts
 from stream_engine.demo.world import scene_of
 from stream_engine.pipelines.schedules import Match, fixed_matches, swiss_matches
+from stream_engine.pipelines.strengths import log_strengths
 from stream_engine.pipelines.verdicts import VALUES
 from stream_engine.records import SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.shards import read_shard
 
 Verdicts = Mapping[Match, float]
 """By (first, second) answer: 1 the first is better, -1 the second, 0 neither."""
@@ -56,8 +58,6 @@ def questions_of(run_dir: RunDir) -> Iterator[Question]:
         idx = dict(zip(info.keys, info.ids))
         rollouts = read_results(run_dir.result("rollouts", info.index), SampleRollouts)
         answers = {r.key: r for r in rollouts}
-        from stream_engine.run_dir.shards import read_shard
-
         asked = {s.key: s.question for s in read_shard(run_dir.shard(info.index), info)}
         for rewards in read_results(run_dir.result("rewards", info.index), SampleRewards):
             verdicts = {
@@ -103,24 +103,8 @@ def wins_minus_losses(
 def bradley_terry(
     verdicts: Verdicts, players: Sequence[int], matches: Sequence[Match], outcome: Outcome
 ) -> Scores:
-    """Log-strengths by the MM steps of Hunter (2004); a tie is half a win of each, and everybody
-    has half a win and half a loss against one of strength 1, so that nobody's is infinite."""
-    import math
-
-    won = dict.fromkeys(players, 0.5)
-    for one, other in matches:
-        result = outcome(verdicts, (one, other))
-        won[one] += (1 + result) / 2
-        won[other] += (1 - result) / 2
-    strength = dict.fromkeys(players, 1.0)
-    for _ in range(100):
-        met = {p: 1.0 / (strength[p] + 1.0) for p in players}
-        for one, other in matches:
-            share = 1.0 / (strength[one] + strength[other])
-            met[one] += share
-            met[other] += share
-        strength = {p: won[p] / met[p] for p in players}
-    return {p: math.log(strength[p]) for p in players}
+    """Strengths, as `critic_scores bradley_terry` has them."""
+    return log_strengths(players, ((*match, outcome(verdicts, match)) for match in matches))
 
 
 def with_opponents(
@@ -230,6 +214,10 @@ def only_agreed(question: Question, scores: Scores) -> list[Match]:
     return [p for p in top_and_bottom(question, scores) if direct(question, *p) > 0]
 
 
+def far_apart(question: Question, scores: Scores) -> list[Match]:
+    return [(a, b) for a, b in top_and_bottom(question, scores) if scores[a] - scores[b] >= 2]
+
+
 def not_contradicted(question: Question, scores: Scores) -> list[Match]:
     return [p for p in top_and_bottom(question, scores) if direct(question, *p) >= 0]
 
@@ -245,6 +233,7 @@ WAYS = {
     "wins - losses, mean of both orders": (everyone, wins_minus_losses, mean, top_and_bottom),
     "Bradley-Terry, both orders agree": (everyone, bradley_terry, agreed, top_and_bottom),
     "Bradley-Terry, mean of both orders": (everyone, bradley_terry, mean, top_and_bottom),
+    "Bradley-Terry, mean; margin >= 2": (everyone, bradley_terry, mean, far_apart),
     "ties by opponents, agree": (everyone, with_opponents, agreed, top_and_bottom),
     "ties by opponents, mean": (everyone, with_opponents, mean, top_and_bottom),
     "wins - losses; pairs agreed on": (everyone, wins_minus_losses, agreed, only_agreed),
@@ -253,6 +242,7 @@ WAYS = {
     "opponents, mean; best agreed pairs": (everyone, with_opponents, mean, best_margins),
     "swiss 4 rounds, wins - losses": (swiss(4), wins_minus_losses, agreed, top_and_bottom),
     "swiss 3 rounds, Bradley-Terry": (swiss(3), bradley_terry, mean, top_and_bottom),
+    "swiss 4 rounds, Bradley-Terry": (swiss(4), bradley_terry, mean, top_and_bottom),
     "18 fixed matches, Bradley-Terry": (some(18), bradley_terry, mean, top_and_bottom),
     "18: swiss 2, then the ends, B-T": (ends(2, 18), bradley_terry, mean, top_and_bottom),
     "18: swiss 3, then the ends, B-T": (ends(3, 18), bradley_terry, mean, top_and_bottom),

@@ -167,6 +167,21 @@ def test_swiss_finds_the_best_and_the_worst_with_half_the_calls(make_pipeline):
     assert texts[by_score[0].index] == "a"
 
 
+def test_few_matches_are_scored_by_the_strength_of_those_who_were_met(make_pipeline):
+    """Wins minus losses let a win over the worst answer count as much as one over the best."""
+    texts = ["a" * n for n in (3, 1, 7, 2, 4, 8, 5, 6)]
+    _, _, [few] = run(make_pipeline, longer_is_better, texts, critic_pairs="swiss")
+    _, _, [wins] = run(
+        make_pipeline, longer_is_better, texts, critic_pairs="swiss", critic_scores="wins"
+    )
+    assert all(
+        score.score == score.scores["wins"] - score.scores["losses"] for score in wins.scores
+    )
+    assert len({score.score for score in few.scores}) > len({score.score for score in wins.scores})
+    by_strength = sorted(few.scores, key=lambda score: -score.score)
+    assert (len(texts[by_strength[0].index]), len(texts[by_strength[-1].index])) == (8, 1)
+
+
 def test_a_comparison_too_long_for_the_critic_is_not_asked(make_pipeline):
     _, asked, [rewards] = run(make_pipeline, longer_is_better, ["aa", "x" * 5000, "aaa"])
     assert len(asked) == 2
