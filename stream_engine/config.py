@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 import msgspec
 
 from stream_engine.errors import ConfigError
+from stream_engine.servers import ServerConfig, check_servers
 from stream_engine.text import nearest
 
 PartT = TypeVar("PartT")
@@ -80,7 +81,7 @@ class ModelConfig:
     """A hint; the family is read from the checkpoint, and a contradiction is an error."""
     reward_model_path: str | None = None
     """The model that scores the answers, as --instruct_model_path. With divide_and_conquer three:
-    `auto_check,question_change,split`."""
+    `auto_check,question_change,split`. A judge may be on a server: `openai:URL#MODEL`."""
     reward_model_name: str | None = None
     """A hint, as --instruct_model_name."""
     reward_model_python_path: str | None = None
@@ -195,7 +196,13 @@ class WorkerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(
-    InputConfig, ModelConfig, SamplingConfig, RankingConfig, OutputConfig, WorkerConfig
+    InputConfig,
+    ModelConfig,
+    ServerConfig,
+    SamplingConfig,
+    RankingConfig,
+    OutputConfig,
+    WorkerConfig,
 ):
     """Every setting of a run: its own, and those of the parts above.
 
@@ -230,7 +237,7 @@ class RunConfig(
             if name not in names_of(cls):
                 raise ConfigError(f"unknown setting {name!r}{nearest(name, names_of(cls))}")
         settings = dict(settings)
-        for name in {"dataset_path", "format", "language"} & settings.keys():
+        for name in {"dataset_path", "format", "language", "token_prices"} & settings.keys():
             if isinstance(settings[name], str):
                 settings[name] = tuple(part for part in settings[name].split(",") if part)
         if isinstance(settings.get("columns"), str):
@@ -285,6 +292,7 @@ class RunConfig(
                 f"tensor_parallel {self.tensor_parallel} and reward_model_python_path do not go "
                 "together; run the rewards as --run_stage 1 with that interpreter's own launcher"
             )
+        check_servers(self.part(ServerConfig), self.part(ModelConfig))
         for ours in self.columns:
             if ours not in COLUMN_NAMES:
                 raise ConfigError(

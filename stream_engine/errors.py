@@ -8,6 +8,7 @@
     ├── CheckpointError                a model directory cannot be loaded as it is
     ├── DeviceLostError                this process can compute no more; a new one may
     ├── ModelsFailedError              no record of a shard came through the models
+    ├── ServerError                    a server that runs a model does not answer
     ├── ParallelError                  the ranks that share a model were lost or fell out of step
     ├── RecordError                    one record is bad: quarantined by reason, the rest goes on
     ├── ShardError                     one shard is bad: retried, then recorded as failed
@@ -56,6 +57,10 @@ class DeviceLostError(StreamEngineError):
 
 class ModelsFailedError(StreamEngineError):
     """Every record of a shard failed in the models: the models are at fault, not the records."""
+
+
+class ServerError(StreamEngineError):
+    """A server that runs a model answers nothing: it is at fault, not the records."""
 
 
 class ParallelError(StreamEngineError):

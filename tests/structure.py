@@ -29,9 +29,10 @@ FRONT_DOOR = ("stream_engine", "stream_engine.__main__")
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "text", "timing", KERNELS}),
+    frozenset({"servers"}),
     frozenset({"config", "device_errors", "ranks", "records"}),
     frozenset({"pictures"}),
-    frozenset({"store"}),
+    frozenset({"remote", "store"}),
     frozenset({"demo", "models"}),
     frozenset({"engine"}),
     frozenset({"pipelines", "run_dir"}),

@@ -33,12 +33,14 @@ from stream_engine.config import (
 )
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
+from stream_engine.servers import ServerConfig
 from stream_engine.text import nearest
 
 GROUPS: dict[str, type] = {
     "the run": RunConfig,
     "input": InputConfig,
     "models": ModelConfig,
+    "models on servers": ServerConfig,
     "sampling": SamplingConfig,
     "pairs": RankingConfig,
     "output": OutputConfig,

@@ -81,6 +81,7 @@ def status_lines(status: Status) -> list[str]:
     if pairs.given:
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in pairs.given.items())
         lines.append(f"given:   {sum(pairs.given.values())} pairs of the input: {verdicts}")
+    lines += [f"server:  {used.line(role)}" for role, used in status.servers.items()]
     for one in status.waiting:
         lines.append(f"waiting: shard {one.shard} for {one.retry_in_s:.0f} s more: {one.error}")
     for worker in status.workers:

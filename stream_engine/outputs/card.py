@@ -89,12 +89,8 @@ def dataset_card(
 def how_it_was_made(config: RunConfig) -> str:
     """The command and the models."""
     models = msgspec.to_builtins(config.part(ModelConfig))
-    named = {
-        name: model_name(path)
-        for name, path in models.items()
-        if name.endswith("model_path")
-        if path
-    }
+    paths = {"sampler": config.sampler} | {n: p for n, p in models.items() if "model_path" in n}
+    named = {name: model_name(path) for name, path in paths.items() if path}
     return (
         f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
         f"{fenced(command_line(config), 'bash')}\n\n" + two_columns("model", named)
@@ -265,7 +261,7 @@ def counts_of_answers(answers: Mapping[str, Any]) -> dict[str, int]:
     brought = answers["ids_from_text"]
     return {
         "answers": answers["total"],
-        **({"... of the input, with ids made from their texts": brought} if brought else {}),
+        **({"... brought along, with ids made from their texts": brought} if brought else {}),
         **{f"... by {printable(model)}": n for model, n in answers["models"].items()},
         **{f"... finished by {why}": n for why, n in answers["finish_reasons"].items()},
         **{f"... not scored ({why})": n for why, n in answers["unscored"].items()},

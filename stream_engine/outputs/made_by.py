@@ -10,14 +10,18 @@ import re
 import shlex
 from pathlib import PurePosixPath
 
-from stream_engine.config import RunConfig
+from stream_engine.config import RunConfig, names_of
+from stream_engine.servers import PREFIX, ServerConfig
 
 IN_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
 """A checkpoint in the hub's cache."""
 HUB_DATASETS = "hf://datasets/"
 LOCAL = ("work_dir", "image_root", "offload_path", "reward_model_python_path")
 """Settings that hold paths of one machine alone."""
-PATHS = ("instruct_model_path", "reward_model_path", "vision_tower_path", "dataset_path")
+PATHS = (
+    *("instruct_model_path", "reward_model_path", "vision_tower_path", "dataset_path"),
+    "sampler",
+)
 NOT_SHOWN = (
     *LOCAL,
     "overwrite",
@@ -28,6 +32,8 @@ NOT_SHOWN = (
     "license",
     "track",
     "report",
+    "token_prices",
+    *(name for name in names_of(ServerConfig) if name.startswith("server_")),
 )
 
 RLAIFV = """\
@@ -72,6 +78,8 @@ def model_name(path: str) -> str:
 
 def one_name(path: str) -> str:
     """The same of one model, or of one input."""
+    if path.startswith(PREFIX):
+        return f"{PREFIX}URL#{path.partition('#')[2]}"
     if found := IN_CACHE.search(path):
         return f"{found['owner']}/{found['name']}@{found['revision'][:12]}"
     if path.startswith(HUB_DATASETS):

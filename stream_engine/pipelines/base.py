@@ -1,7 +1,8 @@
 """What a pipeline is: how samples get answers, how answers get scores, how scores become pairs.
 
 A pipeline knows no cache, no file and no shard: it is handed engines and records, and yields
-records. Its module imports torch nowhere at the top, so that merging and `--help` stay light.
+records. Where a role's model is on a server it is handed a ServerModel, which is asked in words.
+Its module imports torch nowhere at the top, so that merging and `--help` stay light.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from stream_engine.errors import ConfigError
 from stream_engine.pipelines.given import score_given_answers
 from stream_engine.pipelines.ranking import is_given_pair, rank_as_given
 from stream_engine.pipelines.rollouts import sample_answers
+from stream_engine.pipelines.server_answers import answers_of_server
 from stream_engine.records import (
     Failure,
     PreferencePair,
@@ -27,6 +29,9 @@ from stream_engine.records import (
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
+
+SAMPLER = "sampler"
+"""The role of a model on a server that draws the answers."""
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +45,8 @@ class Pipeline(ABC):
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     length_balance: ClassVar[Literal["mean", "ratio"] | None] = "mean"
     """How the merger keeps chosen answers from being simply the longer ones; see balance.py."""
+    needs_logps: ClassVar[bool] = True
+    """Whether scores need the instruct model's log-probs: then it is here, whoever draws."""
     judge_rates: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Rates for stats.json: name -> (numerator, denominator) among `SampleRewards.judge`."""
 
@@ -59,9 +66,18 @@ class Pipeline(ABC):
         return path
 
     def instruct_role(self) -> ModelRole:
-        """The model that draws the answers, the same in every pipeline."""
-        path = self.required_path("instruct_model_path")
-        return ModelRole("instruct", path, "rollouts", self.config.instruct_model_name)
+        """The model that draws the answers, or only scores them where a server's model draws."""
+        path, hint = self.required_path("instruct_model_path"), self.config.instruct_model_name
+        return ModelRole("instruct", path, "rollouts", hint, draws=self.config.sampler is None)
+
+    def answer_roles(self) -> tuple[ModelRole, ...]:
+        """The models of stage 0, the same in every pipeline."""
+        if self.config.sampler is None:
+            return (self.instruct_role(),)
+        sampler = ModelRole(SAMPLER, self.config.sampler, "rollouts")
+        if self.needs_logps or self.config.instruct_model_path:
+            return sampler, self.instruct_role()
+        return (sampler,)
 
     def planned_calls(self, num_samples: int) -> dict[str, int]:
         """Replies that a judge will be asked for, by role, where their number is a choice."""
@@ -87,11 +103,22 @@ class Pipeline(ABC):
     ) -> Iterator[SampleRollouts | Failure]:
         """Stage 0: answers for every sample, or the failure that sets it aside; in any order.
 
-        Answers that a sample brings are scored, and the others sampled.
+        Answers that a sample brings are scored, and the others sampled: by the instruct model, or
+        by the one on a server that is to, whose texts are then scored like those of the input.
 
         `ahead` are samples of the next call, to be read only when there is room to begin them; a
         pipeline that draws its answers in a way of its own may ignore them.
         """
+        if self.config.sampler is not None:
+            sampler: Any = engines[SAMPLER]
+            yield from answers_of_server(
+                sampler,
+                engines.get("instruct"),
+                samples,
+                sample_k=self.config.sample_k,
+                seed=self.config.seed,
+            )
+            return
         engine = engines["instruct"]
         yield from score_given_answers(engine, [sample for sample in samples if sample.answers])
         yield from sample_answers(

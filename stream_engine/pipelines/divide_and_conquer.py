@@ -21,12 +21,12 @@ import msgspec
 
 from stream_engine.config import ModelRole, SamplingConfig, Stage
 from stream_engine.errors import ConfigError, RecordError
-from stream_engine.pipelines.asking import Ask, Replies, Reply, ask, failure_of
+from stream_engine.pipelines.asking import Ask, Replies, Reply, ask, ask_server, failure_of
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.bullets import parse_bullets, without_last_line
 from stream_engine.pipelines.prompts import rewrite_prompt, split_prompt, yes_no_prompt
 from stream_engine.pipelines.ranking import rank_by_denied_facts
-from stream_engine.pipelines.yes_no import YesNo, yes_no_tokens
+from stream_engine.pipelines.yes_no import YesNo, yes_no_of_texts, yes_no_tokens
 from stream_engine.records import (
     AnswerScore,
     Failure,
@@ -38,6 +38,7 @@ from stream_engine.records import (
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine, ScoreRequest
+    from stream_engine.remote import ServerModel
 
 REWARD_ROLES = ("auto_check", "question_change", "split")
 """In the order of --reward_model_path."""
@@ -144,6 +145,7 @@ class DivideAndConquerPipeline(Pipeline):
     name: ClassVar[str] = "divide_and_conquer"
     Options: ClassVar[type[msgspec.Struct]] = DivideAndConquerOptions
     length_balance: ClassVar[Literal["mean", "ratio"] | None] = "ratio"
+    needs_logps: ClassVar[bool] = False
     judge_rates: ClassVar[Mapping[str, tuple[str, str]]] = {
         "facts_per_answer": ("facts", "answers_judged"),
         "fraction_denied": ("facts_denied", "facts"),
@@ -169,7 +171,7 @@ class DivideAndConquerPipeline(Pipeline):
         )
         auto_check, question_change, split = paths
         return (
-            self.instruct_role(),
+            *self.answer_roles(),
             ModelRole("split", split, "rewards", sampling=writing),
             ModelRole("question_change", question_change, "rewards", sampling=writing),
             ModelRole("auto_check", auto_check, "rewards", config.reward_model_name, draws=False),
@@ -187,7 +189,7 @@ class DivideAndConquerPipeline(Pipeline):
         cases = [Case(sample, rollouts) for sample, rollouts in samples]
         split_answers(engines["split"], cases, seed=seed)
         write_questions(engines["question_change"], cases, seed=seed)
-        check_facts(engines["auto_check"], cases)
+        check_facts(engines["auto_check"], cases, seed=seed)
         yield from (case.outcome() for case in cases)
 
     def candidate_pairs(
@@ -277,8 +279,41 @@ def asked(
             yield by_key[key], replies
 
 
-def check_facts(engine: Engine, cases: Sequence[Case]) -> None:
+def check_facts_on_server(server: ServerModel, cases: Sequence[Case], *, seed: int) -> None:
+    """Fill `Fact.verdict` by the likeliest first tokens that a server tells.
+
+    Raises:
+        ConfigError: when it does not tell them.
+    """
+    by_key = {case.sample.key: case for case in cases if case.error is None and case.facts}
+    asks = [
+        Ask(key, {q: yes_no_prompt(q) for q in case.questions()}, case.sample.images)
+        for key, case in by_key.items()
+    ]
+    for key, replies in ask_server(server, asks, seed=seed, wants_logps=True):
+        if isinstance(replies, RecordError):
+            by_key[key].error = replies
+            continue
+        verdicts = {}
+        for question, reply in replies.items():
+            if isinstance(reply, RecordError):
+                continue
+            if reply.top_logps is None:
+                raise ConfigError(
+                    f"auto_check: the server of {server.address.name} gives no top_logprobs, "
+                    "without which yes and no have no probabilities: give it a checkpoint"
+                )
+            verdicts[question] = yes_no_of_texts(reply.top_logps)
+        note_verdicts(by_key[key], verdicts)
+
+
+def check_facts(engine: Engine | ServerModel, cases: Sequence[Case], *, seed: int) -> None:
     """Fill `Fact.verdict`."""
+    from stream_engine.remote import ServerModel
+
+    if isinstance(engine, ServerModel):
+        check_facts_on_server(engine, cases, seed=seed)
+        return
     from stream_engine.engine import RequestFailure, ScoreRequest
 
     tokens = yes_no_tokens(engine.model)

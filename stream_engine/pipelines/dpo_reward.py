@@ -28,6 +28,7 @@ from stream_engine.records import (
     SampleRewards,
     SampleRollouts,
 )
+from stream_engine.servers import served
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
@@ -39,8 +40,13 @@ class DPORewardPipeline(Pipeline):
     name: ClassVar[str] = "dpo_reward"
 
     def roles(self) -> tuple[ModelRole, ...]:
+        if served(self.config.reward_model_path):
+            raise ConfigError(
+                f"{self.name} needs the reward model's log-probs of given answers, which chat "
+                "completions do not tell: give --reward_model_path a checkpoint"
+            )
         return (
-            self.instruct_role(),
+            *self.answer_roles(),
             ModelRole(
                 "reward",
                 self.required_path("reward_model_path"),

@@ -8,23 +8,31 @@ its answers run over it, so that what later stages see is as complete as of samp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stream_engine.records import Answer, Failure, GivenAnswer, PromptDigest, Sample, SampleRollouts
+from stream_engine.errors import RecordError
+from stream_engine.records import (
+    Answer,
+    EncodedImage,
+    Failure,
+    GivenAnswer,
+    PromptDigest,
+    Sample,
+    SampleRollouts,
+)
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine, ScoreRequest
 
 
 def score_given_answers(
-    engine: Engine, samples: Sequence[Sample]
+    engine: Engine, samples: Iterable[Sample]
 ) -> Iterator[SampleRollouts | Failure]:
     """Stage 0 of samples that bring their answers; results in no order."""
     from stream_engine.engine import RequestFailure, ScoreRequest
-    from stream_engine.errors import RecordError
 
-    by_key = {sample.key: sample for sample in samples}
+    by_key: dict[str, Sample] = {}
     prompts: dict[str, tuple[PromptDigest, int]] = {}  # digest, number of tokens
     ids: dict[str, list[list[int]]] = {}
     refused: list[Failure] = []
@@ -34,9 +42,13 @@ def score_given_answers(
         idx = by_key[key].idx
         return Failure(reason=reason, detail=detail, stage="rollouts", key=key, idx=idx)
 
+    def questions() -> Iterator[tuple[str, str, Sequence[EncodedImage]]]:
+        for sample in samples:  # those of a server come one by one
+            by_key[sample.key] = sample
+            yield sample.key, sample.question, sample.images
+
     def requests() -> Iterator[ScoreRequest]:
-        questions = ((s.key, s.question, s.images) for s in samples)
-        for key, prompt in engine.prepare(questions):
+        for key, prompt in engine.prepare(questions()):
             try:
                 if isinstance(prompt, RecordError):
                     raise prompt
@@ -76,9 +88,16 @@ def score_given_answers(
     yield from refused
 
 
+def unscored_answers(sample: Sample) -> SampleRollouts:
+    """Stage 0 of a sample that brings its answers where no model computes their log-probs: these
+    are texts alone, without ids."""
+    answers = [answer_of(index, given, [], []) for index, given in enumerate(sample.answers)]
+    return SampleRollouts(key=sample.key, prompt=PromptDigest("", "", ""), answers=answers)
+
+
 def answer_of(index: int, given: GivenAnswer, ids: Sequence[int], logps: Sequence[float]) -> Answer:
     """An answer of the input as stage 0 keeps it."""
-    has_end = given.finish_reason == "stop"
+    has_end = given.finish_reason == "stop" and len(ids) > 0
     num_tokens = len(ids) - has_end
     return Answer(
         index=index,

@@ -56,6 +56,7 @@ class LlavaCriticPipeline(Pipeline):
 
     name: ClassVar[str] = "llava_critic"
     Options: ClassVar[type[msgspec.Struct]] = LlavaCriticOptions
+    needs_logps: ClassVar[bool] = False
     judge_rates: ClassVar[Mapping[str, tuple[str, str]]] = {
         "first_rate": ("verdict_first", "comparisons"),
         "second_rate": ("verdict_second", "comparisons"),
@@ -87,7 +88,7 @@ class LlavaCriticPipeline(Pipeline):
     def roles(self) -> tuple[ModelRole, ...]:
         config, options = self.config, self.options
         return (
-            self.instruct_role(),
+            *self.answer_roles(),
             ModelRole(
                 "critic",
                 self.required_path("reward_model_path"),

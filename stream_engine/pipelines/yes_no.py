@@ -58,6 +58,19 @@ class YesNoTokens:
         return YesNo(sum(probabilities[: len(self.yes)]), sum(probabilities[len(self.yes) :]))
 
 
+def yes_no_of_texts(top_logps: Sequence[tuple[str, float]]) -> YesNo:
+    """From the likeliest tokens as a server spells them, with the space before a word or without.
+
+    What is not among them counts as 0.
+    """
+    yes = no = 0.0
+    for token, logp in top_logps:
+        word = token.strip(" \n\u2581\u0120")
+        yes += math.exp(logp) * (word in YES_WORDS)
+        no += math.exp(logp) * (word in NO_WORDS)
+    return YesNo(yes, no)
+
+
 def yes_no_tokens(model: VisionLanguageModel) -> YesNoTokens:
     """The tokens with which this checkpoint says yes and no.
 

@@ -302,7 +302,8 @@ def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, work
                     "precisions do not compare: mend this machine's devices (is the GPU driver "
                     "loaded?) or leave it out; to change the whole run, give another --work_dir"
                 )
-            if role not in run_file.engines or precision(said) != precision(before):
+            has_moved = said.get("server") != before.get("server")
+            if role not in run_file.engines or precision(said) != precision(before) or has_moved:
                 all_of_them[role] = said
         return msgspec.structs.replace(run_file, engines=all_of_them)
 

@@ -20,6 +20,7 @@ from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
 from stream_engine.run_dir.sealed import read_sealed
+from stream_engine.run_dir.served import ServerUse, servers_of
 from stream_engine.run_dir.state import SHARD_LEASE, RunState
 from stream_engine.store.base import Location
 
@@ -95,6 +96,8 @@ class Status(msgspec.Struct, frozen=True):
     workers: list[WorkerStatus]
     waiting: list[WaitingShard] = []
     """What a run waits for when nobody is at work; the first MAX_NAMED of them, soonest first."""
+    servers: dict[str, ServerUse] = {}
+    """By role, the models on servers that were asked, and how much."""
 
     @property
     def has_problems(self) -> bool:
@@ -152,6 +155,7 @@ def collect(state: RunState) -> Status:
             for lease in state.leases
         ],
         waiting=waiting_shards(state),
+        servers=servers_of(state),
     )
 
 

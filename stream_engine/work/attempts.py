@@ -28,6 +28,7 @@ from stream_engine.config import Stage, WorkerConfig
 from stream_engine.errors import (
     DeviceLostError,
     LeaseLostError,
+    ServerError,
     ShardError,
     StreamEngineError,
     WorkerDiedError,
@@ -203,8 +204,8 @@ class Isolation:
             self.note(work.run_dir, key)
             outcomes = caught(functools.partial(lambda one: list(work.outcomes(one)), {key: item}))
             if isinstance(outcomes, Exception):
-                if isinstance(outcomes, UNMENDABLE) or is_device_lost(outcomes):
-                    raise outcomes
+                if isinstance(outcomes, (*UNMENDABLE, ServerError)) or is_device_lost(outcomes):
+                    raise outcomes  # no record is to blame
                 raised.append((key, outcomes))
             else:
                 num_good += 1

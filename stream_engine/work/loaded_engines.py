@@ -7,16 +7,18 @@ import functools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig, Stage
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import note_engines
+from stream_engine.servers import ServedModel, ServerConfig, served
 
 if TYPE_CHECKING:
     from stream_engine.engine import Engine
+    from stream_engine.remote import ServerModel
     from stream_engine.work.team import Team
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,9 @@ EngineKey = tuple[str, SamplingConfig | None]
 
 
 def engine_key(role: ModelRole) -> EngineKey:
-    """What two roles must have in common to share an engine."""
-    return role.path, role.sampling
+    """What two roles must have in common to share an engine. On servers each has its own: tokens
+    are counted by role."""
+    return (f"{role.name} {role.path}" if served(role.path) else role.path), role.sampling
 
 
 class LoadedEngines:
@@ -41,8 +44,8 @@ class LoadedEngines:
         self.pipeline = pipeline
         self.rank = rank
         self.team = team
-        self._loaded: dict[EngineKey, Engine] = {}
-        self._unsaid: list[tuple[ModelRole, Engine]] = []
+        self._loaded: dict[EngineKey, Any] = {}  # Engine, or ServerModel
+        self._unsaid: list[tuple[ModelRole, Any]] = []
         self._device = ""
         self.one_at_a_time = False
 
@@ -78,17 +81,31 @@ class LoadedEngines:
         """A role's engine, loaded now unless it is in memory."""
         key = engine_key(role)
         if key not in self._loaded:
-            from stream_engine.engine import load_engine
-
-            config = self.pipeline.config
-            self._device = self._device or set_device(self.rank, config.device)
-            models = dataclasses.replace(config.part(ModelConfig), device=self._device)
-            started = time.monotonic()
-            engine = self._loaded[key] = load_engine(role, models, config.part(SamplingConfig))
-            seconds = time.monotonic() - started
-            logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
+            address = served(role.path)
+            load = self._load if address is None else functools.partial(self._ask, address)
+            engine = self._loaded[key] = load(role)
             self._unsaid.append((role, engine))
         return self._loaded[key]
+
+    def _load(self, role: ModelRole) -> Engine:
+        from stream_engine.engine import load_engine
+
+        config = self.pipeline.config
+        self._device = self._device or set_device(self.rank, config.device)
+        models = dataclasses.replace(config.part(ModelConfig), device=self._device)
+        started = time.monotonic()
+        engine = load_engine(role, models, config.part(SamplingConfig))
+        seconds = time.monotonic() - started
+        logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
+        return engine
+
+    def _ask(self, address: ServedModel, role: ModelRole) -> ServerModel:
+        from stream_engine.remote import ServerModel
+
+        config = self.pipeline.config
+        sampling = role.sampling or config.part(SamplingConfig)
+        logger.info("%s is %s at %s", role.name, address.name, address.url)
+        return ServerModel(role.name, address, sampling, config.part(ServerConfig))
 
     def plan(self) -> None:
         """Divide the memory that new engines have left, and note what they say of themselves.
@@ -98,9 +115,11 @@ class LoadedEngines:
         """
         if not self._unsaid:
             return
-        from stream_engine.engine import share_device
+        on_servers = {engine_key(role) for role in self.pipeline.roles() if served(role.path)}
+        if held := [engine for key, engine in self._loaded.items() if key not in on_servers]:
+            from stream_engine.engine import share_device
 
-        share_device(list(self._loaded.values()))
+            share_device(held)
         said = {
             role.name: {"stage": role.stage, **engine.describe()} for role, engine in self._unsaid
         }

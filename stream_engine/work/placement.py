@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_engine.config import RunConfig
+from stream_engine.config import ModelRole, RunConfig
 from stream_engine.pipelines.base import Pipeline
+from stream_engine.servers import served
 
 WEIGHTS_SHARE = 0.6
 """Share of a device's memory that weights may take; caches and activations need the rest."""
@@ -50,7 +51,7 @@ def decide_placement(
 
     Of a model that is split over ranks each one's part counts, as if all of it were split.
     """
-    paths = dict.fromkeys(role.path for role in pipeline.roles())
+    paths = dict.fromkeys(role.path for role in local_roles(pipeline))
     sizes = {
         path: loaded_bytes(Path(path), dtype=config.dtype, device=device) // config.tensor_parallel
         for path in paths
@@ -58,6 +59,11 @@ def decide_placement(
     fits = config.offload == "nvme" or sum(sizes.values()) <= WEIGHTS_SHARE * memory_bytes
     together = fits if config.placement == "auto" else config.placement == "together"
     return Placement(together, sizes, memory_bytes, config.placement)
+
+
+def local_roles(pipeline: Pipeline) -> list[ModelRole]:
+    """The roles whose models are loaded here, and not asked on a server."""
+    return [role for role in pipeline.roles() if served(role.path) is None]
 
 
 def loaded_bytes(checkpoint: Path, *, dtype: str, device: str) -> int:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stream_engine.config import STAGES, ModelRole, RunConfig, SamplingConfig
 from stream_engine.engine.host_memory import host_available
 from stream_engine.errors import CheckpointError, ConfigError
 from stream_engine.models import detect_family, read_checkpoint_config
 from stream_engine.models.hub import with_checkpoints
-from stream_engine.outputs.formats import export_class
+from stream_engine.outputs.formats import check_formats
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, planned_device
@@ -25,6 +27,7 @@ from stream_engine.run_dir.refusals import (
 )
 from stream_engine.run_dir.run_json import changed_inputs, has_results, read_run_file
 from stream_engine.run_dir.state import RunState
+from stream_engine.servers import served
 from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.work.loaded_engines import EngineKey, engine_key
@@ -34,6 +37,7 @@ from stream_engine.work.placement import (
     Placement,
     decide_placement,
     human_bytes,
+    local_roles,
     worker_memory,
 )
 from stream_engine.work.stage_inputs import check_inputs, stage_inputs
@@ -59,14 +63,13 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)
-    for name in config.format:
-        export_class(name)
+    check_formats(config)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
     demo = canonical_source(str(run_dir.root / DEMO_DATASET))  # yet to be made
     check_inputs(config, known={demo})
     elsewhere = find_python(config.reward_model_python_path) is not None
-    for role in pipeline.roles():
+    for role in local_roles(pipeline):
         if not (elsewhere and role.stage == "rewards"):  # there it may be of a family of its own
             detect_family(role.path, name_hint=role.hint)
     yield f"pipeline  {pipeline.name}, {config.sample_k} answers a question, seed {config.seed}"
@@ -74,9 +77,10 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     device = planned_device(rank, config.device)
     memory = worker_memory(device, local_workers=rank.local_world_size, offload=config.offload)
     placement = decide_placement(pipeline, config, memory_bytes=memory, device=device)
-    for role in pipeline.roles():
+    for role in local_roles(pipeline):
         size = human_bytes(placement.model_bytes[role.path])
         yield f"model     {role.name}: {role.path} ({size} as loaded) for {role.stage}"
+    yield from server_lines(pipeline, config)
     yield from sampling_lines(pipeline, config)
     spread = (
         f", each model over {config.tensor_parallel} ranks" if config.tensor_parallel > 1 else ""
@@ -106,9 +110,24 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
         yield f"state     {stage}: {done} of {len(state.shards)} shards done"
 
 
+def server_lines(pipeline: Pipeline, config: RunConfig) -> Iterator[str]:
+    """The models on servers, with what they are asked to sample by; nothing is asked for this."""
+    for role in pipeline.roles():
+        if (address := served(role.path)) is not None:
+            given = msgspec.to_builtins(role.sampling or config.part(SamplingConfig))
+            values = ", ".join(
+                f"{name} {given[name]:g}" if given[name] is not None else f"{name} the server's"
+                for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+            )
+            yield (
+                f"server    {role.name}: {address.name} at {address.url} for {role.stage}, "
+                f"{config.server_requests} requests at once; {values}"
+            )
+
+
 def sampling_lines(pipeline: Pipeline, config: RunConfig) -> Iterator[str]:
     """How each role that draws will, where every value comes from, and what is not followed."""
-    for role in pipeline.roles():
+    for role in local_roles(pipeline):
         if role.draws:
             sampling = _resolved(role, config)
             values = (
@@ -126,7 +145,7 @@ def batch_lines(
     from stream_engine.engine.memory import plan_memory, share_out, wanted_bytes
 
     sharing: dict[EngineKey, list[ModelRole]] = {}
-    for role in pipeline.roles():
+    for role in local_roles(pipeline):
         sharing.setdefault(engine_key(role), []).append(role)
     sizes = placement.model_bytes
     weights = {path: 0 if config.offload else size for path, size in sizes.items()}

@@ -16,7 +16,7 @@ from stream_engine.errors import MissingStageError
 from stream_engine.inputs.ingest import note_lines
 from stream_engine.inputs.unread import unread_lines
 from stream_engine.models.hub import with_checkpoints
-from stream_engine.outputs.formats import export_class
+from stream_engine.outputs.formats import check_formats
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
@@ -234,8 +234,7 @@ def is_scored(state: RunState) -> bool:
 
 def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) -> RunFile:
     """Set up this worker's log file and open the run's settings."""
-    for name in config.format:
-        export_class(name)
+    check_formats(config)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
     check_inputs(config, known=whole_manifest(run_dir).inputs)

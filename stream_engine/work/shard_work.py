@@ -28,6 +28,7 @@ from stream_engine.records import (
     SampleRollouts,
     ShardInfo,
 )
+from stream_engine.remote import usage
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import (
     RECORD_TYPES,
@@ -198,6 +199,14 @@ class ShardWork:
             idx=self.info.ids[row],
         )
 
+    def asked_before(self, stage: Stage) -> dict[str, dict[str, int]]:
+        """What the results on file have taken of servers, by role: see remote/usage.py."""
+        try:
+            header = read_header(self.run_dir.result(stage, self.info.index))
+        except ShardError:
+            return {}
+        return header.created_by.get("servers", {})
+
     def write(
         self,
         stage: Stage,
@@ -213,6 +222,7 @@ class ShardWork:
         `over` is the version of the result that was on file before.
         """
         order = list(keys)
+        asked = usage.added(self.asked_before(stage) if over is not None else {}, usage.take())
         header = ResultHeader(
             stage=stage,
             shard=self.info.index,
@@ -228,6 +238,7 @@ class ShardWork:
                 "seconds": round(seconds, 3),
                 "tokens": num_tokens,
                 "finished": time.time(),
+                **({"servers": asked} if asked else {}),
                 "cpu_s": {part: round(spent, 6) for part, spent in take().items()},
             },
         )

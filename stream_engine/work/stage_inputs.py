@@ -9,11 +9,13 @@ from typing import Any
 import msgspec
 
 from stream_engine.config import STAGES, RunConfig, SamplingConfig, Stage, fingerprint
+from stream_engine.errors import ConfigError
 from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import checkpoint_fingerprint
-from stream_engine.pipelines.base import Pipeline
+from stream_engine.pipelines.base import SAMPLER, Pipeline
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.run_json import StageInputs, as_read_back
+from stream_engine.servers import PREFIX, served
 from stream_engine.store.locations import canonical_source
 
 
@@ -25,6 +27,8 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
         ConfigError: when the models make no sense together.
     """
     config = pipeline.config
+    if config.sampler and not any(role.name == SAMPLER for role in pipeline.roles()):
+        raise ConfigError(f"{pipeline.name} draws its answers in its own way: it has no --sampler")
     shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
     if config.vision_tower_path:
         shared["vision_tower_path"] = checkpoint_fingerprint(config.vision_tower_path)
@@ -32,7 +36,7 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
     inputs: dict[Stage, dict[str, Any]] = {stage: dict(shared) for stage in STAGES}
     for role in pipeline.roles():
         if role.path not in known:
-            known[role.path] = checkpoint_fingerprint(role.path)
+            known[role.path] = model_fingerprint(role.path)
         inputs[role.stage][f"{role.name} checkpoint"] = known[role.path]
     pipeline.check_models({role.name: known[role.path] for role in pipeline.roles()})
     inputs["rollouts"] |= msgspec.to_builtins(config.part(SamplingConfig))
@@ -52,3 +56,9 @@ def check_inputs(config: RunConfig, *, known: Container[str]) -> None:
         for source in config.dataset_path:
             if canonical_source(source) not in known:
                 list_inputs(source)
+
+
+def model_fingerprint(path: str) -> str:
+    """What stands for a model among the inputs; of one on a server its name, wherever it runs."""
+    on_server = served(path)
+    return checkpoint_fingerprint(path) if on_server is None else f"{PREFIX}{on_server.name}"

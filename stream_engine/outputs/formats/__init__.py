@@ -22,6 +22,7 @@ schema cannot express is refused by a reason, which the merger counts.
 
 from __future__ import annotations
 
+from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats.base import DatasetFiles, Export, Ranking
 from stream_engine.outputs.formats.llama_factory import (
@@ -63,6 +64,22 @@ OTHER_TRAINERS = {
     "verl": "verl trains on pairs of texts only, so that the pictures would be lost",
 }
 """Trainers that have no format of their own here, and why."""
+
+
+def check_formats(config: RunConfig) -> None:
+    """Check the formats of a run before it begins.
+
+    Raises:
+        ConfigError: for an unknown one, and one that holds log-probs where no model computes them.
+    """
+    for name in config.format:
+        if export_class(name).needs_logps and config.sampler and not config.instruct_model_path:
+            others = ", ".join(other for other, kind in EXPORTS.items() if not kind.needs_logps)
+            raise ConfigError(
+                f"format {name} holds the instruct model's log-probs of the answers, which a "
+                "--sampler does not give: add the --instruct_model_path that is to be trained, or "
+                f"choose from {others}"
+            )
 
 
 def export_class(name: str) -> type[Export]:

@@ -159,6 +159,9 @@ class DatasetFiles(ABC):
 class Export(DatasetFiles):
     """Writes pairs."""
 
+    needs_logps: ClassVar[bool] = False
+    """Whether its rows hold the instruct model's log-probs."""
+
     @classmethod
     @abstractmethod
     def pack(cls, rows: Sequence[PairRow]) -> Packed:

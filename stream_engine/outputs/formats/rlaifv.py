@@ -38,6 +38,7 @@ class RlaifvExport(ParquetExport):
         "logps": STRING,
         **SCORES,
     }
+    needs_logps: ClassVar[bool] = True
     marker = "train-logps.parquet"
     """A file without rows: the trainer uses stored log-probs if a file name has `logp` in it."""
 
@@ -45,6 +46,8 @@ class RlaifvExport(ParquetExport):
     def to_row(cls, row: PairRow) -> dict[str, Any] | str:
         if len(row.sample.images) != 1:
             return "needs_one_image"
+        if not (row.chosen.token_ids and row.rejected.token_ids):
+            return "no_logps"  # of a --sampler without the instruct model
         first, *others = question_parts(row.sample)
         if first is not None or None in others:
             return "inline_image_mark"  # the trainer puts the image in front, whatever is asked
