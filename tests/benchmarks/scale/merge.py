@@ -65,6 +65,8 @@ def measure_run(folder: Path, num_questions: int, distinct: int, *, once: bool) 
     figures["tars_mib"] = mib_below(folder / "shards")
     figures["first_merge"] = measured(module(THIS, folder))
     figures["dataset_mib"] = mib_below(folder / "dataset")
+    shutil.rmtree(folder / "dataset")
+    figures["merge_with_rankings_of_workers"] = measured(module(THIS, folder))
     if once:
         return figures
     figures["merge_with_rank_2"] = measured(module(THIS, folder, "--rank", 2))
