@@ -63,19 +63,19 @@ class RunState:
         self._refresh_cost_s = 0.0
 
     @spent_on("looking")
-    def refresh(self, *, max_age_s: float = 0.0) -> RunState:
+    def refresh(self, *, max_age_s: float = 0.0, only_missing: bool = False) -> RunState:
         """Look at the files again, unless that was done within `max_age_s`.
 
         Where looking is slow (many shards, a network file system) that age is stretched, so that a
-        worker spends at most a twentieth of its time here. Results that were complete are looked at
-        only without `max_age_s`: nobody but `retry-failed` takes one away.
+        worker spends at most a twentieth of its time here. With `max_age_s` or `only_missing`
+        results that were complete are not looked at: nobody but `retry-failed` takes one away.
         """
         started = time.monotonic()
         if max_age_s and started - self._refreshed < max(max_age_s, 20 * self._refresh_cost_s):
             return self
         self._refresh_manifest()
         for stage in STAGES:
-            self._refresh_results(stage, only_missing=max_age_s > 0)
+            self._refresh_results(stage, only_missing=only_missing or max_age_s > 0)
         self._refresh_failures()
         folder = self.run_dir.leases_dir
         self._clock = files.now(folder), time.monotonic()

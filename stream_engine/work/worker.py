@@ -120,11 +120,9 @@ class Worker:
         """
         num_mine = num_idle = 0
         while True:
-            # The first time that there seems to be nothing to do, look again at once.
-            max_age_s = {0: REFRESH_S, 1: 0.0}.get(num_idle, IDLE_S)
             try:
                 is_ingested = self.inputs.read()
-                self.state.refresh(max_age_s=max_age_s)
+                self.look(num_idle)
                 self.inputs.check_bad_fraction()
                 task = self.next_task() if do_shards and not self.is_broken() else None
                 num_mine += self.do(*task) if task is not None else 0
@@ -140,6 +138,20 @@ class Worker:
                     return num_mine
                 self.show("waiting for other workers")
                 time.sleep(IDLE_S)
+
+    def look(self, num_idle: int) -> None:
+        """See how the run stands; `num_idle` times in a row there was nothing to do.
+
+        The first time that there seems to be nothing, it looks again at once; and at all that is
+        there before it believes that nothing is left.
+        """
+        was_settled = num_idle > 1 and self.is_settled()
+        if num_idle == 1:
+            self.state.refresh(only_missing=True)
+        else:
+            self.state.refresh(max_age_s=IDLE_S if num_idle else REFRESH_S)
+        if num_idle and not was_settled and self.is_settled():
+            self.state.refresh()
 
     def sit_out(self, error: OSError) -> None:
         """Wait for a file system that fails: a while, longer each time, and not for ever."""
@@ -237,14 +249,19 @@ class Worker:
             self.current_pass = self.passes[0] if self.passes else ()
 
     def in_order(self, shards: Mapping[int, Shard]) -> list[Shard]:
-        """This rank's own shards first, then those of others from the end; deadly ones later."""
+        """This rank's own shards first, then those of others; deadly ones later.
+
+        Each begins at a place of its own among those of others, so that they do not all ask for the
+        same.
+        """
         size, number = max(1, self.rank.num_workers), self.rank.worker
-        failures = self.state.failures
+        total, failures = max(1, len(self.state.shards)), self.state.failures
+        start = number % size * total // size
 
         def place(index: int) -> tuple[int, bool, int]:
             num_deaths = failures[index].num_deaths if index in failures else 0
             is_own = index % size == number % size
-            return num_deaths, not is_own, index if is_own else -index
+            return num_deaths, not is_own, index if is_own else (index - start) % total
 
         return [shards[index] for index in sorted(shards, key=place)]
 

@@ -1,8 +1,7 @@
 """A merge of N questions, and of 1 % more: seconds, CPU seconds, memory of all processes.
 
-Of each size: the first merge; one for which all rankings are there, as workers leave them; one under
-other settings (`--rank 2`); and, after an append of
-1 %, a merge under the first ones again.
+Of each size: the first merge; one for which all rankings are there, as workers leave them; one
+under other settings (`--rank 2`); and, after an append of 1 %, one under the first ones again.
 """
 
 from __future__ import annotations
