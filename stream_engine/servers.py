@@ -30,6 +30,9 @@ class ServerConfig:
     """Requests that a worker has at once at each of these models."""
     server_requests_per_minute: float | None = None
     """A worker begins at most this many a minute at each of them; none: as fast as is answered."""
+    server_seeds: bool = True
+    """Send each request the seed that the reply would have here. What a server makes of it is its
+    own affair; one that refuses it is asked without."""
     server_timeout_s: float = 300.0
     """A request that is not answered by then is tried again."""
     server_retries: int = 8

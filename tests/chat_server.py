@@ -32,6 +32,7 @@ class ChatServer(ThreadingHTTPServer):
         """What happens to each request before it is answered, one after the other."""
         self.is_down = False
         self.gives_logprobs = True
+        self.unknown_fields: tuple[str, ...] = ()
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -75,6 +76,8 @@ def reply_to(text: str, seed: int) -> str:
     """Of two responses the one that is greater as text is better; else the seed in words."""
     if found := PAIR.search(text):
         return "[first]" if found[1] > found[2] else "[second]"
+    if "### Facts" in text or "### Modified sentences" in text:
+        return "### List:\n- one of them"
     return f"It is number {seed}."
 
 
@@ -108,6 +111,8 @@ class Answering(BaseHTTPRequestHandler):
             return self.refuse(401, f"wrong key: {self.headers.get('authorization')}")
         if server.is_down:
             return self.refuse(503, "loading")
+        if unknown := [field for field in server.unknown_fields if field in body]:
+            return self.refuse(400, f"Unrecognized request argument supplied: {unknown[0]}")
         if "poison" in text:
             return self.refuse(500, "the worker died")
         if "refused" in text:

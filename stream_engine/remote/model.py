@@ -34,7 +34,7 @@ class ServerModel:
         self.sampling = sampling
         self.settings = settings
         self._key = key_of(role)
-        self._left_out: set[str] = set()
+        self._left_out: set[str] = set() if settings.server_seeds else {"seed"}
 
     def complete(
         self, requests: Iterable[ChatRequest]

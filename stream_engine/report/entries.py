@@ -222,12 +222,12 @@ def shown_answers(rollouts: SampleRollouts, rewards: SampleRewards) -> list[Show
 
 
 def origin_of(answer: Answer) -> str:
-    """Where an answer of the input comes from, in words; empty for a sampled one."""
+    """Where an answer that was not sampled here comes from, in words; empty for the others."""
     if not answer.ids_from_text:
         return ""
     by = f" by {cut(answer.model)}" if answer.model else ""
     given = f", given as {answer.given_as}" if answer.given_as else ""
-    return f"of the input{by}{given}"
+    return f"brought along{by}{given}"
 
 
 def heat_of(answer: Answer, score: AnswerScore, pieces: Pieces | None) -> list[HeatToken]:

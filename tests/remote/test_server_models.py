@@ -260,3 +260,38 @@ def test_what_run_json_keeps_of_a_server(tmp_path: Path, server: ChatServer) -> 
     assert inputs["sampler checkpoint"] == "openai:drawer"
     assert server.url not in json.dumps(inputs)
     assert Counter(said["server"] for said in kept.engines.values()) == {server.url: 2}
+
+
+def test_a_server_that_takes_no_seed_is_asked_without(tmp_path: Path, server: ChatServer) -> None:
+    server.unknown_fields = ("seed",)
+    report = run_quietly(settings(tmp_path, server, EIGHT[:4], server_requests=1))
+    assert (report.problems, report.status.samples.done) == ([], 4)
+    assert sum("seed" in body for body in server.bodies) == 1
+
+
+def test_settings_that_a_server_refuses_end_the_run(tmp_path: Path, server: ChatServer) -> None:
+    """And set no record aside: it would refuse them all."""
+    server.unknown_fields = ("top_k",)
+    with pytest.raises(ConfigError, match="refuses whatever it is asked with these settings"):
+        run_quietly(settings(tmp_path, server, EIGHT, top_k=5))
+
+
+def test_facts_are_checked_by_the_likeliest_tokens_that_a_server_tells(
+    tmp_path: Path, server: ChatServer
+) -> None:
+    judges = ",".join([server.model("judge"), server.model("questions"), server.model("split")])
+    config = settings(
+        *(tmp_path, server, EIGHT[:2]),
+        pipeline_name="divide_and_conquer",
+        reward_model_path=judges,
+    )
+    run_quietly(config)
+    found = results(tmp_path / "run", "rewards", SampleRewards)
+    facts = [fact for r in found for s in r.scores for fact in s.details.get("facts", [])]
+    assert len(facts) == 2 * SAMPLE_K
+    assert {(fact["holds"], fact["p_yes"], fact["p_no"]) for fact in facts} == {
+        (True, 0.606531, 0.22313)
+    }
+    server.gives_logprobs = False
+    with pytest.raises(ConfigError, match="gives no top_logprobs"):
+        run_quietly(replace(config, work_dir=str(tmp_path / "second")))

@@ -95,5 +95,5 @@ def test_an_answer_of_the_input_says_who_wrote_it_and_its_side() -> None:
     rollouts = msgspec.structs.replace(ROLLOUTS, answers=[brought, *others])
     entry = entry_of(SAMPLE, rollouts, REWARDS, PAIR, fate="kept")
     origins = {answer.index: answer.origin for answer in entry.answers}
-    assert origins[0] == "of the input by m, given as rejected"
+    assert origins[0] == "brought along by m, given as rejected"
     assert set(origins.values()) == {origins[0], ""}

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from stream_engine.config import WorkerConfig
+from stream_engine.errors import ServerError
 from stream_engine.records import Failure, SampleRewards, ShardInfo
 from stream_engine.run_dir.failures import (
     MAX_DEATHS_ALONE,
@@ -60,6 +61,21 @@ def failure(work: Scoring) -> ShardFailure:
         worker="w",
         config=WorkerConfig(),
     )
+
+
+def test_a_server_that_goes_down_between_records_sets_none_aside(
+    work: Scoring, failure: ShardFailure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others came through before it did, so that the next one looked like the one at fault."""
+
+    def outcomes(inputs: Mapping[str, Any]) -> Iterator[SampleRewards]:
+        if "bad" in inputs:
+            raise ServerError("does not answer")
+        yield from (SampleRewards(key=key, scores=[]) for key in inputs)
+
+    monkeypatch.setattr(work, "outcomes", outcomes)
+    with pytest.raises(ServerError):
+        list(Isolation(failure)(work, dict.fromkeys(["a", "b", "bad"])))
 
 
 def test_a_record_that_survived_one_stage_begins_the_next_without_deaths(
