@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IDLE_S = 0.25
+"""How long a worker waits that finds nothing to do: of more than MANY_WORKERS each waits longer, so
+that all of them together ask no more often."""
+MANY_WORKERS = 16
 REFRESH_S = 1.0
 TROUBLE_WAIT_S = 1.0
 TROUBLE_PATIENCE_S = 300.0
@@ -96,6 +99,7 @@ class Worker:
         self.inputs = InputQueue(self.state, config, worker=rank.worker_id, show=self.show)
         self.attempts = Attempts(self.state, fingerprints, self.settings, worker=rank.worker_id)
         self.trouble_since: float | None = None
+        self.idle_s = IDLE_S * max(1.0, rank.num_workers / MANY_WORKERS)
         self.reserved: tuple[tuple[Stage, ...], Shard, Lease] | None = None
 
     def work(self, *, read_input: bool = True, do_shards: bool = True) -> int:
@@ -137,7 +141,7 @@ class Worker:
                 if is_ingested and (self.is_settled() or not do_shards):
                     return num_mine
                 self.show("waiting for other workers")
-                time.sleep(IDLE_S)
+                time.sleep(self.idle_s)
 
     def look(self, num_idle: int) -> None:
         """See how the run stands; `num_idle` times in a row there was nothing to do.
@@ -149,7 +153,7 @@ class Worker:
         if num_idle == 1:
             self.state.refresh(only_missing=True)
         else:
-            self.state.refresh(max_age_s=IDLE_S if num_idle else REFRESH_S)
+            self.state.refresh(max_age_s=self.idle_s if num_idle else REFRESH_S)
         if num_idle and not was_settled and self.is_settled():
             self.state.refresh()
 
