@@ -144,11 +144,7 @@ class Worker:
                 time.sleep(self.idle_s)
 
     def look(self, num_idle: int) -> None:
-        """See how the run stands; `num_idle` times in a row there was nothing to do.
-
-        The first time that there seems to be nothing, it looks again at once; and at all that is
-        there before it believes that nothing is left.
-        """
+        """See how the run stands; at everything, before it is believed that nothing is left."""
         was_settled = num_idle > 1 and self.is_settled()
         if num_idle == 1:
             self.state.refresh(only_missing=True)
@@ -190,14 +186,17 @@ class Worker:
         for stages in (self.current_pass, *others) if self.passes else ():
             left = self.state.unsettled(stages)
             for shard in self.in_order(left):
-                if shard.index not in held and self.is_takeable(stages, shard):
-                    lease = self.lease(shard_lease(shard.index))
-                    if lease is None:
-                        continue
-                    if lease.taken_from is None:
-                        return stages, shard, lease
-                    with lease, suppress(LeaseLostError):  # or another has noted it by now
-                        self.attempts.record_death(stages, shard, lease.taken_from)
+                if shard.index in held or not self.is_takeable(stages, shard):
+                    continue
+                self.state.refresh_shard(shard)  # done by another since the last look?
+                is_left = self.is_takeable(stages, shard)
+                lease = self.lease(shard_lease(shard.index)) if is_left else None
+                if lease is None:
+                    continue
+                if lease.taken_from is None:
+                    return stages, shard, lease
+                with lease, suppress(LeaseLostError):  # or another has noted it by now
+                    self.attempts.record_death(stages, shard, lease.taken_from)
         return None
 
     def look_ahead(self, stages: tuple[Stage, ...]) -> Iterator[Sample]:
