@@ -29,7 +29,7 @@ hook = Hook(Path(work), deed="record", told=Path(told))
 hook.install()
 status = main(words)
 calls = Counter({"create": "open"}.get(one.call, one.call) for one in hook.changes)
-print(*(f"{call}={calls[call]}" for call in sorted(calls)))
+print(*(f"{call}={calls[call]}" for call in sorted(calls)), flush=True)
 os._exit(status)
 """
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="see hook.py: pathlib")
