@@ -97,7 +97,12 @@ class Rank:
 
     def num_threads(self) -> int:
         """This rank's share of the cores that the process may use."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, num_cores() // self.local_world_size)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def planned_device(rank: Rank, device: str) -> str:

@@ -85,3 +85,10 @@ def work_dir_of(args: argparse.Namespace) -> str | None:
     if positional is not None and flag is not None and positional != flag:
         raise ConfigError(f"two work directories: {positional} and {flag}")
     return positional or flag
+
+
+def work_dir_given(args: argparse.Namespace) -> str:
+    """The same, or the default where it names none."""
+    from stream_engine.config import RunConfig
+
+    return work_dir_of(args) or RunConfig().work_dir

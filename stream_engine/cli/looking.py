@@ -7,8 +7,7 @@ import argparse
 import msgspec
 
 from stream_engine.cli import notes
-from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
-from stream_engine.config import RunConfig
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_given
 from stream_engine.run_dir import damage
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.state import RunState
@@ -98,7 +97,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def open_state(args: argparse.Namespace) -> RunState:
     """The state of the run that a command line names."""
-    return damage.open_state(work_dir_of(args) or RunConfig().work_dir)
+    return damage.open_state(work_dir_given(args))
 
 
 COMMANDS = {

@@ -7,9 +7,8 @@ from typing import Any
 
 from stream_engine import api
 from stream_engine.cli import notes
-from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_given
 from stream_engine.cli.flags import convert_flag
-from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import EXPORTS, RANKINGS
 from stream_engine.store.base import Location
@@ -104,11 +103,6 @@ def output_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.test_fraction is not None:
         output["test_fraction"] = convert_flag("test_fraction", args.test_fraction, float)
     return output
-
-
-def work_dir_given(args: argparse.Namespace) -> str:
-    """The work directory that a command line names, or the default."""
-    return work_dir_of(args) or RunConfig().work_dir
 
 
 def push(args: argparse.Namespace) -> int:

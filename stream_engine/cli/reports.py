@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from stream_engine.cli import notes
-from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_given
 from stream_engine.cli.flags import convert_flag
 from stream_engine.config import RunConfig
 from stream_engine.errors import StreamEngineError
@@ -58,7 +58,7 @@ def report(args: argparse.Namespace) -> int:
     from stream_engine.report.site import write_report
 
     num_rows = convert_flag("rows", args.rows, int)
-    run = ReportedRun.open(work_dir_of(args) or RunConfig().work_dir)
+    run = ReportedRun.open(work_dir_given(args))
     folder = location(args.out, setting="out") if args.out else None
     print(printable(line_of(write_report(run, folder, num_rows=num_rows, seed=run.config.seed))))
     return 0
@@ -69,7 +69,7 @@ def show(args: argparse.Namespace) -> int:
     from stream_engine.report.terminal import show_pairs
 
     limit = convert_flag("limit", args.limit, int)
-    run = ReportedRun.open(work_dir_of(args) or RunConfig().work_dir)
+    run = ReportedRun.open(work_dir_given(args))
     show_pairs(run, args.id, limit=limit)
     return 0
 

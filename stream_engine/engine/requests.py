@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -82,6 +83,11 @@ class ScoredContinuations:
 
     key: str
     token_logps: list[list[float]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model computed neither NaN nor infinity: as a score NaN has no order."""
+        return all(math.isfinite(logp) for row in self.token_logps for logp in row)
 
 
 @dataclass(frozen=True)

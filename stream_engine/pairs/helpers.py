@@ -41,6 +41,7 @@ from stream_engine.errors import (
 from stream_engine.pairs.rankings import made_ranking
 from stream_engine.pairs.rows import Chunk, RowMaker, RowsOrder
 from stream_engine.pipelines.base import Pipeline
+from stream_engine.ranks import num_cores
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import Checksums, RankedShard
@@ -336,11 +337,6 @@ def can_be_found(pipeline: Pipeline) -> bool:
     if not sys.executable or kind.__module__ == "__main__" or "<" in kind.__qualname__:
         return False
     return operator.attrgetter(kind.__qualname__)(module) is kind
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_frame(file: IO[bytes], data: bytes) -> None:

@@ -54,7 +54,7 @@ def merge_once(
         MissingStageError: without `works`, when shards were unsettled from the outset.
         ChangedError: when another process has published a dataset meanwhile.
     """
-    was_settled = all_settled(state.refresh())
+    was_settled = not state.refresh().unsettled(STAGES)
     if works and not was_settled:
         return "unsettled"
     if not any(state.is_complete(STAGES[-1], shard) for shard in state.shards):
@@ -63,7 +63,7 @@ def merge_once(
         return "current"
     before = datasets_on_file(state, config)
     with wait_for_lease(state, config, worker):
-        is_settled = all_settled(state.refresh())
+        is_settled = not state.refresh().unsettled(STAGES)
         if was_settled and not is_settled:
             if not works:
                 logger.warning("new shards came; whoever computes them builds the dataset")
@@ -88,10 +88,6 @@ def merge_once(
             report.candidates,
         )
     return "merged"
-
-
-def all_settled(state: RunState) -> bool:
-    return all(state.is_settled(STAGES, shard) for shard in state.shards)
 
 
 def was_merged_meanwhile(

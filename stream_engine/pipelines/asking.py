@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stream_engine.config import Stage
 from stream_engine.errors import RecordError
 from stream_engine.records import EncodedImage, Failure, Sample
 
@@ -126,12 +127,12 @@ def ask_server(
             yield key, errors[key] if key in errors else replies.pop(key)
 
 
-def failure_of(sample: Sample, error: RecordError) -> Failure:
-    """The failure that sets a sample aside at the rewards stage."""
+def failure_of(sample: Sample, error: RecordError, *, stage: Stage = "rewards") -> Failure:
+    """The failure that sets a sample aside at a stage."""
     return Failure(
         reason=error.reason,
         detail=error.detail,
-        stage="rewards",
+        stage=stage,
         key=sample.key,
         idx=sample.idx,
     )

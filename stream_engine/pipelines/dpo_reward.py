@@ -11,7 +11,6 @@ generation; the reward model scores the very ids that were sampled, over one pre
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -105,7 +104,7 @@ class DPORewardPipeline(Pipeline):
         for result in engine.score(requests()):
             if isinstance(result, RequestFailure):
                 yield failure(result.key, result.reason, result.detail)
-            elif not all(math.isfinite(logp) for row in result.token_logps for logp in row):
+            elif not result.is_finite:
                 # NaN has no order: as a score it would make pairs of answers at random.
                 detail = "the reward model computed NaN or infinity; try --dtype float32"
                 yield failure(result.key, "nonfinite_logits", detail)

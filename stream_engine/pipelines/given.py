@@ -7,7 +7,6 @@ its answers run over it, so that what later stages see is as complete as of samp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ def score_given_answers(
     engine: Engine, samples: Iterable[Sample]
 ) -> Iterator[SampleRollouts | Failure]:
     """Stage 0 of samples that bring their answers; results in no order."""
-    from stream_engine.engine import RequestFailure, ScoreRequest
+    from stream_engine.engine.requests import RequestFailure, ScoreRequest, nonfinite_logits
 
     by_key: dict[str, Sample] = {}
     prompts: dict[str, tuple[PromptDigest, int]] = {}  # digest, number of tokens
@@ -67,9 +66,9 @@ def score_given_answers(
     for result in engine.score(requests()):
         if isinstance(result, RequestFailure):
             yield failure(result.key, result.reason, result.detail)
-        elif not all(math.isfinite(logp) for row in result.token_logps for logp in row):
-            detail = "the model computed NaN or infinity; try --dtype float32"
-            yield failure(result.key, "nonfinite_logits", detail)
+        elif not result.is_finite:
+            refusal = nonfinite_logits(result.key)
+            yield failure(refusal.key, refusal.reason, refusal.detail)
         else:
             sample = by_key[result.key]
             logps = iter(result.token_logps)

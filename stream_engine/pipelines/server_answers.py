@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from stream_engine.errors import RecordError
+from stream_engine.pipelines.asking import failure_of
 from stream_engine.pipelines.given import score_given_answers, unscored_answers
 from stream_engine.records import Failure, GivenAnswer, Sample, SampleRollouts
 
@@ -80,19 +81,8 @@ def drawn(
         if num_left[key]:
             continue
         if key in errors:
-            yield failure_of(by_key[key], errors[key])
+            yield failure_of(by_key[key], errors[key], stage="rollouts")
         else:
             given = answers.pop(key)
             in_order = tuple(given[number] for number in range(sample_k))
             yield msgspec.structs.replace(by_key[key], answers=in_order)
-
-
-def failure_of(sample: Sample, error: RecordError) -> Failure:
-    """The failure that sets a sample aside at the rollouts stage."""
-    return Failure(
-        reason=error.reason,
-        detail=error.detail,
-        stage="rollouts",
-        key=sample.key,
-        idx=sample.idx,
-    )

@@ -7,7 +7,6 @@ the file lacks, because it is old, damaged or gone, is read from the results the
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 
@@ -17,12 +16,12 @@ from stream_engine.config import Stage
 from stream_engine.errors import ChangedError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader
+from stream_engine.run_dir.sealed import checked, with_digest
 from stream_engine.store import files
 from stream_engine.store.base import Version
 
 logger = logging.getLogger(__name__)
 
-DIGEST_BYTES = 32
 FEW = 32
 """So many results are read one by one, without a look at what is kept."""
 MANY = 64
@@ -59,9 +58,9 @@ class KeptHeaders:
     def keep(self, seen: Mapping[int, Seen]) -> None:
         """Write headers over the file that was last read, unless another process has by now."""
         content = msgspec.msgpack.encode({i: one for i, one in seen.items() if one.header})
-        digest = hashlib.sha256(content).digest()
         try:
-            self.version = files.replace(self.path, digest + content, self.version, durable=False)
+            data = with_digest(content)
+            self.version = files.replace(self.path, data, self.version, durable=False)
             self.seen = dict(seen)
         except ChangedError:
             return
@@ -71,10 +70,7 @@ class KeptHeaders:
 
 def decoded(content: bytes) -> dict[int, Seen]:
     """The headers in a file; none when it is not what was written."""
-    digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != digest:
-        return {}
     try:
-        return DECODER.decode(body)
+        return DECODER.decode(checked(content) or b"")
     except (msgspec.DecodeError, UnicodeDecodeError):  # of another version of this program
         return {}

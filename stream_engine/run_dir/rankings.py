@@ -9,18 +9,16 @@ that to delete these files costs time and nothing else.
 
 from __future__ import annotations
 
-import hashlib
-
 import msgspec
 
 from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_identified
+from stream_engine.run_dir.sealed import checked, with_digest
 from stream_engine.store import files
 
 MAGIC = b"SERANK\x00\x01"
-DIGEST_BYTES = hashlib.sha256().digest_size
 
 Checksums = tuple[str, str]
 """Of a shard's rollouts and rewards, as the ends of their files tell them."""
@@ -82,11 +80,11 @@ class RankedShard(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_ranking(run_dir: RunDir, index: int) -> RankedShard | None:
     """The ranking that is kept of a shard; None when there is none, or it is damaged."""
-    magic, is_whole, body = parts(files.read_bytes(run_dir.ranking(index)) or b"")
-    if magic != MAGIC or not is_whole:
+    data = files.read_bytes(run_dir.ranking(index)) or b""
+    if not data.startswith(MAGIC):
         return None
     try:
-        return msgspec.msgpack.decode(body, type=RankedShard)
+        return msgspec.msgpack.decode(checked(data[len(MAGIC) :]) or b"", type=RankedShard)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
@@ -101,22 +99,14 @@ def keep_ranking(run_dir: RunDir, index: int, ranking: RankedShard) -> None:
         OSError: when it cannot be written.
     """
     path, body = run_dir.ranking(index), msgspec.msgpack.encode(ranking)
-    data = MAGIC + hashlib.sha256(body).digest() + body
+    data = MAGIC + with_digest(body)
     files.replace(path, data, files.version_of(path), durable=False)
 
 
 def is_damaged(run_dir: RunDir, index: int) -> bool:
     """Whether what is kept of a shard is not what was written."""
     data = files.read_bytes(run_dir.ranking(index))
-    return data is not None and not parts(data)[1]
-
-
-def parts(data: bytes) -> tuple[bytes, bool, bytes]:
-    """The magic of a file, whether its checksum is that of its body, and the body."""
-    start = len(MAGIC) + DIGEST_BYTES
-    body = data[start:]
-    is_whole = data[len(MAGIC) : start] == hashlib.sha256(body).digest()
-    return data[: len(MAGIC)], is_whole, body
+    return data is not None and checked(data[len(MAGIC) :]) is None
 
 
 def checksums(run_dir: RunDir, index: int) -> Checksums | None:

@@ -1,4 +1,4 @@
-"""JSON files that carry their own checksum: a byte that changed is told from the file alone."""
+"""Files that carry their own checksum: a byte that changed is told from the file alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from stream_engine.store import files
 from stream_engine.store.base import Location
 
 CHECKSUM = "checksum"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def with_digest(body: bytes) -> bytes:
+    """Any bytes, after the SHA-256 of them."""
+    return hashlib.sha256(body).digest() + body
+
+
+def checked(data: bytes) -> bytes | None:
+    """What `with_digest` was given; None when the bytes are not what was written."""
+    body = data[DIGEST_BYTES:]
+    return body if with_digest(body) == data else None
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:

@@ -6,7 +6,6 @@ from collections import Counter
 
 import msgspec
 
-from stream_engine.config import STAGES
 from stream_engine.errors import ConfigError
 from stream_engine.run_dir.run_json import read_with_version
 from stream_engine.run_dir.state import RunState
@@ -48,8 +47,8 @@ def servers_of(state: RunState) -> dict[str, ServerUse]:
         return {}
     prices = prices_of(run_file.settings.get("token_prices", []))
     counts: dict[str, Counter[str]] = {}
-    for header in (state.header(stage, shard) for stage in STAGES for shard in state.shards):
-        for role, used in (header.created_by.get("servers", {}) if header else {}).items():
+    for header in state.headers():
+        for role, used in header.created_by.get("servers", {}).items():
             counts.setdefault(role, Counter()).update(used)
     found = {}
     for role, said in sorted(run_file.engines.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
@@ -140,6 +140,11 @@ class RunState:
     def is_settled(self, stages: Sequence[Stage], shard: Shard) -> bool:
         """Whether nothing is left to do at these stages: done, or failed for good."""
         return all(self.is_complete(stage, shard) for stage in stages) or self.is_failed(shard)
+
+    def headers(self, *stages: Stage) -> Iterator[ResultHeader]:
+        """The headers of all results of these stages, else of every stage, stage by stage."""
+        found = (self.header(stage, shard) for stage in stages or STAGES for shard in self.shards)
+        return (header for header in found if header is not None)
 
     def holders(self) -> dict[int, LeaseInfo]:
         """Live leases on shards, by the shard's index."""

@@ -116,7 +116,7 @@ def collect(state: RunState) -> Status:
         stage: [state.is_complete(stage, shard) for shard in state.shards] for stage in STAGES
     }
     for stage in STAGES:
-        headers = [h for shard in state.shards if (h := state.header(stage, shard))]
+        headers = list(state.headers(stage))
         stages[stage] = StageCounts(
             shards_done=sum(complete[stage]),
             samples_done=sum(header.num_results for header in headers),
@@ -226,8 +226,7 @@ def quarantined(state: RunState) -> Iterator[Failure]:
 
     A file that is lost or damaged is passed over; `validate` names it.
     """
-    headers = (state.header(stage, shard) for stage in STAGES for shard in state.shards)
-    names = [header.quarantine for header in headers if header is not None and header.quarantine]
+    names = [header.quarantine for header in state.headers() if header.quarantine]
     for path in rejects_files(state) + [state.run_dir.quarantine(name) for name in names]:
         with suppress(ShardReadError):
             yield from read_quarantine(path)

@@ -48,8 +48,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 def timing_of(state: RunState) -> Timing:
     """The times of a run as of its last refresh."""
-    found = (state.header(stage, shard) for stage in STAGES for shard in state.shards)
-    return timing_from(header for header in found if header is not None)
+    return timing_from(state.headers())
 
 
 def timing_from(headers: Iterable[ResultHeader]) -> Timing:

@@ -26,8 +26,6 @@ from stream_engine.errors import ConfigError, DeviceLostError, StreamEngineError
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import read_run_file
-from stream_engine.run_dir.state import RunState
 from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
@@ -41,6 +39,7 @@ from stream_engine.work.runner import (
     checked_pipeline,
     run,
     run_steps,
+    state_of,
     view_of,
 )
 from stream_engine.work.worker import PASSES
@@ -151,17 +150,7 @@ def refuse_unfit(config: RunConfig) -> None:
 def is_settled(config: RunConfig) -> bool:
     """Whether the models have nothing left to do."""
     state = state_of(config)
-    return all(
-        state.is_settled(stages, shard)
-        for stages in PASSES[config.run_stage]
-        for shard in state.shards
-    )
-
-
-def state_of(config: RunConfig) -> RunState:
-    run_dir = RunDir(config.work_dir)
-    fingerprints = read_run_file(run_dir).fingerprints
-    return RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
+    return not any(state.unsettled(stages) for stages in PASSES[config.run_stage])
 
 
 class Crew:
@@ -262,20 +251,24 @@ class Crew:
 
     def doing(self) -> str:
         """How many workers have had a place so far, where some have not."""
+        num_placed = len(self.numbers_placed())
+        if num_placed == len(self.placed):
+            return "working"
+        return f"working, {num_placed} of {len(self.placed)} workers placed"
+
+    def numbers_placed(self) -> set[int]:
+        """The workers that have had a place so far."""
         import ray
 
         placed, _ = ray.wait(self.placed, num_returns=len(self.placed), timeout=0)
-        if len(placed) == len(self.placed):
-            return "working"
-        return f"working, {len(placed)} of {len(self.placed)} workers placed"
+        return {self.placed.index(ready) + 1 for ready in placed}
 
     def part(self) -> None:
         """Let the others see for themselves that all is done; those without a place are not
         waited for."""
         import ray
 
-        placed, _ = ray.wait(self.placed, num_returns=len(self.placed), timeout=0)
-        numbers = {self.placed.index(ready) + 1 for ready in placed}
+        numbers = self.numbers_placed()
         rest = [answer for answer, number in self.waiting.items() if number in numbers]
         ended, _ = ray.wait(rest, num_returns=len(rest), timeout=PARTING_S) if rest else ([], [])
         for answer in ended:

@@ -160,8 +160,8 @@ class InputQueue:
         aside = {stage: self.state.num_quarantined(stage) for stage in STAGES}
         if not any(aside.values()):
             return
-        headers = [h for s in self.state.shards if (h := self.state.header("rollouts", s))]
-        refuse_bad_samples(aside, sum(header.num_samples for header in headers), limit)
+        seen = sum(header.num_samples for header in self.state.headers("rollouts"))
+        refuse_bad_samples(aside, seen, limit)
 
     def lease(self) -> Lease | None:
         return Lease.acquire(

@@ -134,10 +134,15 @@ def run_steps(
     work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
     report = with_team(run_dir, config, pipeline, rank, work)
     if report is None:
-        fingerprints = read_run_file(run_dir).fingerprints
-        state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries)
-        report = report_of(state.refresh(), config)
+        report = report_of(state_of(config), config)
     return report
+
+
+def state_of(config: RunConfig) -> RunState:
+    """How a run stands that was begun."""
+    run_dir = RunDir(config.work_dir)
+    fingerprints = read_run_file(run_dir).fingerprints
+    return RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
 
 
 def run_as_worker(
@@ -169,7 +174,8 @@ def run_as_worker(
             if not {"shard", "work"}.isdisjoint(steps):
                 with view:
                     num_done += worker.work(read_input="shard" in steps, do_shards=do_shards)
-                if elsewhere and config.run_stage in (None, 1) and not is_scored(state.refresh()):
+                has_rewards = config.run_stage in (None, 1)
+                if elsewhere and has_rewards and state.refresh().unsettled(("rewards",)):
                     run_rewards_under(elsewhere, config.work_dir)
             outcome = "current"
             if "merge" in steps and config.run_stage in (None, 2):
@@ -218,18 +224,13 @@ def report_of(
 def require_rollouts(state: RunState, config: RunConfig) -> None:
     """Raise MissingStageError when a stage that --run_stage builds upon is not done."""
     for number, stage in enumerate(STAGES[: config.run_stage or 0]):
-        missing = [s for s in state.shards if not state.is_settled((stage,), s)]
+        missing = state.unsettled((stage,))
         if missing or not state.shards:
             what = f"{len(missing)} of {len(state.shards)} shards" if missing else "all shards"
             raise MissingStageError(
                 f"--run_stage {config.run_stage} needs the {stage} of {what}; first run "
                 f"`stream-engine run --run_stage {number}` with the same settings"
             )
-
-
-def is_scored(state: RunState) -> bool:
-    """Whether the reward stage has nothing left to do."""
-    return all(state.is_settled(("rewards",), shard) for shard in state.shards)
 
 
 def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) -> RunFile:

@@ -124,7 +124,7 @@ def with_opponents(
 
 
 def everyone(question: Question) -> list[Match]:
-    return list(combinations(question.players, 2))
+    return fixed_matches("all", question.players)
 
 
 def some(number: int) -> Callable[[Question], list[Match]]:

@@ -24,10 +24,9 @@ from stream_engine.cli.main import main
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.state import shard_lease
-from stream_engine.store.leases import Lease, LeaseInfo, list_leases
 from stream_engine.work.ray_workers import RayPlaces, run_on_ray
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
+from tests.launch.holding import at_work, hold
 from tests.processes import run_rank
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -105,21 +104,6 @@ def test_actors_and_nodes_come_and_go_and_the_dataset_is_that_of_a_plain_run(
     assert "samples: 24 = 24 done + 0 quarantined + 0 pending" in output
     assert answers(run_dir.root) == answers(demo_run)
     assert parts(run_dir.dataset_dir) == parts(demo_run / "dataset")
-
-
-def hold(run_dir: RunDir, index: int) -> Lease:
-    lease = Lease.acquire(run_dir.leases_dir, shard_lease(index), worker_id="test", timeout_s=600)
-    assert lease is not None
-    return lease
-
-
-def at_work(run_dir: RunDir) -> list[LeaseInfo]:
-    """The leases that workers hold on shards."""
-    return [
-        lease
-        for lease in list_leases(run_dir.leases_dir)
-        if lease.name.startswith("shard") and lease.worker_id != "test" and lease.is_alive
-    ]
 
 
 def workers(run_dir: RunDir) -> set[int]:

@@ -23,9 +23,8 @@ import psutil
 import pytest
 
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.state import shard_lease
-from stream_engine.store.leases import Lease, LeaseInfo, list_leases
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
+from tests.launch.holding import at_work, hold
 from tests.processes import run_rank
 
 NUM_SHARDS = 8
@@ -245,21 +244,6 @@ def steps_of(number: str) -> list[psutil.Process]:
             if line.startswith(f"slurmstepd: [{number}") and is_of_this_slurm:
                 found.append(process)
     return found
-
-
-def hold(run_dir: RunDir, index: int) -> Lease:
-    lease = Lease.acquire(run_dir.leases_dir, shard_lease(index), worker_id="test", timeout_s=600)
-    assert lease is not None
-    return lease
-
-
-def at_work(run_dir: RunDir) -> list[LeaseInfo]:
-    """The leases that workers hold on shards."""
-    return [
-        lease
-        for lease in list_leases(run_dir.leases_dir)
-        if lease.name.startswith("shard") and lease.worker_id != "test" and lease.is_alive
-    ]
 
 
 def environment(pid: int) -> dict[str, str]:
