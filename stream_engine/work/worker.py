@@ -33,6 +33,7 @@ from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
+from stream_engine.work.order import in_order, is_own
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.reading import InputQueue
@@ -185,10 +186,12 @@ class Worker:
         held = self.state.holders()
         for stages in (self.current_pass, *others) if self.passes else ():
             left = self.state.unsettled(stages)
-            for shard in self.in_order(left):
+            order = in_order(left, self.state.failures, self.rank, total=len(self.state.shards))
+            for shard in order:
                 if shard.index in held or not self.is_takeable(stages, shard):
                     continue
-                self.state.refresh_shard(shard)  # done by another since the last look?
+                if not is_own(shard.index, self.rank):  # its worker may have done it meanwhile
+                    self.state.refresh_shard(shard)
                 is_left = self.is_takeable(stages, shard)
                 lease = self.lease(shard_lease(shard.index)) if is_left else None
                 if lease is None:
@@ -250,23 +253,6 @@ class Worker:
             self.engines.one_at_a_time = True
             self.passes = tuple((stage,) for stages in self.passes for stage in stages)
             self.current_pass = self.passes[0] if self.passes else ()
-
-    def in_order(self, shards: Mapping[int, Shard]) -> list[Shard]:
-        """This rank's own shards first, then those of others; deadly ones later.
-
-        Each begins at a place of its own among those of others, so that they do not all ask for the
-        same.
-        """
-        size, number = max(1, self.rank.num_workers), self.rank.worker
-        total, failures = max(1, len(self.state.shards)), self.state.failures
-        start = number % size * total // size
-
-        def place(index: int) -> tuple[int, bool, int]:
-            num_deaths = failures[index].num_deaths if index in failures else 0
-            is_own = index % size == number % size
-            return num_deaths, not is_own, index if is_own else (index - start) % total
-
-        return [shards[index] for index in sorted(shards, key=place)]
 
     def is_takeable(self, stages: tuple[Stage, ...], shard: Shard) -> bool:
         state = self.state

@@ -12,6 +12,7 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.state import RunState
 from stream_engine.store import files
+from stream_engine.work.order import in_order
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.worker import Worker
 from tests.echo_pipeline import echo_config
@@ -49,7 +50,8 @@ def test_workers_begin_with_their_own_and_go_on_at_places_of_their_own(config: R
     for rank in range(4):
         worker = worker_of(config, rank, 4)
         shards = {shard.index: shard for shard in worker.state.shards}
-        orders.append([shard.index for shard in worker.in_order(shards)])
+        order = in_order(shards, {}, worker.rank, total=NUM_SHARDS)
+        orders.append([shard.index for shard in order])
     for rank, order in enumerate(orders):
         assert order[:6] == [rank + 4 * i for i in range(6)]
         assert sorted(order) == list(range(NUM_SHARDS))
