@@ -1,4 +1,4 @@
-"""In which order a worker takes shards: its own, those of others, and what has ended workers last."""
+"""In which order a worker takes shards: its own, those of others, and deadly ones last."""
 
 from __future__ import annotations
 
