@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks scale")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in SUBCOMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
+        summary = (module.__doc__ or "").splitlines()[0].replace("%", "%%")
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--out", type=Path, help="also write the JSON here, after each size")
         command.add_argument("--workdir", type=Path, help="where runs are made; default: temporary")

@@ -1,8 +1,10 @@
-"""Rows read into shards: rows a second, memory, and an append of 1 %, beside tar and webdataset.
+"""Rows read into shards: rows a second, memory, and an append of 1 %, beside tar and other tools.
 
-The input is parquet with a small picture in each row (a PNG of 8 x 8 pixels). `webdataset` is its
-ShardWriter fed from the same file by pyarrow, which checks no picture and knows no sample of
-before; `tar` packs the very shards that came of it, which are the same bytes.
+The input is parquet with a small picture in each row (a PNG of 8 x 8 pixels). `rows_known_already`
+reads the same rows from a file of another name: each is looked up and nothing is written.
+`webdataset` is its ShardWriter fed from the same file by pyarrow, which checks no picture and knows
+no sample of before; `tar` packs the very shards that came of it, which are the same bytes. With
+`--peers_python` the same rows go through the tools of `peers.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ import pyarrow.parquet as pq
 from stream_engine.config import InputConfig
 from stream_engine.inputs.ingest import ingest
 from stream_engine.run_dir.paths import RunDir
+from tests.benchmarks.scale import peers
 from tests.benchmarks.scale.measuring import Figures, Keep, measured, module
 from tests.benchmarks.scale.synthesis import SHARD, picture
 
@@ -34,6 +38,8 @@ SCHEMA = pa.schema({"idx": pa.string(), "question": pa.string(), "image": IMAGE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--peers_python", help="that has ray[data], datatrove, img2dataset")
+    parser.add_argument("--peers_up_to", type=int, default=100_000, help="rows; slow ones are many")
 
 
 def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
@@ -43,6 +49,8 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
         folder = Path(tempfile.mkdtemp(prefix=f"ingest-{num_rows}-", dir=arguments.workdir))
         try:
             figures["sizes"].append(measure_size(folder, num_rows))
+            if arguments.peers_python and num_rows <= arguments.peers_up_to:
+                figures["sizes"][-1]["peers"] = of_peers(folder, num_rows, arguments.peers_python)
         finally:
             shutil.rmtree(folder)
         keep(figures)
@@ -52,12 +60,15 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
 def measure_size(folder: Path, num_rows: int) -> Figures:
     """One size: the whole input, 1 % more of another, the same again, and what others take."""
     whole, more, run = folder / "whole.parquet", folder / "more.parquet", folder / "run"
+    copy = folder / "copy.parquet"
     write_parquet(whole, 0, num_rows)
+    copy.hardlink_to(whole)
     write_parquet(more, num_rows, num_rows // 100)
     steps: dict[str, tuple[str, Path, Path, int]] = {
         "ingest": ("ingest", whole, run, num_rows),
         "append_of_1_percent": ("ingest", more, run, num_rows // 100),
         "same_input_again": ("ingest", whole, run, 0),
+        "rows_known_already": ("ingest", copy, run, num_rows),
         "webdataset": ("webdataset", whole, folder / "webdataset", num_rows),
     }
     figures: Figures = {"rows": num_rows}
@@ -68,6 +79,18 @@ def measure_size(folder: Path, num_rows: int) -> Figures:
     figures["tar"] = {**measured([*tar_then_say(tar)]), "with_start_s": 0.0}
     figures["tar"]["with_start_s"] = round(time.monotonic() - started, 1)
     figures["shards_mib"] = round(sum(f.stat().st_size for f in (run / "shards").iterdir()) / 2**20)
+    return figures
+
+
+def of_peers(folder: Path, num_rows: int, python: str) -> Figures:
+    """What other tools take for the same rows; the reason where one did not end well."""
+    figures: Figures = {}
+    for name in peers.TOOLS:
+        command = [python, peers.__file__, name, str(folder / "whole.parquet"), str(folder / name)]
+        try:
+            figures[name] = with_rate(measured(command), num_rows)
+        except subprocess.CalledProcessError as error:
+            figures[name] = {"failed": f"exit status {error.returncode}"}
     return figures
 
 
