@@ -1,14 +1,15 @@
 """RunState: which shards are done, failed, held or pending. Derived from the files, each time.
 
 Workers, `status` and the merge ask the same object, so that they cannot disagree. A refresh lists
-folders and opens only files that it has not seen complete.
+folders and opens only files that it has not seen complete; where few of many shards are left, a
+worker's looks ask for the files of these alone, however many the run has.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
@@ -18,13 +19,16 @@ from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
 from stream_engine.store import files
-from stream_engine.store.base import Entry, Location, Version, all_names
+from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.leases import Holder, LeaseInfo, list_leases
 from stream_engine.timing import spent_on
 
 logger = logging.getLogger(__name__)
 
 SHARD_LEASE = "shard-"
+FEW_LEFT = 32
+SHARDS_PER_FEW = 256
+"""Files are asked for by name when they are at most one in so many, and at most `FEW_LEFT`."""
 
 
 def shard_lease(index: int) -> str:
@@ -73,14 +77,12 @@ class RunState:
         started = time.monotonic()
         if max_age_s and started - self._refreshed < max(max_age_s, 20 * self._refresh_cost_s):
             return self
+        only_missing = only_missing or max_age_s > 0
         self._refresh_manifest()
         for stage in STAGES:
-            self._refresh_results(stage, only_missing=only_missing or max_age_s > 0)
-        self._refresh_failures()
-        folder = self.run_dir.leases_dir
-        self._clock = files.now(folder), time.monotonic()
-        leases = list_leases(folder, now=self.now(), known=self._holders)
-        self.leases = [lease for lease in leases if not lease.is_stale]
+            self._refresh_results(stage, only_missing=only_missing)
+        self._refresh_failures(only_missing=only_missing)
+        self._refresh_leases(only_missing=only_missing)
         self._refreshed = time.monotonic()
         self._refresh_cost_s = self._refreshed - started
         return self
@@ -188,8 +190,10 @@ class RunState:
         """Read the headers of results that are new, or were not complete the last time."""
         missing, seen = self._missing[stage], self._seen[stage]
         folder = self.run_dir.results_dir(stage)
-        found = files.list_files(folder, wanted=missing.__contains__ if only_missing else all_names)
-        if not only_missing:
+        if only_missing:
+            found = self._look_for(folder, missing.keys())
+        else:
+            found = files.list_files(folder)
             self._forget_all_but(stage, by_index(found))
         unread = [(missing[entry.name], entry) for entry in found if entry.name in missing]
         if len(unread) > FEW:
@@ -246,9 +250,41 @@ class RunState:
         seen[shard.index] = Seen(entry.version, header)
         return True
 
-    def _refresh_failures(self) -> None:
-        present = dict(numbered(self.run_dir.failures_dir))
-        for index in self.failures.keys() - present.keys():
+    def _missing_indices(self) -> set[int]:
+        """Shards that lack a complete result of some stage."""
+        return {shard.index for missing in self._missing.values() for shard in missing.values()}
+
+    def _look_for(self, folder: Location, names: Collection[str]) -> list[Entry]:
+        """Those of these files that there are: one by one where they are few of many."""
+        if len(names) > min(FEW_LEFT, len(self.shards) // SHARDS_PER_FEW):
+            return files.list_files(folder, wanted=names.__contains__)
+        found = (files.stat(folder / name) for name in sorted(names))
+        return [entry for entry in found if entry is not None]
+
+    def _refresh_leases(self, *, only_missing: bool) -> None:
+        """See who holds what is left; `only_missing`: of the shards alone."""
+        folder = self.run_dir.leases_dir
+        self._clock = files.now(folder), time.monotonic()
+        names = {self.run_dir.lease(shard_lease(i)).name for i in self._missing_indices()}
+        if only_missing:
+            entries = self._look_for(folder, names)
+        else:  # one that was given back leaves an empty file, which takes as long to look at
+            entries = files.list_files(
+                folder, wanted=lambda name: name in names or not name.startswith(SHARD_LEASE)
+            )
+        leases = list_leases(folder, now=self.now(), known=self._holders, entries=entries)
+        self.leases = [lease for lease in leases if not lease.is_stale]
+
+    def _refresh_failures(self, *, only_missing: bool) -> None:
+        folder = self.run_dir.failures_dir
+        if only_missing:
+            left = self._missing_indices()
+            found = self._look_for(folder, {self.run_dir.failure(index).name for index in left})
+        else:
+            left = set(self.failures)
+            found = files.list_files(folder)
+        present = by_index(found)
+        for index in self.failures.keys() & left - present.keys():
             del self.failures[index]
         for index, entry in present.items():
             if index in self.failures and self.failures[index].version == entry.version:

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 
 import msgspec
@@ -202,16 +203,19 @@ def list_leases(
     *,
     now: float | None = None,
     known: dict[str, tuple[Version, Holder]] | None = None,
+    entries: Iterable[Entry] | None = None,
 ) -> list[LeaseInfo]:
     """All leases in a folder, sorted by name.
 
     Args:
         now: the store's time, where the caller knows it.
+        entries: the files of the folder to look at; all of them where none are given.
         known: what was read before, by file name; kept up to date. With it a lease is read once a
             beat at most; and of more than MANY_LEASES those that beat within BEATING_S are not
             read at all, since their holders live: who they are may be `unknown` then.
     """
-    found = [entry for entry in files.list_files(folder) if entry.name.endswith(SUFFIX)]
+    entries = files.list_files(folder) if entries is None else entries
+    found = [entry for entry in entries if entry.name.endswith(SUFFIX)]
     if not found:
         return []
     now = files.now(folder) if now is None else now

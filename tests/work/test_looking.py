@@ -9,9 +9,13 @@ import pytest
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
+from stream_engine.run_dir.failures import ShardFailure, write_failure
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.state import RunState, shard_lease
 from stream_engine.store import files
+from stream_engine.store.base import Entry
+from stream_engine.store.leases import Lease
+from stream_engine.store.local import LocalStore
 from stream_engine.work.order import in_order
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.worker import Worker
@@ -87,3 +91,37 @@ def test_a_worker_looks_at_all_results_only_before_it_ends(
     worker.state._refreshed = float("-inf")
     worker.look(3)
     assert looked == [True, True]
+
+
+def test_where_few_are_left_only_their_files_are_asked_for(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand idle workers listed ten thousand results, and as many leases given back."""
+    monkeypatch.setattr("stream_engine.run_dir.state.SHARDS_PER_FEW", NUM_SHARDS // 2)
+    run_dir = RunDir(config.work_dir)
+    done, left = files.read(run_dir.result("rewards", 3)), files.read(run_dir.result("rewards", 5))
+    assert done is not None and left is not None
+    for _, entry in (done, left):
+        files.remove(entry.path, entry.version)
+    state = worker_of(config, 0, 1).state
+    assert set(state.unsettled(STAGES)) == {3, 5}
+    lease = Lease.acquire(run_dir.leases_dir, shard_lease(5), worker_id="other", timeout_s=60)
+    assert lease is not None
+    shard = state.shards[5]
+    fingerprint = state.fingerprints["rewards"]
+    where = {"shard": 5, "stage": "rewards", "fingerprint": fingerprint, "source": "000005.tar"}
+    write_failure(run_dir, ShardFailure(**where, attempts=9, error="x", traceback=""))
+    files.replace(done[1].path, done[0], files.version_of(done[1].path))
+
+    def refuse(self: LocalStore, folder: Path, wanted: object = None) -> list[Entry]:
+        raise AssertionError(f"listed {folder}")
+
+    monkeypatch.setattr(LocalStore, "list_files", refuse)
+    state.refresh(only_missing=True)
+    with lease:
+        assert state.is_complete("rewards", state.shards[3])
+        assert state.holders()[5].worker_id == "other"
+        assert state.is_failed(shard)
+    monkeypatch.setattr("stream_engine.run_dir.state.FEW_LEFT", 0)
+    with pytest.raises(AssertionError, match="listed"):
+        state.refresh(only_missing=True)
