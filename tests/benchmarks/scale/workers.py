@@ -45,6 +45,8 @@ from tests.synthetic import synthetic_sample
 
 FINGERPRINTS: dict[Stage, str] = {"rollouts": "f" * 16, "rewards": "e" * 16}
 WATCH_S = 0.2
+MEMORY_S = 10.0
+"""To add up the pages of twenty large processes takes a good part of a second."""
 context = multiprocessing.get_context("fork")
 
 
@@ -112,7 +114,9 @@ class Cluster:
         self.config = config
         self.arguments = arguments
         self.run_dir = RunDir(config.work_dir)
-        self.counts: Array[c_uint64] = context.Array(c_uint64, len(CALLS), lock=False)
+        size = len(CALLS) * arguments.workers  # each worker counts for itself, without a lock
+        self.counts: Array[c_uint64] = context.Array(c_uint64, size, lock=False)
+        self.worker = threading.local()
         self.hosts: dict[int, Any] = {}
         self.begun: dict[int, float] = {}
         self.alive_s = 0.0
@@ -128,10 +132,13 @@ class Cluster:
         for number in range(arguments.hosts):
             self.start(number)
         next_death = time.monotonic() + (arguments.death_every_s or float("inf"))
+        next_memory = 0.0
         while self.hosts:
             time.sleep(WATCH_S)
-            held = sum(memory_of(host.pid)[1] for host in self.hosts.values())
-            self.peak_mib = max(self.peak_mib, held // 2**20)
+            if time.monotonic() > next_memory:
+                held = sum(memory_of(host.pid)[1] for host in self.hosts.values())
+                self.peak_mib = max(self.peak_mib, held // 2**20)
+                next_memory = time.monotonic() + MEMORY_S
             for number in [n for n, host in self.hosts.items() if not host.is_alive()]:
                 self.leave(number)
             if self.hosts and time.monotonic() > next_death:
@@ -171,9 +178,12 @@ class Cluster:
             thread.join()
 
     def add(self, name: str, number: int) -> None:
-        self.counts[CALLS.index(name)] += number
+        """Count calls of the worker whose thread this is; those of its heartbeats are left out."""
+        if (rank := getattr(self.worker, "rank", None)) is not None:
+            self.counts[rank * len(CALLS) + CALLS.index(name)] += number
 
     def work(self, rank: int) -> None:
+        self.worker.rank = rank
         size = self.arguments.workers
         place = Rank(rank=rank, world_size=size, local_world_size=size, threads_set=True)
         worker = Worker(
@@ -195,7 +205,7 @@ class Cluster:
         useful_s = sum(drawn_s(f"idx-{i}", arguments.seconds) for i in range(arguments.shards))
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         keys = [key for stage in STAGES for key in result_keys(self.run_dir, stage)]
-        counts = dict(zip(CALLS, self.counts))
+        counts = {name: sum(self.counts[i :: len(CALLS)]) for i, name in enumerate(CALLS)}
         return {
             "workers": arguments.workers,
             "hosts": arguments.hosts,
