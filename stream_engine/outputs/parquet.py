@@ -7,7 +7,7 @@ a column whose values are all null would have another type in each part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     rows: int
     bytes: int
+    origin: str = ""
+    """Hash of what its rows, and those before them in its split, were made from."""
 
 
 class ParquetParts:
@@ -55,14 +57,29 @@ class ParquetParts:
         self.schema = schema
         self.max_part_bytes = max_part_bytes
         self.row_group_bytes = min(ROW_GROUP_BYTES, max(1, max_part_bytes // 2))
-        self.batches: list[pyarrow.RecordBatch] = []
+        self.batches: list[tuple[pyarrow.RecordBatch, str]] = []
         self.unpacked: list[dict[str, Any]] = []
         self.num_rows = 0
         self.num_bytes = 0
         self.part_rows: list[int] = []
+        self.part_origins: list[str] = []
         self.part_groups = 0
+        self.num_there = 0
         self._writer: pyarrow.parquet.ParquetWriter | None = None
         self._sink: pyarrow.NativeFile | None = None
+
+    def begin_with(self, parts: Sequence[Part]) -> None:
+        """Go on after these parts, whose files are in place (`unfinished`).
+
+        Their rows are left out where they are given again; `pass_over` those that are not.
+        """
+        self.part_rows = [part.rows for part in parts]
+        self.part_origins = [part.origin for part in parts]
+        self.num_there = sum(self.part_rows)
+
+    def pass_over(self, num_rows: int) -> None:
+        """Rows that come next are there, and are not given."""
+        self.num_there -= num_rows
 
     def write(self, row: dict[str, Any]) -> None:
         """Take a row by itself."""
@@ -75,21 +92,26 @@ class ParquetParts:
         if unpacked:
             self.take(pack_rows(unpacked, self.schema))
 
-    def take(self, rows: PackedRows) -> None:
-        """Take rows; writes a row group whenever enough of them are there."""
+    def take(self, rows: PackedRows, origin: str = "") -> None:
+        """Take rows of one origin; writes a row group whenever enough of them are there."""
         import pyarrow
 
         self._pack()
         batch = pyarrow.ipc.read_record_batch(pyarrow.py_buffer(rows.batch), self.schema)
-        first = 0
-        for row, num_bytes in enumerate(rows.sizes):
+        first = min(self.num_there, len(rows.sizes))
+        self.num_there -= first
+        for row, num_bytes in enumerate(rows.sizes[first:], first):
             if self.num_rows and self.num_bytes + num_bytes > self.row_group_bytes:
-                self.batches.append(batch.slice(first, row - first))
+                self._keep(batch.slice(first, row - first), origin)
                 self._write_row_group()
                 first = row
             self.num_rows += 1
             self.num_bytes += num_bytes
-        self.batches.append(batch.slice(first))
+        self._keep(batch.slice(first), origin)
+
+    def _keep(self, batch: pyarrow.RecordBatch, origin: str) -> None:
+        if batch.num_rows:
+            self.batches.append((batch, origin))
 
     def close(self) -> list[Part]:
         """Finish the last part and give all parts their names.
@@ -104,13 +126,15 @@ class ParquetParts:
         self._close_part()
         total = len(self.part_rows)
         parts = []
-        for number, rows in enumerate(self.part_rows):
+        for number, (rows, origin) in enumerate(zip(self.part_rows, self.part_origins)):
             path = self.folder / f"{self.split}-{number:05d}-of-{total:05d}.parquet"
-            self._unfinished(number).rename(path)
-            parts.append(Part(name=path.name, rows=rows, bytes=path.stat().st_size))
+            self.unfinished(number).rename(path)
+            num_bytes = path.stat().st_size
+            parts.append(Part(name=path.name, rows=rows, bytes=num_bytes, origin=origin))
         return parts
 
-    def _unfinished(self, number: int) -> Path:
+    def unfinished(self, number: int) -> Path:
+        """Where a part lies until all are there."""
         return self.folder / f"{self.split}-{number:05d}.unfinished"
 
     def _write_row_group(self) -> None:
@@ -123,9 +147,11 @@ class ParquetParts:
         if self._writer is None:
             self._open_part()
         assert self._writer is not None
-        table = pyarrow.Table.from_batches(self.batches, schema=self.schema)
+        batches = [batch for batch, _ in self.batches]
+        table = pyarrow.Table.from_batches(batches, schema=self.schema)
         self._writer.write_table(table.combine_chunks(), row_group_size=self.num_rows)
         self.part_rows[-1] += self.num_rows
+        self.part_origins[-1] = self.batches[-1][1]
         self.part_groups += 1
         self.batches, self.num_rows, self.num_bytes = [], 0, 0
 
@@ -133,7 +159,7 @@ class ParquetParts:
         import pyarrow
         import pyarrow.parquet
 
-        self._sink = pyarrow.OSFile(str(self._unfinished(len(self.part_rows))), "wb")
+        self._sink = pyarrow.OSFile(str(self.unfinished(len(self.part_rows))), "wb")
         self._writer = pyarrow.parquet.ParquetWriter(
             self._sink,
             self.schema,
@@ -142,6 +168,7 @@ class ParquetParts:
             write_statistics=False,
         )
         self.part_rows.append(0)
+        self.part_origins.append("")
         self.part_groups = 0
 
     def _close_part(self) -> None:

@@ -152,21 +152,21 @@ class Crew:
             helper.end(at_once=error is not None)
         self.threads.shutdown(cancel_futures=True)
 
-    def answers(self, orders: Iterable[tuple[T, Order | Ranked]]) -> Iterator[tuple[T, Answer]]:
+    def answers(self, orders: Iterable[tuple[T, Order | Answer]]) -> Iterator[tuple[T, Answer]]:
         """The answers to orders, each with what came with its order; known answers pass through.
 
         Orders are drawn ahead of the answers, by a few for each helper.
         """
         if not self.num_helpers:
             for label, order in orders:
-                if isinstance(order, Ranked):
+                if isinstance(order, Answer):
                     yield label, order
                 else:
                     yield from ((label, answer) for answer in carry_out(order, self.rows))
             return
-        waiting: deque[tuple[T, Ranked | Pieces]] = deque()
+        waiting: deque[tuple[T, Answer | Pieces]] = deque()
         for label, order in orders:
-            waiting.append((label, order if isinstance(order, Ranked) else self.begin(order)))
+            waiting.append((label, order if isinstance(order, Answer) else self.begin(order)))
             while len(waiting) > ORDERS_AHEAD * self.num_helpers:
                 yield from taken(*waiting.popleft())
         while waiting:
@@ -209,9 +209,9 @@ class Pieces(NamedTuple):
     future: Future[None]
 
 
-def taken(label: T, source: Ranked | Pieces) -> Iterator[tuple[T, Answer]]:
+def taken(label: T, source: Answer | Pieces) -> Iterator[tuple[T, Answer]]:
     """The answers to one order; an error of the helper rises here."""
-    if isinstance(source, Ranked):
+    if not isinstance(source, Pieces):
         yield label, source
         return
     while (answer := source.answers.get()) is not None:

@@ -95,20 +95,26 @@ class MergeInputs:
         """Hash of everything that shapes the dataset of one format."""
         return fingerprint(
             {
-                "version": [__version__, SCHEMA_VERSION],
-                "pipeline": pipeline.name,
-                "options": config.pipeline_options,
-                "seed": config.seed,
-                "ranking": msgspec.to_builtins(config.part(RankingConfig)),
-                "format": format,
-                "output": msgspec.to_builtins(
-                    replace(config.part(OutputConfig), format=(), report="auto")  # no part of it
-                ),
-                "stages": self.stages,
+                **self.settings(config, pipeline, format),
                 "shards": self.digest,
                 "rejected": self.samples["rejected"],
             }
         )
+
+    def settings(self, config: RunConfig, pipeline: Pipeline, format: str) -> dict[str, Any]:
+        """What of that holds for each row, whatever shards there are."""
+        return {
+            "version": [__version__, SCHEMA_VERSION],
+            "pipeline": pipeline.name,
+            "options": config.pipeline_options,
+            "seed": config.seed,
+            "ranking": msgspec.to_builtins(config.part(RankingConfig)),
+            "format": format,
+            "output": msgspec.to_builtins(
+                replace(config.part(OutputConfig), format=(), report="auto")  # no part of it
+            ),
+            "stages": self.stages,
+        }
 
 
 def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInputs:

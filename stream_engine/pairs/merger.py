@@ -4,7 +4,8 @@ Two passes over the shards in order. The first takes their rankings, which are s
 (rankings.py), and counts: balance, bounds of the margins. The second decides about every pair, has
 the texts and images of those that stay read (rows.py) and writes. Both see the same pairs in the
 same order, since ranking and filters are pure. What a shard takes by itself, other processes do
-(helpers.py); what concerns all of them is done here.
+(helpers.py); what concerns all of them is done here. Parts of the dataset that stands which would
+be made again as they are, are copied (reuse.py).
 
 A dataset is written in a scratch folder and published when it is complete (outputs/publication.py),
 so a killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while
@@ -16,21 +17,24 @@ candidate pair is in the dataset or dropped for a reason.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage
+import msgspec
+
+from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.card import dataset_card, write_example
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.formats.base import SPLITS, PairRow, Split, split_of
+from stream_engine.outputs.formats.base import SPLITS, PairRow, ParquetFiles, Split
 from stream_engine.outputs.publication import Publication, remove_older_rows
 from stream_engine.pairs.balance import Balance, length_balance
 from stream_engine.pairs.helpers import Crew, Ranked, RankOrder
@@ -44,12 +48,13 @@ from stream_engine.pairs.merge_report import (
 )
 from stream_engine.pairs.output import Output
 from stream_engine.pairs.rankings import kept_ranking, ranking_settings
-from stream_engine.pairs.rows import Chunk, RowsOrder
+from stream_engine.pairs.reuse import ROWS_MADE_BY, Origins, Reuse, find
+from stream_engine.pairs.rows import Chunk, RowsOrder, WrittenPair, written_pairs
 from stream_engine.pairs.statistics import PairStatistics, RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.rankings import RankedPair, RankedShard
+from stream_engine.run_dir.rankings import RankedShard
 from stream_engine.run_dir.run_json import resolved_sampling
 from stream_engine.store import files as store
 from stream_engine.store.base import Location
@@ -133,6 +138,7 @@ def write_formats(
                     Publication(folders[name]),
                     stack.enter_context(store.scratch_folder(folders[name])),
                     config,
+                    made_by=fingerprint(inputs.settings(config, pipeline, name)),
                 )
                 for name in stale
             ]
@@ -144,30 +150,42 @@ def write_formats(
     return read_report(folders, is_new=bool(stale))
 
 
-class WrittenPair(NamedTuple):
-    """A pair that is written, if its format can express it."""
-
-    pair: RankedPair
-    key: str
-    split: Split
-
-
 class PairOutput(Output):
     """One format of pairs in the making."""
 
     def __init__(
-        self, name: str, publication: Publication, scratch: Path, config: RunConfig
+        self, name: str, publication: Publication, scratch: Path, config: RunConfig, *, made_by: str
     ) -> None:
+        """`made_by`: hash of the settings of every row."""
+        self.made_by = made_by
         self.export = export_class(name)(scratch, max_part_bytes=config.max_part_bytes)
         super().__init__(name, publication, scratch, self.export)
         self.dropped: Counter[str] = Counter()
         self.statistics = PairStatistics()
         self.splits: Counter[str] = Counter()
         self.example: PairRow | None = None
+        self.reuse = Reuse(publication.folder, made_by, self.export)
+        self.num_there: Mapping[Split, int] = {}
 
-    def take(self, chunk: Chunk, written: Sequence[WrittenPair]) -> None:
+    def keep_parts(self) -> None:
+        """Take over the parts that were found to stay as they are."""
+        self.num_there = self.reuse.hand_over(self.export)
+
+    def is_there(self, split: Split, num_rows: int) -> bool:
+        """Whether the first so many rows of a split are in parts that were taken over."""
+        return num_rows <= self.num_there.get(split, 0)
+
+    def take(
+        self, chunk: Chunk, written: Sequence[WrittenPair], origins: Mapping[Split, str]
+    ) -> None:
         """Write the rows of these pairs, but for those that this format cannot express."""
-        self.export.take(chunk.content[self.name])
+        if isinstance(self.export, ParquetFiles):
+            self.export.origins = origins
+            there = Counter(pair.split for pair in written if pair.split in chunk.there)
+            for split, num_rows in there.items():
+                self.export.parts_of(split).pass_over(num_rows)
+        if self.name in chunk.content:
+            self.export.take(chunk.content[self.name])
         self.example = self.example or chunk.examples.get(self.name)
         for (pair, key, split), refusal in zip(written, chunk.refusals[self.name], strict=True):
             if refusal is None:
@@ -200,6 +218,7 @@ class PairOutput(Output):
                 "dropped": dict(sorted(dropped.items())),
             },
             "splits": {split: self.splits[split] for split in SPLITS if self.splits[split]},
+            ROWS_MADE_BY: "" if self.dropped else self.made_by,
         }
         picture = write_example(self.scratch, self.example.sample if self.example else None)
         self.seal(
@@ -234,6 +253,8 @@ def build(
             statistics.add_shard(ranked)
             for pair in ranked.pairs:
                 balance.count(pair)
+        if not config.debug:  # its lines are made with the rows
+            keep_parts(config, kept_rankings(run_dir, pipeline, inputs), balance, outputs)
         bounds = statistics.least_margin, statistics.greatest_margin
         for output in outputs:
             output.statistics.set_margin_bounds(*bounds)
@@ -287,6 +308,40 @@ def rankings_again(
         yield info, order.ranking if isinstance(order, Ranked) else crew.rank(order)
 
 
+def orders_of(
+    shards: Iterable[tuple[ShardInfo, RankedShard]], balance: Balance
+) -> Iterator[tuple[RankedShard, RowsOrder]]:
+    """The decision about every pair, a shard at a time."""
+    for info, ranked in shards:
+        reasons = [balance.reason_to_drop(pair) for pair in ranked.pairs]
+        yield (
+            ranked,
+            RowsOrder(info=info, results=ranked.results, pairs=ranked.pairs, reasons=reasons),
+        )
+
+
+def keep_parts(
+    config: RunConfig,
+    kept: Iterator[tuple[ShardInfo, Ranked | RankOrder]],
+    balance: Balance,
+    outputs: list[PairOutput],
+) -> None:
+    """Decide about pairs as the second pass will, as long as parts of the old datasets can stay."""
+    there = takewhile(lambda one: isinstance(one[1], Ranked), kept)
+    shards = ((info, one.ranking) for info, one in there if isinstance(one, Ranked))
+    orders = (order for _, order in orders_of(shards, copy.deepcopy(balance)))
+    find([output.reuse for output in outputs], orders, config.test_fraction)
+    for output in outputs:
+        output.keep_parts()
+
+
+class ShardRows(NamedTuple):
+    """A shard whose rows are written, and the origin of its rows in each split."""
+
+    order: RowsOrder
+    origins: dict[Split, str]
+
+
 def write_pairs(
     config: RunConfig,
     shards: Iterator[tuple[ShardInfo, RankedShard]],
@@ -298,22 +353,30 @@ def write_pairs(
     """Second pass: write what is kept; returns the reasons of what no format gets."""
     all_dropped: Counter[str] = Counter()
 
-    def orders() -> Iterator[tuple[RowsOrder, RowsOrder]]:
-        for info, ranked in shards:
-            reasons = [balance.reason_to_drop(pair) for pair in ranked.pairs]
+    def orders() -> Iterator[tuple[ShardRows, RowsOrder | Chunk]]:
+        origins = Origins()
+        for ranked, order in orders_of(shards, balance):
             all_dropped.update(ranked.dropped)
-            all_dropped.update([reason for reason in reasons if reason is not None])
-            if ranked.counts.num_samples:
-                order = RowsOrder(
-                    info=info,
-                    results=ranked.results,
-                    pairs=ranked.pairs,
-                    reasons=reasons,
-                    wants_example=any(output.example is None for output in outputs),
-                )
-                yield order, order
+            all_dropped.update([reason for reason in order.reasons if reason is not None])
+            if not ranked.counts.num_samples:
+                continue
+            written = list(written_pairs(order, config.test_fraction))
+            origins.add(order, written)
+            label = ShardRows(order, dict(origins.of))
+            if any(output.example is None for output in outputs):
+                yield label, msgspec.structs.replace(order, wants_example=True)
+                continue
+            there = [
+                split
+                for split, num_rows in origins.rows.items()
+                if all(output.is_there(split, num_rows) for output in outputs)
+            ]
+            if written and all(pair.split in there for pair in written):
+                yield label, rows_there(len(written), there, outputs)
+            else:
+                yield label, msgspec.structs.replace(order, there=there)
 
-    for order, chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
+    for (order, origins), chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
         written = iter(written_pairs(order, config.test_fraction))
         for _, chunk in chunks:
             assert isinstance(chunk, Chunk)
@@ -321,15 +384,14 @@ def write_pairs(
             if len(pairs) < chunk.num_pairs:
                 raise ConservationError(f"shard {order.info.index}: a pair was written twice")
             for output in outputs:
-                output.take(chunk, pairs)
+                output.take(chunk, pairs, origins)
             debug.write(chunk.debug)
         if next(written, None) is not None:
             raise ConservationError(f"shard {order.info.index}: a pair was not written")
     return all_dropped
 
 
-def written_pairs(order: RowsOrder, test_fraction: float) -> Iterator[WrittenPair]:
-    """The pairs of an order that are to be written."""
-    for pair in order.written():
-        key = order.info.keys[pair.sample]
-        yield WrittenPair(pair, key, split_of(key, test_fraction))
+def rows_there(num_pairs: int, there: list[Split], outputs: list[PairOutput]) -> Chunk:
+    """What stands for a shard none of whose rows are made."""
+    refusals: dict[str, list[str | None]] = {output.name: [None] * num_pairs for output in outputs}
+    return Chunk(num_pairs=num_pairs, there=there, refusals=refusals)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NamedTuple
 
 import msgspec
 
 from stream_engine.config import OutputConfig, RankingConfig
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.formats import EXPORTS
-from stream_engine.outputs.formats.base import PairRow, split_of
+from stream_engine.outputs.formats.base import PairRow, Split, split_of
 from stream_engine.pairs.filters import split_candidates
 from stream_engine.pairs.merge_debug import DebugLines
 from stream_engine.pairs.rankings import as_asked, rank, sample_of, scored_samples
@@ -44,16 +45,35 @@ class RowsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
     reasons: list[str | None]
     wants_example: bool = False
     """Whether to send the first row of each format itself, for the card to show."""
+    there: list[Split] = []
+    """Splits whose rows of this shard are written already: none are made."""
 
     def written(self) -> list[RankedPair]:
         """The pairs that are to be written."""
         return [pair for pair, reason in zip(self.pairs, self.reasons) if reason is None]
 
 
+class WrittenPair(NamedTuple):
+    """A pair that is written, if its format can express it."""
+
+    pair: RankedPair
+    key: str
+    split: Split
+
+
+def written_pairs(order: RowsOrder, test_fraction: float) -> Iterator[WrittenPair]:
+    """The pairs of an order that are to be written."""
+    for pair in order.written():
+        key = order.info.keys[pair.sample]
+        yield WrittenPair(pair, key, split_of(key, test_fraction))
+
+
 class Chunk(msgspec.Struct, kw_only=True, tag="chunk"):
     """Some of a shard's rows: those of the next pairs that are to be written."""
 
     num_pairs: int
+    there: list[Split] = []
+    """Splits of which there are no rows in it, since they are written already."""
     content: dict[str, bytes] = {}
     """By format, what its `take` wants."""
     refusals: dict[str, list[str | None]] = {}
@@ -83,31 +103,37 @@ class RowMaker:
             ShardReadError: when the tar or a result is damaged, read or not.
         """
         debug = DebugLines() if self.output.debug else None
-        rows: list[PairRow] = []
+        rows: list[PairRow | None] = []
         num_bytes = 0
         for row in self.rows(order) if debug is None else self.explained(order, debug):
             rows.append(row)
-            num_bytes += size_of(row)
+            num_bytes += 0 if row is None else size_of(row)
             if num_bytes > CHUNK_BYTES:
                 yield self.chunk(rows, order, debug)
                 rows, num_bytes = [], 0
         yield self.chunk(rows, order, debug)
 
-    def chunk(self, rows: list[PairRow], order: RowsOrder, debug: DebugLines | None) -> Chunk:
-        """Rows packed for each format."""
-        chunk = Chunk(num_pairs=len(rows))
+    def chunk(
+        self, rows: list[PairRow | None], order: RowsOrder, debug: DebugLines | None
+    ) -> Chunk:
+        """Rows packed for each format; None stands for one that is written already."""
+        chunk = Chunk(num_pairs=len(rows), there=order.there)
+        made = [row for row in rows if row is not None]
         for name, export in self.exports.items():
-            packed = export.pack(rows)
-            chunk.content[name], chunk.refusals[name] = packed.content, packed.refusals
-            expressed = (row for row, reason in zip(rows, packed.refusals) if reason is None)
+            packed = export.pack(made)
+            reasons = iter(packed.refusals)
+            chunk.content[name] = packed.content
+            chunk.refusals[name] = [None if row is None else next(reasons) for row in rows]
+            expressed = (row for row, reason in zip(made, packed.refusals) if reason is None)
             if order.wants_example and (first := next(expressed, None)) is not None:
                 chunk.examples[name] = first
         if debug is not None:
             chunk.debug = debug.take(chunk.refusals)
         return chunk
 
-    def rows(self, order: RowsOrder) -> Iterator[PairRow]:
-        """The rows of the pairs that are to be written; scores are not read again."""
+    def rows(self, order: RowsOrder) -> Iterator[PairRow | None]:
+        """The rows of the pairs that are to be written, None for those that are; scores are not
+        read again."""
         info, (of_rollouts, of_rewards) = order.info, order.results
         path = self.run_dir.result("rollouts", info.index)
         verify_result(self.run_dir.result("rewards", info.index), checksum=of_rewards)
@@ -116,6 +142,9 @@ class RowMaker:
         written = order.written()
         for place, pairs in groupby(written, lambda pair: pair.sample):
             key = info.keys[place]
+            if order.there and split_of(key, self.output.test_fraction) in order.there:
+                yield from (None for _ in pairs)
+                continue
             rollouts = next((record for record in answers if record.key == key), None)
             if rollouts is None:
                 raise ConservationError(f"shard {info.index}: the pairs of {key} have no answers")

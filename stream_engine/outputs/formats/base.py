@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -188,6 +188,8 @@ class ParquetFiles(DatasetFiles):
     def __init__(self, folder: Path, *, max_part_bytes: int) -> None:
         super().__init__(folder, max_part_bytes=max_part_bytes)
         self.schema = arrow_schema(self.features)
+        self.origins: Mapping[Split, str] = {}
+        """Of the rows that are taken next."""
         self.parts: dict[Split, ParquetParts] = {}
         self.parts_of("train")
 
@@ -233,7 +235,7 @@ class ParquetExport(ParquetFiles, Export):
 
     def take(self, content: bytes) -> None:
         for split, rows in msgspec.msgpack.decode(content, type=dict[Split, PackedRows]).items():
-            self.parts_of(split).take(rows)
+            self.parts_of(split).take(rows, self.origins.get(split, ""))
 
 
 class Ranking(ParquetFiles):

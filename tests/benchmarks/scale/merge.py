@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", action="store_true", help="leave the runs where they are")
     parser.add_argument("--once", action="store_true", help="the first merge alone")
+    parser.add_argument("--max_part_bytes", type=int, default=400_000_000)
 
 
 def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
@@ -55,24 +56,28 @@ def measure_size(folder: Path, num_questions: int, arguments: argparse.Namespace
     distinct = min(num_questions, arguments.distinct or num_questions)
     add_questions(folder, distinct)
     repeat_questions(folder, num_questions)
-    return measure_run(folder, num_questions, distinct, once=arguments.once)
+    options = {"once": arguments.once, "max_part_bytes": arguments.max_part_bytes}
+    return measure_run(folder, num_questions, distinct, **options)
 
 
-def measure_run(folder: Path, num_questions: int, distinct: int, *, once: bool) -> Figures:
+def measure_run(
+    folder: Path, num_questions: int, distinct: int, *, once: bool, max_part_bytes: int
+) -> Figures:
     """The merges of a run that is made."""
+    command = module(THIS, folder, "--max_part_bytes", max_part_bytes)
     figures: Figures = {"questions": num_questions, "distinct": distinct, "answers_each": 10}
     figures["results_mib"] = mib_below(folder / "results")
     figures["tars_mib"] = mib_below(folder / "shards")
-    figures["first_merge"] = measured(module(THIS, folder))
+    figures["first_merge"] = measured(command)
     figures["dataset_mib"] = mib_below(folder / "dataset")
     shutil.rmtree(folder / "dataset")
-    figures["merge_with_rankings_of_workers"] = measured(module(THIS, folder))
+    figures["merge_with_rankings_of_workers"] = measured(command)
     if once:
         return figures
-    figures["merge_with_rank_2"] = measured(module(THIS, folder, "--rank", 2))
-    figures["merge_with_rank_3_again"] = measured(module(THIS, folder))
+    figures["merge_with_rank_2"] = measured([*command, "--rank", "2"])
+    figures["merge_with_rank_3_again"] = measured(command)
     add_questions(folder, num_questions // 100)
-    figures["merge_after_append_of_1_percent"] = measured(module(THIS, folder))
+    figures["merge_after_append_of_1_percent"] = measured(command)
     return figures
 
 
@@ -86,8 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rank", type=int, default=3)
+    parser.add_argument("--max_part_bytes", type=int)
     arguments = parser.parse_args()
-    config = config_of(arguments.folder, rank=arguments.rank)
+    options = {"rank": arguments.rank, "max_part_bytes": arguments.max_part_bytes}
+    config = config_of(arguments.folder, **options)
     started = time.monotonic()
     report = merge(RunDir(arguments.folder), config, pipeline_of(config), FINGERPRINTS)
     print(
@@ -95,6 +102,7 @@ def main() -> None:
             {
                 "candidates": report.candidates,
                 "pairs": report.written,
+                "parts": len(report.parts),
                 "merge_s": round(time.monotonic() - started, 1),
             }
         )
