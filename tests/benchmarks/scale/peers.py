@@ -48,7 +48,10 @@ def datatrove(source: Path, target: Path) -> None:
 
 
 def img2dataset(source: Path, target: Path) -> None:
-    """Pictures fetched by their addresses from a server on this machine, into tars, unchanged."""
+    """Pictures fetched by their addresses from a server on this machine, into tars, unchanged.
+
+    A tar for each 1,000, since it starts its processes anew every few tars.
+    """
     import pyarrow.parquet as pq
     from img2dataset import download
 
@@ -62,7 +65,7 @@ def img2dataset(source: Path, target: Path) -> None:
         url_list=str(addresses),
         output_folder=str(target),
         output_format="webdataset",
-        number_sample_per_shard=SHARD,
+        number_sample_per_shard=1000,
         processes_count=NUM_CORES,
         thread_count=16,
         resize_mode="no",
