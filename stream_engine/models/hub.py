@@ -26,7 +26,12 @@ PATTERNS: dict[str, Any] = {
     "ignore_patterns": ["original/*", "consolidated*", "onnx/*"],  # for other programs
 }
 """What is fetched of a repository: one set of weights, and what belongs to it."""
-SETTINGS = ("instruct_model_path", "reward_model_path", "vision_tower_path")
+SETTINGS = (
+    "instruct_model_path",
+    "reward_model_path",
+    "base_model_path",
+    "vision_tower_path",
+)
 
 
 def with_checkpoints(config: RunConfig) -> RunConfig:

@@ -47,6 +47,8 @@ class Pipeline(ABC):
     """How the merger keeps chosen answers from being simply the longer ones; see balance.py."""
     needs_logps: ClassVar[bool] = True
     """Whether scores need the instruct model's log-probs: then it is here, whoever draws."""
+    has_base: ClassVar[bool] = False
+    """Whether a reward is told against a base model: --base_model_path, else the instruct model."""
     judge_rates: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Rates for stats.json: name -> (numerator, denominator) among `SampleRewards.judge`."""
 

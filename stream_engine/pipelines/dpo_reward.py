@@ -7,10 +7,14 @@ term of the question alone,
 
 per token over the answer and the end token when one was generated. The instruct half fell out of
 generation; the reward model scores the very ids that were sampled, over one prefix a question.
+
+Where the answers are another model's, as in later rounds of training, the reward model's own base
+(--base_model_path) scores them likewise and stands in the instruct model's place.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,13 +34,15 @@ from stream_engine.records import (
 from stream_engine.servers import served
 
 if TYPE_CHECKING:
-    from stream_engine.engine import Engine
+    from stream_engine.engine import Engine, ScoredContinuations
 
 
 class DPORewardPipeline(Pipeline):
-    """Two models of one family and tokenizer: `instruct` draws, `reward` scores."""
+    """Models of one family and tokenizer: `instruct` draws, `reward` scores, against what `base`
+    scores where that is another than `instruct`."""
 
     name: ClassVar[str] = "dpo_reward"
+    has_base: ClassVar[bool] = True
 
     def roles(self) -> tuple[ModelRole, ...]:
         if served(self.config.reward_model_path):
@@ -46,6 +52,7 @@ class DPORewardPipeline(Pipeline):
             )
         return (
             *self.answer_roles(),
+            *self.base_roles(),
             ModelRole(
                 "reward",
                 self.required_path("reward_model_path"),
@@ -55,12 +62,22 @@ class DPORewardPipeline(Pipeline):
             ),
         )
 
+    def base_roles(self) -> tuple[ModelRole, ...]:
+        """The base model, where it is another than the one that tells its log-probs anyway."""
+        path, instruct = self.config.base_model_path, self.config.instruct_model_path
+        if not path or (instruct and os.path.abspath(path) == os.path.abspath(instruct)):
+            return ()
+        if served(path):
+            raise ConfigError(f"{self.name} needs log-probs: give --base_model_path a checkpoint")
+        return (ModelRole("base", path, "rewards", draws=False),)
+
     def check_models(self, fingerprints: Mapping[str, str]) -> None:
-        if fingerprints["reward"] == fingerprints["instruct"]:
+        base = "base" if "base" in fingerprints else "instruct"
+        if fingerprints["reward"] == fingerprints[base]:
             raise ConfigError(
-                f"reward_model_path {self.config.reward_model_path} is the instruct model itself; "
+                f"reward_model_path {self.config.reward_model_path} is the {base} model itself; "
                 "a reward is the difference of the two models' log-probs, which would be rounding "
-                "noise: give a DPO-trained descendant of the instruct model"
+                f"noise: give a DPO-trained descendant of the {base} model"
             )
 
     def settings(self, stage: Stage) -> dict[str, Any]:
@@ -71,47 +88,22 @@ class DPORewardPipeline(Pipeline):
         engines: Mapping[str, Engine],
         samples: Sequence[tuple[Sample, SampleRollouts]],
     ) -> Iterator[SampleRewards | Failure]:
-        from stream_engine.engine import RequestFailure, ScoreRequest
-        from stream_engine.errors import RecordError
-
-        engine = engines["reward"]
         by_key = {sample.key: (sample, rollouts) for sample, rollouts in samples}
-        refused: list[Failure] = []
-
-        def failure(key: str, reason: str, detail: str) -> Failure:
-            idx = by_key[key][0].idx
-            return Failure(reason=reason, detail=detail, stage="rewards", key=key, idx=idx)
-
-        def requests() -> Iterator[ScoreRequest]:
-            questions = ((s.key, s.question, s.images) for s, _ in samples)
-            for key, prompt in engine.prepare(questions):
-                rollouts = by_key[key][1]
-                if isinstance(prompt, RecordError):
-                    refused.append(failure(key, prompt.reason, prompt.detail))
-                elif prompt.digest.tokenizer != rollouts.prompt.tokenizer:
-                    raise ConfigError(
-                        "instruct and reward model have different tokenizers; their log-probs "
-                        "cannot be subtracted: give a DPO-trained descendant of the instruct model"
-                    )
-                elif prompt.digest != rollouts.prompt:
-                    refused.append(
-                        failure(key, "prompt_mismatch", "the models see other prompts or pixels")
-                    )
+        of_base: dict[str, Sequence[Sequence[float]]] = {}
+        if "base" in engines:
+            for found in scored(engines["base"], "base", samples):
+                if isinstance(found, Failure):
+                    yield found
                 else:
-                    scorable = [tuple(a.scored_ids) for a in rollouts.answers if a.scored_ids]
-                    yield ScoreRequest(key, prompt, tuple(scorable))
-
-        for result in engine.score(requests()):
-            if isinstance(result, RequestFailure):
-                yield failure(result.key, result.reason, result.detail)
-            elif not result.is_finite:
-                # NaN has no order: as a score it would make pairs of answers at random.
-                detail = "the reward model computed NaN or infinity; try --dtype float32"
-                yield failure(result.key, "nonfinite_logits", detail)
+                    of_base[found.key] = found.token_logps
+            samples = [by_key[key] for key in by_key if key in of_base]
+        for found in scored(engines["reward"], "reward", samples):
+            if isinstance(found, Failure):
+                yield found
             else:
-                _, rollouts = by_key[result.key]
-                yield _rewards(rollouts, result.token_logps, self.config.beta)
-        yield from refused
+                rollouts = by_key[found.key][1]
+                base = of_base.get(found.key)
+                yield _rewards(rollouts, found.token_logps, base, self.config.beta)
 
     def candidate_pairs(
         self, sample: SampleRollouts, rewards: SampleRewards
@@ -128,24 +120,77 @@ class DPORewardPipeline(Pipeline):
         )
 
 
+def scored(
+    engine: Engine, role: str, samples: Sequence[tuple[Sample, SampleRollouts]]
+) -> Iterator[ScoredContinuations | Failure]:
+    """The log-probs of every sample's scored ids under one model, or why there are none."""
+    from stream_engine.engine import RequestFailure, ScoreRequest
+    from stream_engine.errors import RecordError
+
+    by_key = {sample.key: (sample, rollouts) for sample, rollouts in samples}
+    refused: list[Failure] = []
+
+    def failure(key: str, reason: str, detail: str) -> Failure:
+        idx = by_key[key][0].idx
+        return Failure(reason=reason, detail=detail, stage="rewards", key=key, idx=idx)
+
+    def requests() -> Iterator[ScoreRequest]:
+        questions = ((s.key, s.question, s.images) for s, _ in samples)
+        for key, prompt in engine.prepare(questions):
+            rollouts = by_key[key][1]
+            if isinstance(prompt, RecordError):
+                refused.append(failure(key, prompt.reason, prompt.detail))
+            elif prompt.digest.tokenizer != rollouts.prompt.tokenizer:
+                raise ConfigError(
+                    f"instruct and {role} model have different tokenizers; their log-probs cannot "
+                    "be subtracted: give a DPO-trained descendant of the instruct model"
+                )
+            elif prompt.digest != rollouts.prompt:
+                refused.append(
+                    failure(key, "prompt_mismatch", "the models see other prompts or pixels")
+                )
+            else:
+                scorable = [tuple(a.scored_ids) for a in rollouts.answers if a.scored_ids]
+                yield ScoreRequest(key, prompt, tuple(scorable))
+
+    for result in engine.score(requests()):
+        if isinstance(result, RequestFailure):
+            yield failure(result.key, result.reason, result.detail)
+        elif not result.is_finite:
+            # NaN has no order: as a score it would make pairs of answers at random.
+            detail = f"the {role} model computed NaN or infinity; try --dtype float32"
+            yield failure(result.key, "nonfinite_logits", detail)
+        else:
+            yield result
+    yield from refused
+
+
 def _rewards(
-    rollouts: SampleRollouts, token_logps: Sequence[Sequence[float]], beta: float
+    rollouts: SampleRollouts,
+    token_logps: Sequence[Sequence[float]],
+    base_logps: Sequence[Sequence[float]] | None,
+    beta: float,
 ) -> SampleRewards:
-    """Scores of one sample's answers from the reward model's log-probs of their scored ids."""
-    scored = [answer for answer in rollouts.answers if answer.scored_ids]
+    """Scores of one sample's answers from the reward model's log-probs of their scored ids, and the
+    base model's where it is not the instruct model."""
+    scorable = [answer for answer in rollouts.answers if answer.scored_ids]
     empty = [answer.index for answer in rollouts.answers if not answer.scored_ids]
+    base = base_logps or [answer.scored_logps for answer in scorable]
+    scores = [_score(a, logps, b, beta) for a, logps, b in zip(scorable, token_logps, base)]
+    if base_logps is not None:
+        for score, logps in zip(scores, base_logps):
+            score.details["base_token_logps"] = list(logps)
     return SampleRewards(
-        key=rollouts.key,
-        scores=[_score(answer, logps, beta) for answer, logps in zip(scored, token_logps)],
-        unscored={"no_tokens": empty} if empty else {},
+        key=rollouts.key, scores=scores, unscored={"no_tokens": empty} if empty else {}
     )
 
 
-def _score(answer: Answer, reward_logps: Sequence[float], beta: float) -> AnswerScore:
+def _score(
+    answer: Answer, reward_logps: Sequence[float], base_logps: Sequence[float], beta: float
+) -> AnswerScore:
     """The implicit reward of one answer: its sum orders, `avg`, `min` and `orm` ride along."""
-    instruct_logps = answer.scored_logps
-    assert len(reward_logps) == len(instruct_logps)
-    rewards = [beta * (r - i) for r, i in zip(reward_logps, instruct_logps)]
+    assert len(reward_logps) == len(base_logps)
+    rewards = [beta * (r - b) for r, b in zip(reward_logps, base_logps)]
     total = sum(rewards)
     return AnswerScore(
         index=answer.index,
