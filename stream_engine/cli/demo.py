@@ -59,6 +59,11 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default 0)")
     parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the model to train, as --out keeps one (default: the demo's instruct model)",
+    )
+    parser.add_argument(
         "--out", metavar="FOLDER", help="keep the trained model, as --instruct_model_path takes it"
     )
 
@@ -94,8 +99,13 @@ def loop(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists():
         raise ConfigError(f"--out {out} is there already; give a new folder")
+    start = Path(args.model) if args.model else None
+    if start is not None and not (start / "config.json").is_file():
+        raise ConfigError(f"--model {start} is no checkpoint folder")
     pairs = api.pairs(args.work_dir)
-    report = close_loop(pairs, settings, out=out, say=lambda line: print(line, flush=True))
+    report = close_loop(
+        pairs, settings, start=start, out=out, say=lambda line: print(line, flush=True)
+    )
     print(msgspec.json.encode(report).decode())
     if out is not None:
         print(f"model: {out}")

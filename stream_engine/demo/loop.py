@@ -12,6 +12,7 @@ dpo_reward: 0.24 at a learning rate of 1e-4 and 0.34 at 3e-4; without RPO's term
 
 from __future__ import annotations
 
+import copy
 import io
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -69,10 +70,13 @@ def close_loop(
     dataset: Iterable[DatasetPair],
     settings: LoopSettings,
     *,
+    start: Path | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> LoopReport:
     """Train on the pairs of the split `train`; `out` gets the model as a checkpoint for a run.
+
+    `start` is such a checkpoint, to train from; default: the demo's instruct model.
 
     Raises:
         ConfigError: when there is no pair, or one is not of the demo world.
@@ -83,7 +87,7 @@ def close_loop(
     for pair in pairs:
         scene_of(pair.idx)
     torch.manual_seed(settings.seed)
-    model = load_checkpoint(checkpoint_path("instruct"))
+    model = load_checkpoint(start or checkpoint_path("instruct"))
     before = wrong_facts(model, settings)
     say(f"before: {before:.2f} wrong facts per answer")
     train(model, pairs, settings, say=say)
@@ -101,8 +105,9 @@ def train(
     *,
     say: Callable[[str], None] = print,
 ) -> None:
-    """DPO steps over the pairs in random order; the vision tower stays as it is."""
-    reference = load_checkpoint(checkpoint_path("instruct")).eval()
+    """DPO steps over the pairs in random order, against the model as it was; the vision tower stays
+    as it is."""
+    reference = copy.deepcopy(model).eval()
     model.freeze_vision()
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.98))

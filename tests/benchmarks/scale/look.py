@@ -20,7 +20,8 @@ from pathlib import Path
 
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import StageInputs, open_run
+from stream_engine.run_dir.rounds import StageInputs
+from stream_engine.run_dir.run_json import open_run
 from stream_engine.run_dir.state import RunState, shard_lease
 from stream_engine.run_dir.status import collect
 from stream_engine.store.leases import Lease

@@ -1,0 +1,61 @@
+"""python launch/train_dpo.py DATASET MODEL OUT [--learning_rate X] [--epochs N] [--max_steps N]
+
+Trains a vision-language model of transformers on a dataset in format trl, by TRL's DPOTrainer, and
+writes the checkpoint to OUT: what launch/train_in_rounds.sh runs between two rounds. An example, of
+which to make your own: it needs `pip install trl`, and for several GPUs `accelerate launch` before
+it. Started again with the same OUT it goes on from the last checkpoint in OUT/checkpoints.
+
+The loss is DPO's and the likelihood of the chosen answer (RPO), as the dataset's card advises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoProcessor
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
+
+
+def main() -> None:
+    """Train, or go on, and leave nothing but the checkpoint in OUT."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("dataset", help="a folder of format trl")
+    parser.add_argument("model", help="a checkpoint folder, or a model of the hub")
+    parser.add_argument("out", type=Path, help="where the trained checkpoint goes")
+    parser.add_argument("--learning_rate", type=float, default=5e-7)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--save_steps", type=int, default=100)
+    args = parser.parse_args()
+    kept = args.out / "checkpoints"
+    trainer = DPOTrainer(
+        model=args.model,
+        args=DPOConfig(
+            output_dir=str(kept),
+            max_length=None,  # the default cuts image tokens off
+            beta=0.1,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 1.0],
+            learning_rate=args.learning_rate,
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
+            save_steps=args.save_steps,
+            save_total_limit=2,
+            report_to=[],
+        ),
+        train_dataset=load_dataset(args.dataset)["train"],
+    )
+    last = get_last_checkpoint(str(kept)) if kept.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(args.out))
+    AutoProcessor.from_pretrained(args.model).save_pretrained(args.out)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""launch/train_in_rounds.sh: killed in the middle of a training or a round, it goes on there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stream_engine.demo import checkpoint_path
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import read_run_file
+from stream_engine.work.runner import state_of
+from tests.conftest import DEMO_FLAGS, ROOT, file_states
+from tests.launch.holding import at_work, hold
+
+
+def start(tmp_path: Path, demo_questions: Path) -> subprocess.Popen[str]:
+    """The script, with a group of its own, for two rounds of six questions."""
+    variables = {
+        "VENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+        "rounds": "2",
+        "questions": "6",
+        "nproc_per_node": "1",
+        "train": str(ROOT / "tests/launch/nudge.py"),
+        "HOLD": str(tmp_path / "hold"),
+        "NUDGED": str(tmp_path / "nudged"),
+    }
+    words = [*DEMO_FLAGS, "--dataset_path", demo_questions, "--work_dir", tmp_path / "run"]
+    return subprocess.Popen(
+        ["bash", "launch/train_in_rounds.sh", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "log").open("a"),
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_when(script: subprocess.Popen[str], happened: Callable[[], object], log: Path) -> None:
+    """SIGKILL to the script and all that it started, at that moment."""
+    deadline = time.monotonic() + 240
+    while not happened():
+        assert script.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    os.killpg(script.pid, signal.SIGKILL)
+    script.communicate()
+
+
+def test_killed_while_it_trains_and_while_it_answers_it_goes_on_where_it_was(
+    tmp_path: Path, demo_questions: Path
+) -> None:
+    run_dir, models, log = RunDir(tmp_path / "run"), tmp_path / "run-models", tmp_path / "log"
+    (tmp_path / "hold").touch()
+    begun = models / "round-1.partial/begun"
+    kill_when(start(tmp_path, demo_questions), begun.exists, log)
+    assert not (models / "round-1").exists()
+    first = file_states(tmp_path / "run/results")
+    (tmp_path / "hold").unlink()
+
+    with hold(run_dir, 2):  # of round 2, whose other shard is answered meanwhile
+        second = run_dir.result("rewards", 3)
+        kill_when(start(tmp_path, demo_questions), Path(str(second)).exists, log)
+    assert (tmp_path / "nudged").read_text() == "round-1.partial instruct True\n"
+    before = file_states(tmp_path / "run/results")
+    assert {name: before[name] for name in first} == first
+
+    script = start(tmp_path, demo_questions)
+    output, _ = script.communicate(timeout=240)
+    assert script.returncode == 0, log.read_text()
+    assert output.splitlines()[-1] == str(models / "round-2")
+    assert (tmp_path / "nudged").read_text().splitlines() == [
+        "round-1.partial instruct True",
+        "round-2.partial round-1 True",
+    ]
+    after = file_states(tmp_path / "run/results")
+    kept = {name: states for name, states in before.items() if name.endswith(".msgpack")}
+    assert {name: after[name] for name in kept} == kept
+    run_file = read_run_file(run_dir)
+    assert run_file.fingerprints.firsts == [0, 2]
+    assert run_file.settings["instruct_model_path"] == str(models / "round-1")
+    assert run_file.rounds[0].settings["instruct_model_path"] == str(checkpoint_path("instruct"))
+    assert state_of(run_file.config()).unsettled(("rollouts", "rewards")) == {}
+    assert not at_work(run_dir)
+
+
+def test_a_second_one_beside_it_is_refused(tmp_path: Path, demo_questions: Path) -> None:
+    models = tmp_path / "run-models"
+    models.mkdir()
+    with subprocess.Popen(["flock", str(models / "lock"), "cat"], stdin=subprocess.PIPE) as other:
+        probe = ["flock", "--nonblock", str(models / "lock"), "true"]
+        while subprocess.run(probe).returncode == 0:
+            time.sleep(0.02)
+        script = start(tmp_path, demo_questions)
+        script.communicate(timeout=60)
+        assert other.stdin is not None
+        other.stdin.close()
+    assert script.returncode == 1
+    assert "another is at work" in (tmp_path / "log").read_text()
