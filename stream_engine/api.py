@@ -13,12 +13,14 @@
     for pair in api.pairs("work"):
         pair.question, pair.images, pair.chosen, pair.rejected, pair.margin
 
-Each function is a command of the same name. Wrong settings raise ConfigError, as everything that a
-user can mend raises a StreamEngineError. Importing this module imports no torch.
+Each function is a command of the same name (`next_round` is `round`). Wrong settings raise
+ConfigError, as everything that a user can mend raises a StreamEngineError. Importing this module
+imports no torch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,12 +41,13 @@ from stream_engine.records import DatasetPair
 from stream_engine.report import DEFAULT_ROWS
 from stream_engine.run_dir.damage import around_damage, open_state
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import read_run_file
+from stream_engine.run_dir.run_json import merged_sources, read_run_file
 from stream_engine.run_dir.status import Status, collect
 from stream_engine.run_dir.verify import damaged_parts
 from stream_engine.store import files
 from stream_engine.store.base import Location
 from stream_engine.store.files import location
+from stream_engine.work.rounds import begin_round
 from stream_engine.work.runner import RunReport, run
 
 WrittenT = TypeVar("WrittenT")
@@ -55,6 +58,7 @@ __all__ = [
     "RunReport",
     "append",
     "export",
+    "next_round",
     "pairs",
     "push",
     "rank",
@@ -70,6 +74,7 @@ def append(
     dataset_path: Sequence[str],
     *,
     max_samples: int | None = None,
+    questions: int | None = None,
     show_progress: bool = True,
 ) -> RunReport:
     """Add datasets to a run and build what is new, with the settings that the run has.
@@ -81,9 +86,36 @@ def append(
     new = settings | {
         "work_dir": str(work_dir),
         "dataset_path": as_names("dataset_path", dataset_path),
-        "max_samples": max_samples,  # the run's own is of what it was given with
+        "max_samples": max_samples,  # the run's own are of what it was given with
+        "questions": questions,
     }
     return run(RunConfig.create(new), show_progress=show_progress)
+
+
+def next_round(
+    work_dir: str | Location,
+    *,
+    number: int | None = None,
+    dataset_path: Sequence[str] = (),
+    show_progress: bool = True,
+    **settings: Any,
+) -> RunReport:
+    """Answer the next questions of a run under other settings, another `instruct_model_path` most
+    of all: `stream-engine round`. A round that has begun goes on.
+
+    Args:
+        number: of the round; default: the one at hand where that has these models, else the next.
+        settings: those of RunConfig that change; the others are the run's.
+
+    Raises:
+        ConfigError: when there is no run, or its round at hand is not finished.
+    """
+    kept = read_run_file(RunDir(work_dir)).settings
+    sources = merged_sources(kept["dataset_path"], as_names("dataset_path", dataset_path))
+    of_this = {"work_dir": str(work_dir), "dataset_path": sources, "max_samples": None}
+    config = RunConfig.create(kept | of_this | settings)
+    begin_round(config, number)
+    return run(config, show_progress=show_progress)
 
 
 def status(work_dir: str | Location) -> Status:
@@ -112,17 +144,20 @@ def export(
     format: str,
     *,
     folder: str | Location | None = None,
+    number: int | None = None,
     **output: Any,
 ) -> FormatReport:
     """Write the pairs of a run in one more format, by default into the run directory.
 
     Args:
+        number: the round whose pairs are wanted; default: those of all.
         output: settings of the output, as `test_fraction` or `max_part_bytes`; default: the run's.
 
     Raises:
         ConfigError: for an unknown format or setting, or a folder that holds something else.
     """
-    report = written(export_format, work_dir, format, folder, output)
+    write = functools.partial(export_format, number=number)
+    report = written(write, work_dir, format, folder, output)
     return report.formats[format]
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import msgspec
@@ -65,6 +63,9 @@ class InputConfig:
     """Questions in one shard, the unit of work that a worker takes."""
     max_samples: int | None = None
     """Read at most this many samples of each input that it is given with (for trials)."""
+    questions: int | None = None
+    """Take this many questions that the run has not got, over all inputs in their order, and leave
+    the others to later rounds (`stream-engine round`)."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels are rejected as decompression bombs (Pillow's own limit), and so are
     those too long for their width: more than twice that on a square, or 200 times as long."""
@@ -84,6 +85,9 @@ class ModelConfig:
     `auto_check,question_change,split`. A judge may be on a server: `openai:URL#MODEL`."""
     reward_model_name: str | None = None
     """A hint, as --instruct_model_name."""
+    base_model_path: str | None = None
+    """With dpo_reward the model that the reward model was trained from by DPO; default: the
+    instruct model. It stays the same when rounds answer by other instruct models."""
     reward_model_python_path: str | None = None
     """Another interpreter, or a conda environment's name, for the reward stage."""
     vision_tower_path: str | None = None
@@ -303,9 +307,9 @@ class RunConfig(
         if self.offload == "nvme" and not self.offload_path:
             raise ConfigError("offload nvme needs --offload_path, a folder on a local drive")
         positive = ("samples_per_shard", "tensor_parallel", "distance", "max_pairs_per_sample")
-        for name in (*positive, "max_part_bytes", "best"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        for name in (*positive, "max_part_bytes", "best", "questions"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, it is {value}")
         if not 0 <= self.test_fraction < 1:
             raise ConfigError(f"test_fraction must be in [0, 1), it is {self.test_fraction}")
         if self.beta <= 0:
@@ -358,40 +362,6 @@ def as_plain(value: Any) -> Any:
 def names_of(part: type) -> tuple[str, ...]:
     """The names of a part's settings, in order."""
     return tuple(field.name for field in fields(part))
-
-
-def load_config_file(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or TOML file of settings.
-
-    Raises:
-        ConfigError: when the file is missing, has another suffix or does not parse.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            settings = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from error
-    elif path.suffix == ".toml":
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        try:
-            settings = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from error
-    else:
-        raise ConfigError(f"config file {path} must end in .yaml, .yml or .toml")
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold names and values, not {type(settings).__name__}")
-    return settings
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

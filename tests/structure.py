@@ -29,7 +29,7 @@ FRONT_DOOR = ("stream_engine", "stream_engine.__main__")
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "text", "timing", KERNELS}),
-    frozenset({"servers"}),
+    frozenset({"config_file", "servers"}),
     frozenset({"config", "device_errors", "ranks", "records"}),
     frozenset({"pictures"}),
     frozenset({"remote", "store"}),

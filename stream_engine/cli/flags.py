@@ -27,10 +27,10 @@ from stream_engine.config import (
     RunConfig,
     SamplingConfig,
     WorkerConfig,
-    load_config_file,
     names_of,
     parse_columns,
 )
+from stream_engine.config_file import load_config_file
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
 from stream_engine.servers import ServerConfig

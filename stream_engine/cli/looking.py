@@ -11,7 +11,7 @@ from stream_engine.cli.command import WORK_DIR, Command, work_dir_given
 from stream_engine.run_dir import damage
 from stream_engine.run_dir.inspect import inspect as inspect_lines
 from stream_engine.run_dir.state import RunState
-from stream_engine.run_dir.status import Status, collect, no_pairs, problems
+from stream_engine.run_dir.status import RoundStatus, Status, collect, no_pairs, problems
 from stream_engine.run_dir.timings import timing_of
 from stream_engine.text import printable
 
@@ -80,12 +80,24 @@ def status_lines(status: Status) -> list[str]:
     if pairs.given:
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in pairs.given.items())
         lines.append(f"given:   {sum(pairs.given.values())} pairs of the input: {verdicts}")
+    lines += [round_line(one) for one in status.rounds]
     lines += [f"server:  {used.line(role)}" for role, used in status.servers.items()]
     for one in status.waiting:
         lines.append(f"waiting: shard {one.shard} for {one.retry_in_s:.0f} s more: {one.error}")
     for worker in status.workers:
         lines.append(f"worker:  {worker.worker} holds {worker.holds} for {worker.since_s:.0f} s")
     return lines
+
+
+def round_line(one: RoundStatus) -> str:
+    """A round for people."""
+    of = one.samples
+    left = f" + {of.quarantined} quarantined + {of.pending} pending" * bool(of.total - of.done)
+    failed = f", {one.failed_shards} shards failed" * bool(one.failed_shards)
+    return (
+        f"round {one.round}: {of.total} samples = {of.done} done{left}{failed}; {one.pairs} pairs; "
+        f"{one.instruct_model}"
+    )
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -40,6 +40,7 @@ COMMANDS = {
         "working", "shard what is new, run the models, merge: build the dataset or resume it"
     ),
     "append": Named("working", "add --dataset_path to a run and build what is new"),
+    "round": Named("working", "answer the next --questions by another model, in the same run"),
     "shard": Named("working", "only read the input and cut it into shards"),
     "work": Named("working", "only run the models on the shards on hand"),
     "merge": Named("working", "only build pairs and write the dataset"),

@@ -92,6 +92,7 @@ the work directory:
                                        checksum of every file; for RLAIF-V's trainer the empty
                                        train-logps.parquet
     dataset_<format>/                  the formats after the first
+    rounds/2/dataset/                  the pairs of one round alone, in a run of several
     leases/  logs/  debug/  report/index.html
 """
 
@@ -105,6 +106,20 @@ again:
   `retry-failed` computes a damaged result again. A damaged tar wants its copy put back first.
   A worker holds a shard by a lease that it renews. When it dies, another takes the shard over: at
   once on the same host, after --lease_timeout_s elsewhere.
+"""
+
+ROUNDS = """\
+rounds:
+  The next --questions that the run has not got, of the inputs that it has and of those given here,
+  are answered under the settings of this line and, where it names none, those of the round before:
+  another --instruct_model_path, most of all. What is finished is never answered again. Each pair
+  tells its round; dataset/ holds the pairs of all, rounds/2/dataset those of round 2, for a trainer
+  that wants the newest only. Lengths are balanced within a round, so that a round's pairs stay as
+  they are. The round before must be finished; what failed in it may be retried at any time, and is
+  answered by its own models, which must be what they were. With --round N the same line resumes
+  round N, and a finished one is left as it is: launch/train_in_rounds.sh trains between rounds.
+  dpo_reward takes the instruct model as the model that the reward model was trained from; where
+  that stays another, name it by --base_model_path.
 """
 
 STATUS = """\

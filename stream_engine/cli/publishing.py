@@ -17,6 +17,9 @@ from stream_engine.store.files import location
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _written_arguments(parser, list(EXPORTS))
+    parser.add_argument(
+        "--round", metavar="N", help="the pairs of this round alone, by default into rounds/N/"
+    )
 
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +64,11 @@ def export(args: argparse.Namespace) -> int:
     formats = formats_of(args)
     if not formats:
         raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
+    number = None if args.round is None else convert_flag("round", args.round, int)
     for name in formats:
-        done = api.export(work_dir_given(args), name, folder=folder_of(args), **output_of(args))
+        done = api.export(
+            work_dir_given(args), name, folder=folder_of(args), number=number, **output_of(args)
+        )
         print(f"{name}: {done.written} pairs in {done.folder}")
     return 0
 

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from stream_engine.cli import notes
-from stream_engine.cli.command import WORK_DIR, Command
-from stream_engine.cli.flags import read_settings
+from stream_engine.cli.command import WORK_DIR, Command, work_dir_of
+from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.launchers import add_launcher, launched_arguments, run_by_launcher
 from stream_engine.cli.looking import status_lines
 from stream_engine.cli.reports import report_after
@@ -22,8 +22,10 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.remedies import remedy_lines
 from stream_engine.run_dir.requeue import requeue
 from stream_engine.run_dir.state import RunState
+from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
+from stream_engine.work.rounds import begin_round
 from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard
 
 
@@ -35,6 +37,16 @@ def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
 def _append_arguments(parser: argparse.ArgumentParser) -> None:
     _work_dir_arguments(parser)
     add_launcher(parser)
+
+
+def _round_arguments(parser: argparse.ArgumentParser) -> None:
+    _append_arguments(parser)
+    parser.add_argument(
+        "--round",
+        metavar="N",
+        help="the round that is meant, so that the same line resumes it; by default the one at "
+        "hand where that has these very models and settings, else the next",
+    )
 
 
 def _work_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +76,24 @@ def append(args: argparse.Namespace) -> int:
     new = dataclasses.replace(
         config,
         dataset_path=tuple(given["dataset_path"]),
-        max_samples=given.get("max_samples"),  # the run's own is of what it was given with
+        max_samples=given.get("max_samples"),  # the run's own are of what it was given with
+        questions=given.get("questions"),
     )
     return finish(args, new)
+
+
+def next_round(args: argparse.Namespace) -> int:
+    args.work_dir = work_dir_of(args)
+    number = None if args.round is None else convert_flag("round", args.round, int)
+    given = read_settings(args)
+    if not files.exists(RunDir(given.get("work_dir", RunConfig().work_dir)).run_json):
+        if number not in (None, 1):
+            raise ConfigError(f"--round {number}: there is no run yet, so this is round 1")
+        return finish(args, config_from(args))
+    config = config_of_run(args)
+    config = dataclasses.replace(config, max_samples=given.get("max_samples"))
+    begin_round(config, number)
+    return finish(args, config)
 
 
 def shard(args: argparse.Namespace) -> int:
@@ -169,6 +196,9 @@ def remedies(report: RunReport) -> list[str]:
 COMMANDS = {
     "run": Command(run_command, launched_arguments, takes_settings=True, notes=notes.RUN),
     "append": Command(append, _append_arguments, takes_settings=True, notes=notes.RUN),
+    "round": Command(
+        next_round, _round_arguments, takes_settings=True, notes=notes.ROUNDS + "\n" + notes.RUN
+    ),
     "shard": Command(shard, _work_dir_arguments, takes_settings=True, notes=notes.INPUT),
     "work": Command(work, _work_arguments, takes_settings=True),
     "merge": Command(

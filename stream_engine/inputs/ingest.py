@@ -91,9 +91,11 @@ def ingest(
     sources: Sequence[str],
     config: InputConfig,
     *,
+    first_shard: int = 0,
     on_progress: OnProgress | None = None,
 ) -> IngestReport:
-    """Cut what is new in the sources into shards.
+    """Cut what is new in the sources into shards, no more than `config.questions` in those from
+    `first_shard` on: the round at hand.
 
     `on_progress` gets the report so far, every 50 rows, before each shard is put in place and at
     the end of each input; it may raise to stop, and the rejects up to there are in the quarantine
@@ -120,9 +122,32 @@ def ingest(
         return report
     with KnownSamples(manifest.shards.lines()) as known:
         for source, state in to_read.items():
-            part = as_far_as_before(config, manifest.inputs.get(source))
-            InputReading(run_dir, manifest, known, source, part, report, on_progress).run(state)
+            part = within_round(config, manifest, source, first_shard)
+            if part is not None:
+                InputReading(run_dir, manifest, known, source, part, report, on_progress).run(state)
     return report
+
+
+def within_round(
+    config: InputConfig, manifest: Manifest, source: str, first_shard: int
+) -> InputConfig | None:
+    """The settings to read an input with, `questions` being how many may come of it; None when the
+    round has all its questions.
+
+    Those that an interrupted reading took count again. An input that is to be read again for what
+    was mended in it is read as far as it was, whatever the round has.
+    """
+    before = manifest.inputs.get(source)
+    part = as_far_as_before(config, before)
+    if config.questions is None:
+        return part
+    taken = sum(shard.num_samples for shard in manifest.slim[first_shard:])
+    resumed = sum(shard.num_samples for shard in manifest.unfinished_shards(source))
+    if (left := config.questions - taken + resumed) > 0:
+        return dataclasses.replace(part, questions=left)
+    if before is not None and not before.fingerprint:
+        return dataclasses.replace(part, questions=None, max_samples=before.max_samples)
+    return None
 
 
 def as_far_as_before(config: InputConfig, before: InputInfo | None) -> InputConfig:
@@ -159,6 +184,7 @@ class InputReading:
         self.only: list[str] | None = None
         self.num_written = 0
         self.num_resumed = 0
+        self.is_cut = False  # the round has all its questions, and there may be more rows
         self.unread = Unread()
         self.notes: Counter[str] = Counter()
         self.on_progress = on_progress or (lambda report: None)
@@ -187,7 +213,7 @@ class InputReading:
                 source=self.source,
                 fingerprint=fingerprint,
                 settings=reading_settings(self.config),
-                max_samples=self.config.max_samples,
+                max_samples=counts.read if self.is_cut else self.config.max_samples,
                 read=counts.read,
                 added=counts.added,
                 known=counts.known,
@@ -206,10 +232,10 @@ class InputReading:
     def take_up(self, unreadable: list[str]) -> None:
         """Read these files alone when everything about the others is on hand.
 
-        It is not when the quarantine file was lost or damaged, and with `max_samples` it is not
-        plain which rows are the first.
+        It is not when the quarantine file was lost or damaged, and with a limit it is not plain
+        which rows are the first.
         """
-        if not unreadable or self.config.max_samples is not None:
+        if not unreadable or self.config.max_samples is not None or self.config.questions:
             return
         self.only = unreadable
         self.before = self.manifest.inputs[self.source].readable_counts
@@ -253,6 +279,9 @@ class InputReading:
             if self.count(row):
                 assert isinstance(row.item, Sample)
                 yield row.item
+            if self.counts.added == self.config.questions:
+                self.is_cut = True
+                return
 
     def count(self, row: InputRow) -> bool:
         """Count one row; True when it is a new sample."""
@@ -304,7 +333,7 @@ class InputReading:
 
     def note_gone(self) -> None:
         """Count the samples that the input held once, when all of it was read now."""
-        is_whole = self.only is None and self.config.max_samples is None
+        is_whole = self.only is None and self.config.max_samples is None and not self.is_cut
         if is_whole and (num_gone := self.known.num_gone(self.source)):
             self.notes[GONE] = num_gone
 

@@ -39,7 +39,7 @@ COLUMNS = frozenset(
 )
 KNOWN_COLUMNS = COLUMNS | {
     *("key", "image_paths", "logps"),
-    *("chosen_score", "rejected_score", "margin"),
+    *("chosen_score", "rejected_score", "margin", "round"),
 }
 """With what the shards and the datasets of a run say besides, which is made anew."""
 

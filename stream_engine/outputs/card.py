@@ -75,6 +75,7 @@ def dataset_card(
         + table(("column", "type", "what it holds"), column_rows(export, stats["format"])),
         "## Use\n\n" + usage(stats["format"], files_by_split(stats["parts"])),
         how_it_was_made(config),
+        rounds_table(stats),
         two_columns("sampling", sampling),
         two_columns("selection", msgspec.to_builtins(config.part(RankingConfig))),
         "## Counts",
@@ -95,6 +96,20 @@ def how_it_was_made(config: RunConfig) -> str:
         f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
         f"{fenced(command_line(config), 'bash')}\n\n" + two_columns("model", named)
     ).rstrip()
+
+
+def rounds_table(stats: Mapping[str, Any]) -> str:
+    """Which model answered in each round; empty where there is one."""
+    rounds = stats.get("rounds", [])
+    if len(rounds) < 2 and all(one["round"] == 1 for one in rounds):
+        return ""
+    rows = [
+        (one["round"], one["instruct_model"] or "-", one["samples"], one["pairs"]) for one in rounds
+    ]
+    said = "What stands above and below are the settings of the last round. " * (len(rounds) > 1)
+    return f"{said}The column `round` tells which instruct model answered:\n\n" + table(
+        ("round", "instruct model", "questions", "pairs"), rows
+    )
 
 
 def front_matter(

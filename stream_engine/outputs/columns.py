@@ -37,6 +37,7 @@ MEANINGS = {
     "chosen_score": "score of the chosen answer; higher is better",
     "rejected_score": "score of the rejected answer",
     "margin": "difference of the scores",
+    "round": "which of the run's rounds, from 1: which instruct model answered",
 }
 JSONL_COLUMNS = {
     "ms_swift_jsonl": ("messages", "rejected_response"),

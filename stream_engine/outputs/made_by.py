@@ -19,8 +19,8 @@ HUB_DATASETS = "hf://datasets/"
 LOCAL = ("work_dir", "image_root", "offload_path", "reward_model_python_path")
 """Settings that hold paths of one machine alone."""
 PATHS = (
-    *("instruct_model_path", "reward_model_path", "vision_tower_path", "dataset_path"),
-    "sampler",
+    *("instruct_model_path", "reward_model_path", "base_model_path", "vision_tower_path"),
+    *("dataset_path", "sampler"),
 )
 NOT_SHOWN = (
     *LOCAL,

@@ -81,8 +81,13 @@ def find_problems(folder: Location) -> Iterator[str]:
     if not is_run(folder):
         yield from dataset_problems(folder)
         return
-    named = [inner for inner in files.list_folders(folder) if inner.name.startswith("dataset")]
-    datasets = [inner for inner in named if holds_dataset(inner)]
+    of_rounds = sorted(files.list_folders(folder / "rounds"), key=str)
+    datasets = [
+        inner
+        for place in (folder, *of_rounds)
+        for inner in files.list_folders(place)
+        if inner.name.startswith("dataset") and holds_dataset(inner)
+    ]
     if not datasets:
         yield f"{folder}: the run has no dataset yet"
     for dataset in datasets:

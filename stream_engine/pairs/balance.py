@@ -7,7 +7,9 @@ is a histogram over word counts, so its memory does not grow with the number of 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from stream_engine.config import RankingConfig
@@ -135,6 +137,32 @@ class RatioBalance:
             if least is None or imbalance < least:
                 best, least = step, imbalance
         return best
+
+
+class Balances:
+    """A balance for each round, so that later rounds change nothing of earlier ones."""
+
+    def __init__(
+        self, kind: LengthBalance, config: RankingConfig, round_of: Callable[[int], int]
+    ) -> None:
+        """`round_of` tells the round of a shard."""
+        self.kind = kind
+        self.config = config
+        self.round_of = round_of
+        self.of_rounds: dict[int, Balance] = {}
+
+    def copy(self) -> Balances:
+        """The same, to go on with by itself."""
+        other = Balances(self.kind, self.config, self.round_of)
+        other.of_rounds = copy.deepcopy(self.of_rounds)
+        return other
+
+    def of(self, index: int) -> Balance:
+        """The balance that a shard's pairs take part in."""
+        number = self.round_of(index)
+        if number not in self.of_rounds:
+            self.of_rounds[number] = length_balance(self.kind, self.config)
+        return self.of_rounds[number]
 
 
 def length_balance(kind: LengthBalance, config: RankingConfig) -> Balance:

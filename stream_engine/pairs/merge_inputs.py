@@ -22,10 +22,11 @@ from stream_engine.errors import ConservationError, MissingStageError, ShardRead
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
-from stream_engine.run_dir.manifest import Manifest
+from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import Checksums
 from stream_engine.run_dir.results import ResultHeader, read_identified, verify_result
+from stream_engine.run_dir.rounds import Fingerprints
 from stream_engine.run_dir.state import RunState, numbered
 
 MAX_NAMED = 10  # shards named in a message
@@ -43,25 +44,63 @@ class ShardCounts(NamedTuple):
 class MergeInputs:
     """The shards of a run as a merge sees them; infos are read from the manifest when needed."""
 
-    def __init__(self, manifest: Manifest, fingerprints: Mapping[Stage, str]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        fingerprints: Mapping[Stage, str],
+        *,
+        number: int | None = None,
+    ) -> None:
+        """`number` is that of the round whose shards these are; None: those of all rounds."""
         self.manifest = manifest
-        self.stages = dict(fingerprints)
+        self.fingerprints = Fingerprints.given(fingerprints)
+        self.number = number
         self.missing: list[int] = []
         self.num_missing_samples = 0
         self.digest: list[tuple[int, str, ShardCounts | None]] = []
         self.results: dict[int, Checksums] = {}
         """Of the shards that take part."""
         self.images: Counter[int] = Counter()
-        self.newest = 0.0
+        self.modified: dict[int, float] = {}
+        """When the newest result of a shard was written."""
 
     @property
     def num_shards(self) -> int:
-        return len(self.manifest.shards)
+        return len(self.digest)
+
+    @property
+    def newest(self) -> float:
+        return max(self.modified.values(), default=0.0)
 
     def shards(self) -> Iterator[ShardInfo]:
         """The shards that take part, in order."""
         missing = set(self.missing)
-        return (info for info in self.manifest.shards if info.index not in missing)
+        for info in self.manifest.shards:
+            if info.index not in missing and self.number in (None, self.round_of(info.index)):
+                yield info
+
+    def round_of(self, index: int) -> int:
+        """The number of a shard's round."""
+        return self.fingerprints.round_of(index)
+
+    def of_round(self, number: int) -> MergeInputs:
+        """The shards of one round. What was rejected when inputs were read is of no round."""
+        part = MergeInputs(self.manifest, self.fingerprints, number=number)
+        shards = self.fingerprints.shards_of(number, len(self.manifest.shards))
+        for index, sha256, counts in self.digest:
+            if index in shards:
+                part.note(self.manifest.slim[index], sha256, counts)
+        part.results = {i: found for i, found in self.results.items() if i in shards}
+        part.modified = {i: when for i, when in self.modified.items() if i in shards}
+        return part
+
+    def note(self, shard: Shard | ShardInfo, sha256: str, counts: ShardCounts | None) -> None:
+        """Take up a shard; `counts` is None where it lacks results."""
+        self.digest.append((shard.index, sha256, counts))
+        self.images.update(shard.images)
+        if counts is None:
+            self.missing.append(shard.index)
+            self.num_missing_samples += shard.num_samples
 
     @property
     def samples(self) -> dict[str, Any]:
@@ -76,8 +115,13 @@ class MergeInputs:
             },
             "missing": self.num_missing_samples,
             "with_images": {str(k): count for k, count in sorted(self.images.items())},
-            "rejected": sum(sum(i.rejected.values()) for i in self.manifest.inputs.values()),
+            "rejected": self.num_rejected if self.number is None else 0,
         }
+
+    @property
+    def num_rejected(self) -> int:
+        """Records of the inputs that came to no sample."""
+        return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
 
     def check_complete(self, *, allow_partial: bool) -> None:
         """Raise MissingStageError when there is no shard, or some lack results and that is not
@@ -96,13 +140,17 @@ class MergeInputs:
         return fingerprint(
             {
                 **self.settings(config, pipeline, format),
+                "rounds": self.number or self.fingerprints.firsts,
+                "stages": self.fingerprints.of_rounds
+                if self.number is None
+                else self.fingerprints.of_round(self.number),
                 "shards": self.digest,
                 "rejected": self.samples["rejected"],
             }
         )
 
     def settings(self, config: RunConfig, pipeline: Pipeline, format: str) -> dict[str, Any]:
-        """What of that holds for each row, whatever shards there are."""
+        """What of that holds for each row, whatever shards and rounds there are."""
         return {
             "version": [__version__, SCHEMA_VERSION],
             "pipeline": pipeline.name,
@@ -113,7 +161,6 @@ class MergeInputs:
             "output": msgspec.to_builtins(
                 replace(config.part(OutputConfig), format=(), report="auto")  # no part of it
             ),
-            "stages": self.stages,
         }
 
 
@@ -130,15 +177,12 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     for info in inputs.manifest.shards:
         counts = None
         if info.index not in without_tar and all(info.index in written[s] for s in STAGES):
-            counts = complete_counts(run_dir, info, fingerprints, inputs.results)
-        inputs.digest.append((info.index, info.sha256, counts))
-        inputs.images.update(info.images)
-        if counts is None:
-            inputs.missing.append(info.index)
-            inputs.num_missing_samples += info.num_samples
-            continue
-        newest = max(written[stage][info.index].modified for stage in STAGES)
-        inputs.newest = max(inputs.newest, newest)
+            of_round = inputs.fingerprints.of(info.index)
+            counts = complete_counts(run_dir, info, of_round, inputs.results)
+        inputs.note(info, info.sha256, counts)
+        if counts is not None:
+            newest = max(written[stage][info.index].modified for stage in STAGES)
+            inputs.modified[info.index] = newest
     return inputs
 
 
@@ -165,11 +209,12 @@ def named_shards(indices: list[int]) -> str:
 
 def damaged_tars(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> Iterator[int]:
     """The shards whose tar a merge found damaged under these settings, until they are put back."""
+    every_round = Fingerprints.given(fingerprints)
     for index, _ in numbered(run_dir.failures_dir):
         failure = read_failure(run_dir, index)
         if failure is None or failure.damaged != "tar":
             continue
-        if failure.fingerprint == fingerprints[failure.stage]:
+        if failure.fingerprint == every_round.of(index)[failure.stage]:
             yield index
 
 
@@ -186,11 +231,7 @@ def seen_inputs(state: RunState) -> MergeInputs:
             rollouts, rewards = (state.header(stage, shard) for stage in STAGES)
             assert rollouts is not None and rewards is not None
             counts = counts_of(shard.num_samples, rollouts, rewards)
-        inputs.digest.append((shard.index, shard.sha256, counts))
-        inputs.images.update(shard.images)
-        if counts is None:
-            inputs.missing.append(shard.index)
-            inputs.num_missing_samples += shard.num_samples
+        inputs.note(shard, shard.sha256, counts)
     return inputs
 
 

@@ -17,45 +17,42 @@ candidate pair is in the dataset or dropped for a reason.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby, islice, takewhile
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
-from stream_engine.errors import ConservationError
-from stream_engine.outputs.card import dataset_card, write_example
+from stream_engine.errors import ConfigError, ConservationError
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.formats.base import SPLITS, PairRow, ParquetFiles, Split
+from stream_engine.outputs.formats.base import Split
 from stream_engine.outputs.publication import Publication, remove_older_rows
-from stream_engine.pairs.balance import Balance, length_balance
+from stream_engine.pairs.balance import Balances
 from stream_engine.pairs.helpers import Crew, Ranked, RankOrder
 from stream_engine.pairs.merge_debug import DebugFiles
 from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
 from stream_engine.pairs.merge_report import (
     MergeReport,
-    balance_line,
     is_current,
     read_report,
 )
-from stream_engine.pairs.output import Output
+from stream_engine.pairs.pair_output import PairOutput
 from stream_engine.pairs.rankings import kept_ranking, ranking_settings
-from stream_engine.pairs.reuse import ROWS_MADE_BY, Origins, Reuse, find
-from stream_engine.pairs.rows import Chunk, RowsOrder, WrittenPair, written_pairs
-from stream_engine.pairs.statistics import PairStatistics, RunStatistics
+from stream_engine.pairs.reuse import Origins, find
+from stream_engine.pairs.rounds import configs_of_rounds, told_of_rounds
+from stream_engine.pairs.rows import Chunk, RowsOrder, written_pairs
+from stream_engine.pairs.statistics import RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import RankedShard
-from stream_engine.run_dir.run_json import resolved_sampling
+from stream_engine.run_dir.rounds import resolved_sampling
 from stream_engine.store import files as store
 from stream_engine.store.base import Location
 
@@ -70,7 +67,8 @@ def merge(
     *,
     allow_partial: bool = False,
 ) -> MergeReport:
-    """Write the datasets that `config.format` asks for, those that are not up to date.
+    """Write the datasets that `config.format` asks for, those that are not up to date: of all
+    rounds, and before that, where there may be several, of each.
 
     Args:
         fingerprints: of each stage; results that others made do not count.
@@ -82,10 +80,16 @@ def merge(
         ConservationError: when counts do not add up; the old dataset stays as it was.
         ShardReadError: when a shard or result file is damaged.
     """
-    folders = run_dir.dataset_folders(config.format)
-    return write_formats(
-        run_dir, config, pipeline, fingerprints, folders, allow_partial=allow_partial
+    inputs = read_inputs(run_dir, fingerprints)
+    configs = configs_of_rounds(run_dir, config, inputs)
+    write = functools.partial(
+        write_formats, run_dir, configs, pipeline, allow_partial=allow_partial
     )
+    if len(configs) > 1 or config.questions is not None:
+        for number in configs:
+            if (part := inputs.of_round(number)).num_shards:
+                write(part, run_dir.of_round(number).dataset_folders(config.format))
+    return write(inputs, run_dir.dataset_folders(config.format))
 
 
 def export(
@@ -96,34 +100,45 @@ def export(
     *,
     format: str,
     folder: Location | None = None,
+    number: int | None = None,
     allow_partial: bool = False,
 ) -> MergeReport:
     """Write the pairs of a run in one more format, by default into the run directory.
+
+    Args:
+        number: the round whose pairs are wanted; None: those of all.
 
     Raises:
         ConfigError: for an unknown format, or a folder that holds something else.
         Otherwise as `merge`.
     """
-    folders = run_dir.dataset_folders(config.format)
-    target = folder or folders.get(format, run_dir.export_dir(format))
+    inputs = read_inputs(run_dir, fingerprints)
+    configs = configs_of_rounds(run_dir, config, inputs)
+    place = run_dir
+    if number is not None:
+        if number not in configs:
+            raise ConfigError(f"no round {number}: the run has {len(configs)}")
+        inputs, place = inputs.of_round(number), run_dir.of_round(number)
+    folders = place.dataset_folders(config.format)
+    target = folder or folders.get(format, place.export_dir(format))
     return write_formats(
-        run_dir, config, pipeline, fingerprints, {format: target}, allow_partial=allow_partial
+        run_dir, configs, pipeline, inputs, {format: target}, allow_partial=allow_partial
     )
 
 
 def write_formats(
     run_dir: RunDir,
-    config: RunConfig,
+    configs: Mapping[int, RunConfig],
     pipeline: Pipeline,
-    fingerprints: Mapping[Stage, str],
+    inputs: MergeInputs,
     folders: Mapping[str, Location],
     *,
     allow_partial: bool,
 ) -> MergeReport:
-    """Bring each format's folder up to date."""
+    """Bring each format's folder up to date. `configs` are the settings of each round."""
     for name in folders:
         export_class(name)
-    inputs = read_inputs(run_dir, fingerprints)
+    config = configs[inputs.number or len(configs)]
     made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
     for name in folders.keys() - set(stale):
@@ -143,96 +158,12 @@ def write_formats(
                 for name in stale
             ]
             common = build(run_dir, config, pipeline, inputs, outputs)
+            common["rounds"] = told_of_rounds(configs, inputs)
             for output in outputs:
                 output.finish(config, {**common, "fingerprint": made_from[output.name]})
             for output in outputs:
                 output.publish()
     return read_report(folders, is_new=bool(stale))
-
-
-class PairOutput(Output):
-    """One format of pairs in the making."""
-
-    def __init__(
-        self, name: str, publication: Publication, scratch: Path, config: RunConfig, *, made_by: str
-    ) -> None:
-        """`made_by`: hash of the settings of every row."""
-        self.made_by = made_by
-        self.export = export_class(name)(scratch, max_part_bytes=config.max_part_bytes)
-        super().__init__(name, publication, scratch, self.export)
-        self.dropped: Counter[str] = Counter()
-        self.statistics = PairStatistics()
-        self.splits: Counter[str] = Counter()
-        self.example: PairRow | None = None
-        self.reuse = Reuse(publication.folder, made_by, self.export)
-        self.num_there: Mapping[Split, int] = {}
-
-    def keep_parts(self) -> None:
-        """Take over the parts that were found to stay as they are."""
-        self.num_there = self.reuse.hand_over(self.export)
-
-    def is_there(self, split: Split, num_rows: int) -> bool:
-        """Whether the first so many rows of a split are in parts that were taken over."""
-        return num_rows <= self.num_there.get(split, 0)
-
-    def take(
-        self, chunk: Chunk, written: Sequence[WrittenPair], origins: Mapping[Split, str]
-    ) -> None:
-        """Write the rows of these pairs, but for those that this format cannot express."""
-        if isinstance(self.export, ParquetFiles):
-            self.export.origins = origins
-            there = Counter(pair.split for pair in written if pair.split in chunk.there)
-            for split, num_rows in there.items():
-                self.export.parts_of(split).pass_over(num_rows)
-        if self.name in chunk.content:
-            self.export.take(chunk.content[self.name])
-        self.example = self.example or chunk.examples.get(self.name)
-        for (pair, key, split), refusal in zip(written, chunk.refusals[self.name], strict=True):
-            if refusal is None:
-                self.statistics.add_pair(pair, key)
-                self.splits[split] += 1
-            else:
-                self.dropped[refusal] += 1
-
-    def finish(self, config: RunConfig, common: Mapping[str, Any]) -> None:
-        """Close the files, check the counts, and make card and statistics."""
-        parts = self.export.close()
-        dropped = Counter(common["pairs"]["dropped"]) + self.dropped
-        candidates, written = common["pairs"]["candidates"], self.statistics.num_pairs
-        if candidates != written + sum(dropped.values()):
-            line = balance_line(candidates, written, dropped)
-            raise ConservationError(f"{self.name}: the pairs do not add up: {line}")
-        if written != sum(part.rows for part in parts):
-            raise ConservationError(
-                f"{self.name}: {written} pairs were written, but the files hold "
-                f"{sum(part.rows for part in parts)}"
-            )
-        stats = {
-            **{name: value for name, value in common.items() if name != "resolved_sampling"},
-            **self.statistics.to_dict(),
-            "format": self.name,
-            "samples": {**common["samples"], "with_pairs": self.statistics.num_samples},
-            "pairs": {
-                "candidates": candidates,
-                "written": written,
-                "dropped": dict(sorted(dropped.items())),
-            },
-            "splits": {split: self.splits[split] for split in SPLITS if self.splits[split]},
-            ROWS_MADE_BY: "" if self.dropped else self.made_by,
-        }
-        picture = write_example(self.scratch, self.example.sample if self.example else None)
-        self.seal(
-            stats,
-            parts,
-            functools.partial(
-                dataset_card,
-                config,
-                export=type(self.export),
-                example=self.example,
-                picture=picture,
-                resolved_sampling=common["resolved_sampling"],
-            ),
-        )
 
 
 def build(
@@ -243,24 +174,26 @@ def build(
     outputs: list[PairOutput],
 ) -> dict[str, Any]:
     """Both passes; returns what the statistics of all formats have in common."""
-    balance = length_balance(pipeline.length_balance, config.part(RankingConfig))
+    ranking = config.part(RankingConfig)
+    balances = Balances(pipeline.length_balance, ranking, inputs.round_of)
     statistics = RunStatistics()
     formats = [output.name for output in outputs]
     scored = inputs.samples["scored"]
     settings = config.part(OutputConfig)
     with Crew(run_dir, pipeline, settings, formats, num_samples=scored) as crew:
-        for _, ranked in rankings(kept_rankings(run_dir, pipeline, inputs), crew):
+        for info, ranked in rankings(kept_rankings(run_dir, pipeline, inputs), crew):
             statistics.add_shard(ranked)
             for pair in ranked.pairs:
-                balance.count(pair)
+                balances.of(info.index).count(pair)
         if not config.debug:  # its lines are made with the rows
-            keep_parts(config, kept_rankings(run_dir, pipeline, inputs), balance, outputs)
+            keep_parts(config, kept_rankings(run_dir, pipeline, inputs), balances, outputs)
         bounds = statistics.least_margin, statistics.greatest_margin
         for output in outputs:
             output.statistics.set_margin_bounds(*bounds)
-        with DebugFiles(run_dir.debug_dir if config.debug else None) as debug:
+        folder = run_dir.debug_dir if inputs.number is None else None
+        with DebugFiles(folder if config.debug else None) as debug:
             shards = rankings_again(kept_rankings(run_dir, pipeline, inputs), crew)
-            dropped = write_pairs(config, shards, balance, outputs, debug, crew)
+            dropped = write_pairs(config, shards, balances, outputs, debug, crew)
     if statistics.num_samples != scored:
         raise ConservationError(
             f"{statistics.num_samples} samples were read, the results' headers say {scored}"
@@ -274,7 +207,7 @@ def build(
         "missing_shards": inputs.missing,
         "pairs": {"candidates": statistics.num_candidates, "dropped": dropped},
         **statistics.to_dict(pipeline.judge_rates),
-        "resolved_sampling": resolved_sampling(run_dir),
+        "resolved_sampling": resolved_sampling(run_dir, inputs.number),
     }
 
 
@@ -309,27 +242,31 @@ def rankings_again(
 
 
 def orders_of(
-    shards: Iterable[tuple[ShardInfo, RankedShard]], balance: Balance
+    shards: Iterable[tuple[ShardInfo, RankedShard]], balances: Balances
 ) -> Iterator[tuple[RankedShard, RowsOrder]]:
     """The decision about every pair, a shard at a time."""
     for info, ranked in shards:
-        reasons = [balance.reason_to_drop(pair) for pair in ranked.pairs]
-        yield (
-            ranked,
-            RowsOrder(info=info, results=ranked.results, pairs=ranked.pairs, reasons=reasons),
+        balance = balances.of(info.index)
+        order = RowsOrder(
+            info=info,
+            results=ranked.results,
+            pairs=ranked.pairs,
+            reasons=[balance.reason_to_drop(pair) for pair in ranked.pairs],
+            round=balances.round_of(info.index),
         )
+        yield ranked, order
 
 
 def keep_parts(
     config: RunConfig,
     kept: Iterator[tuple[ShardInfo, Ranked | RankOrder]],
-    balance: Balance,
+    balances: Balances,
     outputs: list[PairOutput],
 ) -> None:
     """Decide about pairs as the second pass will, as long as parts of the old datasets can stay."""
     there = takewhile(lambda one: isinstance(one[1], Ranked), kept)
     shards = ((info, one.ranking) for info, one in there if isinstance(one, Ranked))
-    orders = (order for _, order in orders_of(shards, copy.deepcopy(balance)))
+    orders = (order for _, order in orders_of(shards, balances.copy()))
     find([output.reuse for output in outputs], orders, config.test_fraction)
     for output in outputs:
         output.keep_parts()
@@ -345,7 +282,7 @@ class ShardRows(NamedTuple):
 def write_pairs(
     config: RunConfig,
     shards: Iterator[tuple[ShardInfo, RankedShard]],
-    balance: Balance,
+    balances: Balances,
     outputs: list[PairOutput],
     debug: DebugFiles,
     crew: Crew,
@@ -355,7 +292,7 @@ def write_pairs(
 
     def orders() -> Iterator[tuple[ShardRows, RowsOrder | Chunk]]:
         origins = Origins()
-        for ranked, order in orders_of(shards, balance):
+        for ranked, order in orders_of(shards, balances):
             all_dropped.update(ranked.dropped)
             all_dropped.update([reason for reason in order.reasons if reason is not None])
             if not ranked.counts.num_samples:

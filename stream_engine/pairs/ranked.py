@@ -33,7 +33,7 @@ from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.ranking import AnswerTexts, count_words, drop_near_duplicates, words
 from stream_engine.records import Sample, SampleRewards, SampleRollouts
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import resolved_sampling
+from stream_engine.run_dir.rounds import resolved_sampling
 from stream_engine.store import files
 from stream_engine.store.base import Location
 
@@ -98,7 +98,7 @@ class RankingOutput(Output):
         for info in inputs.shards():
             for sample, rollouts, rewards in scored_samples(run_dir, info):
                 self.statistics.add_sample(rollouts, rewards)
-                row = ranked_row(sample, rollouts, rewards, config)
+                row = ranked_row(sample, rollouts, rewards, config, inputs.round_of(info.index))
                 self.dropped += self.ranking.write(row)
                 self.example = self.example or row
 
@@ -161,9 +161,14 @@ class RankingOutput(Output):
 
 
 def ranked_row(
-    sample: Sample, rollouts: SampleRollouts, rewards: SampleRewards, config: RunConfig
+    sample: Sample,
+    rollouts: SampleRollouts,
+    rewards: SampleRewards,
+    config: RunConfig,
+    number: int = 1,
 ) -> RankedRow:
-    """The answers of one sample in order of their scores, those without one last."""
+    """The answers of one sample in order of their scores, those without one last; `number` is its
+    round's."""
     scores = sorted(rewards.scores, key=lambda score: (-score.score, score.index))
     answers = {answer.index: answer for answer in rollouts.answers}
     texts = AnswerTexts({index: words(answer.text) for index, answer in answers.items()})
@@ -194,4 +199,4 @@ def ranked_row(
         if answer.index not in scored
     ]
     split = split_of(sample.key, config.test_fraction)
-    return RankedRow(as_asked(sample, rollouts), ranked, split)
+    return RankedRow(as_asked(sample, rollouts), ranked, split, number)

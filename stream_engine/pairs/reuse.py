@@ -51,8 +51,8 @@ class Origins:
     def add(self, order: RowsOrder, written: Iterable[WrittenPair]) -> None:
         """Take in the next shard's pairs that are written."""
         pairs: dict[Split, list[Any]] = {}
-        for pair, _, split in written:
-            pairs.setdefault(split, []).append(pair)
+        for one in written:
+            pairs.setdefault(one.split, []).append(one.pair)
         for split, of_split in pairs.items():
             made_from = [self.of.get(split, ""), order.info.sha256, order.results, of_split]
             content = msgspec.msgpack.encode(made_from)

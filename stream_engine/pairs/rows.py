@@ -43,6 +43,7 @@ class RowsOrder(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
     results: Checksums
     pairs: list[RankedPair]
     reasons: list[str | None]
+    round: int = 1
     wants_example: bool = False
     """Whether to send the first row of each format itself, for the card to show."""
     there: list[Split] = []
@@ -59,13 +60,14 @@ class WrittenPair(NamedTuple):
     pair: RankedPair
     key: str
     split: Split
+    round: int
 
 
 def written_pairs(order: RowsOrder, test_fraction: float) -> Iterator[WrittenPair]:
     """The pairs of an order that are to be written."""
     for pair in order.written():
         key = order.info.keys[pair.sample]
-        yield WrittenPair(pair, key, split_of(key, test_fraction))
+        yield WrittenPair(pair, key, split_of(key, test_fraction), order.round)
 
 
 class Chunk(msgspec.Struct, kw_only=True, tag="chunk"):
@@ -150,7 +152,7 @@ class RowMaker:
                 raise ConservationError(f"shard {info.index}: the pairs of {key} have no answers")
             sample = sample_of(samples, key, info)
             for pair in pairs:
-                yield self.row(sample, rollouts, pair)
+                yield self.row(sample, rollouts, pair, order.round)
         if not written:  # what nothing is taken from must be whole, too
             verify_result(path, checksum=of_rollouts)
             next(samples, None)
@@ -172,14 +174,18 @@ class RowMaker:
                     dropped.append((candidate, reason))
                     continue
                 debug.expect(sample, candidate)
-                yield self.row(sample, rollouts, candidate.pair)
+                yield self.row(sample, rollouts, candidate.pair, order.round)
             for candidate, reason in dropped:
                 debug.dropped(sample, candidate, reason)
 
     def row(
-        self, sample: Sample, rollouts: SampleRollouts, pair: RankedPair | PreferencePair
+        self,
+        sample: Sample,
+        rollouts: SampleRollouts,
+        pair: RankedPair | PreferencePair,
+        number: int,
     ) -> PairRow:
-        """One pair with its texts and pictures."""
+        """One pair, of the round of that number, with its texts and pictures."""
         answers = {answer.index: answer for answer in rollouts.answers}
         return PairRow(
             as_asked(sample, rollouts),
@@ -194,6 +200,7 @@ class RowMaker:
             ),
             rollouts.num_prompt_tokens,
             split_of(sample.key, self.output.test_fraction),
+            number,
         )
 
 

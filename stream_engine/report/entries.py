@@ -93,6 +93,8 @@ class Entry(msgspec.Struct, kw_only=True):
     fate: str
     question: str
     tags: list[str] = []
+    round: int | None = None
+    """In a run of several."""
     detail: str = ""
     margin: float | None = None
     chosen: Side | None = None
@@ -236,7 +238,8 @@ def heat_of(answer: Answer, score: AnswerScore, pieces: Pieces | None) -> list[H
     if not token_ids or len(score.token_logps) != len(answer.scored_ids):
         return []
     texts = pieces(token_ids) if pieces else [f"#{token_id} " for token_id in token_ids]
-    return list(map(HeatToken, texts, score.token_logps, answer.scored_logps))
+    base = score.details.get("base_token_logps", answer.scored_logps)
+    return list(map(HeatToken, texts, score.token_logps, base))
 
 
 def critiques_of(

@@ -255,7 +255,15 @@ def settings_tables(run: ReportedRun) -> Iterator[tuple[str, list[tuple[str, str
     yield "Sampling", rows_of(msgspec.to_builtins(run.config.part(SamplingConfig)))
     yield "Selection", rows_of(msgspec.to_builtins(run.config.part(RankingConfig)))
     yield "Inputs", [(f"{number}", path) for number, path in enumerate(run.config.dataset_path, 1)]
+    if len(rounds := run.stats.get("rounds", [])) > 1:
+        yield "Rounds", [(str(one["round"]), round_line(one)) for one in rounds]
     yield "Versions", rows_of(run.versions)
+
+
+def round_line(one: Mapping[str, Any]) -> str:
+    """A round of stats.json in words."""
+    of = f" of {one['instruct_model']}" if one["instruct_model"] else ""
+    return f"{one['pairs']:,} pairs of {one['samples']:,} questions, answers{of}"
 
 
 def rows_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -50,7 +50,9 @@ def entries(
     infos = run.inputs.manifest.shards
     for shard, group in groupby(shown, key=lambda one: one.place.shard):
         of_shard = list(group)
-        yield from shard_entries(run.run_dir, infos[shard], of_shard, pieces)
+        for found in shard_entries(run.run_dir, infos[shard], of_shard, pieces):
+            found.entry.round = run.round_of(shard)
+            yield found
 
 
 def shard_entries(

@@ -78,6 +78,10 @@ class ReportedRun:
         """The shards with results of both stages, in order."""
         return self.inputs.shards()
 
+    def round_of(self, index: int) -> int | None:
+        """The number of a shard's round; None in a run that has one."""
+        return self.inputs.round_of(index) if self.inputs.fingerprints.at_hand > 1 else None
+
     @property
     def name(self) -> str:
         root = self.run_dir.root

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from stream_engine.config import RankingConfig
-from stream_engine.pairs.balance import Balance, length_balance
+from stream_engine.pairs.balance import Balances
 from stream_engine.pairs.filters import Candidate, split_candidates
 from stream_engine.pairs.rankings import rank, scored_answers
 from stream_engine.pairs.statistics import Histogram, LengthWins
@@ -85,11 +85,12 @@ def survey(run: ReportedRun, *, num_rows: int, seed: int = 0) -> Survey:
     """Look at every pair; `num_rows` of the kept ones are drawn, the extremes come on top."""
     found = Survey()
     draw = Draw(num_rows, seed)
-    balance = length_balance(run.pipeline.length_balance, run.config.part(RankingConfig))
+    ranking = run.config.part(RankingConfig)
+    balances = Balances(run.pipeline.length_balance, ranking, run.inputs.round_of)
     with PairFile() as file:
-        reasons = rank_all(run, found, draw, balance, file)
+        reasons = rank_all(run, found, draw, balances, file)
         for place, pairs in groupby(file, key=lambda pair: pair.place):
-            settle(place, pairs, reasons, found, draw, balance)
+            settle(place, pairs, reasons, found, draw, balances)
     with_candidates = sum(found.pairs_per_question.values())
     found.pairs_per_question[0] += found.num_samples - with_candidates
     found.shown = draw.result()
@@ -98,7 +99,7 @@ def survey(run: ReportedRun, *, num_rows: int, seed: int = 0) -> Survey:
 
 
 def rank_all(
-    run: ReportedRun, found: Survey, draw: Draw, balance: Balance, file: PairFile
+    run: ReportedRun, found: Survey, draw: Draw, balances: Balances, file: PairFile
 ) -> list[str]:
     """First pass: every candidate into the file; returns the reasons by their numbers in it."""
     ranking = run.config.part(RankingConfig)
@@ -118,7 +119,7 @@ def rank_all(
                 draw.offer(Shown(place, None, why))
             kept, dropped = split_candidates(candidates, ranking)
             for candidate in kept:
-                balance.count(candidate)
+                balances.of(info.index).count(candidate)
                 found.wins_before.add(candidate)
                 margins.add(candidate.pair.margin)
                 scores.add(candidate.pair.chosen_score)
@@ -137,7 +138,7 @@ def settle(
     reasons: list[str],
     found: Survey,
     draw: Draw,
-    balance: Balance,
+    balances: Balances,
 ) -> None:
     """Second pass, one sample: what becomes of its candidates."""
     num_kept = 0
@@ -145,7 +146,7 @@ def settle(
     for pair in pairs:
         reason = reasons[pair.reason]
         if reason == KEPT:
-            reason = balance.reason_to_drop(pair) or KEPT
+            reason = balances.of(place.shard).reason_to_drop(pair) or KEPT
         draw.offer(Shown(place, pair, reason))
         if reason != KEPT:
             found.dropped[reason] += 1

@@ -105,7 +105,9 @@ def of_shard(run: ReportedRun, info: ShardInfo, keys: set[str]) -> Iterator[Foun
         pairs = [candidate.pair for candidate in (*passed, *(one for one, _ in dropped))]
         for pair in pairs:
             fate = fates[pair_id(sample.key, pair)]
-            yield Found(entry_of(sample, rollouts, rewards, pair, fate=fate), sample)
+            found = Found(entry_of(sample, rollouts, rewards, pair, fate=fate), sample)
+            found.entry.round = run.round_of(info.index)
+            yield found
         if not pairs:
             fate = NO_CANDIDATE[why_no_candidate(rollouts, rewards)]
             yield Found(entry_of(sample, rollouts, rewards, None, fate=fate), sample)
@@ -114,7 +116,9 @@ def of_shard(run: ReportedRun, info: ShardInfo, keys: set[str]) -> Iterator[Foun
 def print_question(console: Console, one: Found, protocol: str) -> None:
     """A sample's picture and question."""
     entry, sample = one
-    console.print(Rule(Text(printable(f"{entry.idx}  {entry.source}".strip(), limit=200))))
+    where = "" if entry.round is None else f"round {entry.round}  "
+    title = f"{where}{entry.idx}  {entry.source}".strip()
+    console.print(Rule(Text(printable(title, limit=200))))
     for image in sample.images:
         try:
             if protocol:

@@ -87,7 +87,7 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
             error,
             shard=index,
             stage=stage or STAGES[-1],
-            fingerprint=state.fingerprints[stage or STAGES[-1]],
+            fingerprint=state.fingerprints.of(index)[stage or STAGES[-1]],
             worker=worker,
             config=config.part(WorkerConfig),
             damaged="tar" if stage is None else "result",

@@ -11,6 +11,7 @@ from stream_engine.errors import ConfigError
 from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.rankings import ranking_line
 from stream_engine.run_dir.results import quarantined_by, read_results
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import describe_failure, quarantined
@@ -47,6 +48,7 @@ def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:
     shard = state.shards[info.index]
     yield f"shard {info.index}   {state.run_dir.shard(info.index)}"
     yield f"  {info.num_samples} samples, {info.num_bytes} bytes, sha256 {info.sha256}"
+    yield from round_lines(state, info.index)
     for stage in STAGES:
         header = state.header(stage, shard)
         if header is None:
@@ -83,6 +85,7 @@ def inspect_sample(state: RunState, info: ShardInfo, key: str) -> Iterator[str]:
         s for s in read_shard(state.run_dir.shard(info.index), info, verify=False) if s.key == key
     )
     yield f"sample {key}   idx {sample.idx}, shard {info.index}"
+    yield from round_lines(state, info.index)
     yield f"question  {sample.question}"
     for i, image in enumerate(sample.images):
         yield f"image {i}   {image.path or '(no path)'}, {len(image.data)} bytes"
@@ -102,6 +105,15 @@ def inspect_sample(state: RunState, info: ShardInfo, key: str) -> Iterator[str]:
         if failure.key == key:
             yield f"set aside {describe_failure(failure)}"
     yield f"again     {rerun_command(state, info.index)}"
+
+
+def round_lines(state: RunState, index: int) -> Iterator[str]:
+    """Which round a shard is of, and who answers in it, in a run of several."""
+    if state.fingerprints.at_hand > 1:
+        run_file = read_run_file(state.run_dir)
+        number = state.fingerprints.round_of(index)
+        settings = [*(one.settings for one in run_file.rounds), run_file.settings][number - 1]
+        yield f"round     {number}, answers of {settings['instruct_model_path']}"
 
 
 def rerun_command(state: RunState, index: int) -> str:

@@ -17,6 +17,7 @@ The run directory is a folder, or a place in object storage.
     leases/  logs/  debug/
     dataset/                       the first output format; others in dataset_<format>/; its files
                                    stand in outputs/publication.py
+    rounds/2/dataset/              the same of the pairs of one round, where there are several
     report/index.html
 """
 
@@ -133,6 +134,10 @@ class RunDir:
         return {
             name: self.export_dir(name) if i else self.dataset_dir for i, name in enumerate(formats)
         }
+
+    def of_round(self, number: int) -> RunDir:
+        """Where the datasets of one round alone lie, by the names that a run's have."""
+        return RunDir(self.root / "rounds" / str(number))
 
     @property
     def stats_json(self) -> Location:

@@ -22,6 +22,7 @@ KNOWN_NAMES = frozenset(
         "logs",
         "debug",
         "report",
+        "rounds",
     )
 )
 DEMO_DATASET = "demo-questions.parquet"

@@ -35,8 +35,9 @@ from stream_engine.errors import ChangedError, ConfigError, SettingsChangedError
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_header
+from stream_engine.run_dir.rounds import Fingerprints, Round, StageInputs, fingerprints_of
 from stream_engine.run_dir.sealed import is_broken, sealed
-from stream_engine.run_dir.state import SHARD_LEASE
+from stream_engine.run_dir.state import SHARD_LEASE, numbered
 from stream_engine.store import files
 from stream_engine.store.base import Version
 from stream_engine.store.leases import list_leases
@@ -48,35 +49,34 @@ PATH_SETTINGS = (
     "image_root",
     "instruct_model_path",
     "reward_model_path",
+    "base_model_path",
     "vision_tower_path",
 )
 POLL_S = 0.05
-
-
-class StageInputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What shaped a stage's results, flat, and its hash."""
-
-    fingerprint: str
-    inputs: dict[str, Any]
 
 
 class RunFile(msgspec.Struct, kw_only=True):
     """The content of run.json.
 
     `engines` is what each role's engine said of itself when it was first loaded under these
-    settings, with the stage that it works at.
+    settings, with the stage that it works at. All is of the round at hand but `rounds`.
     """
 
     schema_version: int = SCHEMA_VERSION
     created: float = 0.0
     settings: dict[str, Any]
-    stages: dict[str, StageInputs] = {}
+    stages: dict[Stage, StageInputs] = {}
     versions: dict[str, str] = {}
     engines: dict[str, dict[str, Any]] = {}
+    first_shard: int = 0
+    """Of the round at hand."""
+    rounds: list[Round] = []
+    """Those that are over."""
 
     @property
-    def fingerprints(self) -> dict[Stage, str]:
-        return {stage: self.stages[stage].fingerprint for stage in STAGES}
+    def fingerprints(self) -> Fingerprints:
+        earlier = [(one.first_shard, one.fingerprints) for one in self.rounds]
+        return Fingerprints(fingerprints_of(self.stages), earlier, self.first_shard)
 
     def config(self) -> RunConfig:
         """The settings as a RunConfig again."""
@@ -152,8 +152,9 @@ def with_settings(
     """The content of run.json under other settings; what it was given before it keeps."""
     kept = dict(settings)
     before, now = run_file.settings["dataset_path"], settings["dataset_path"]
-    if not set(before) <= set(now):  # something is added, with a limit of its own
-        kept["max_samples"] = run_file.settings["max_samples"]
+    if not set(before) <= set(now):  # something is added, with limits of its own
+        for name in ("max_samples", "questions"):
+            kept[name] = run_file.settings.get(name)
     kept["dataset_path"] = merged_sources(before, now)
     unchanged = [stage for stage in STAGES if run_file.stages[stage] == stages[stage]]
     engines = {
@@ -200,30 +201,35 @@ def _settle_changes(
     stale = [
         stage for stage in STAGES if run_file.stages[stage].fingerprint != stages[stage].fingerprint
     ]
-    with_results = [stage for stage in stale if has_results(run_dir, stage)]
-    changes = changed_inputs(run_file, stages)
+    first = run_file.first_shard
+    with_results = [stage for stage in stale if has_results(run_dir, stage, first)]
+    changes = changed_inputs(run_file.stages, stages)
     if not with_results:
         return []
     what = f"{', '.join(changes)}; results on hand of: {', '.join(with_results)}"
     if not overwrite:
+        made = f"round {len(run_file.rounds) + 1} of " if run_file.rounds else ""
         raise SettingsChangedError(
-            f"settings changed since {run_dir.root} was made: {what}. Give --overwrite to discard "
-            "exactly these, or another --work_dir"
+            f"settings changed since {made}{run_dir.root} was made: {what}. Give --overwrite to "
+            "discard exactly these, or another --work_dir; or answer the next questions so by "
+            "`stream-engine round`"
         )
     if workers := at_work(run_dir):
         raise SettingsChangedError(
             f"cannot discard results while workers are at it: {', '.join(workers)}"
         )
     for stage in with_results:
-        discard(run_dir, stage, keep=stages[stage].fingerprint)
+        discard(run_dir, stage, keep=stages[stage].fingerprint, first_shard=first)
     return [f"settings changed ({', '.join(changes)}): discarded {', '.join(with_results)}"]
 
 
-def changed_inputs(run_file: RunFile, stages: Mapping[Stage, StageInputs]) -> list[str]:
+def changed_inputs(
+    before: Mapping[Stage, StageInputs], stages: Mapping[Stage, StageInputs]
+) -> list[str]:
     """`name old -> new` for every input that differs."""
     changes: dict[str, None] = {}
     for stage in STAGES:
-        old, new = run_file.stages[stage].inputs, stages[stage].inputs
+        old, new = before[stage].inputs, stages[stage].inputs
         for name in sorted(old.keys() | new.keys()):
             if name != "rollouts" and old.get(name) != new.get(name):
                 changes[f"{name} {shown(old.get(name))} -> {shown(new.get(name))}"] = None
@@ -254,21 +260,26 @@ def at_work(run_dir: RunDir) -> list[str]:
     ]
 
 
-def has_results(run_dir: RunDir, stage: Stage) -> bool:
-    return bool(files.list_files(run_dir.results_dir(stage)))
+def has_results(run_dir: RunDir, stage: Stage, first_shard: int = 0) -> bool:
+    """Whether a shard from this one on has a result of a stage."""
+    return any(index >= first_shard for index, _ in numbered(run_dir.results_dir(stage)))
 
 
-def discard(run_dir: RunDir, stage: Stage, *, keep: str) -> None:
-    """Remove a stage's results and their quarantined records, but those of the fingerprint `keep`.
+def discard(run_dir: RunDir, stage: Stage, *, keep: str, first_shard: int = 0) -> None:
+    """Remove a stage's results and their quarantined records, but those of the fingerprint `keep`
+    and those of shards before `first_shard`, which other rounds made.
 
     What ranking made of them goes too.
 
     Failures are of settings, too, and count under those alone.
     """
-    for entry in files.list_files(run_dir.rankings_dir):
-        with suppress(ChangedError):  # it is of no use to anybody, and nobody reads it as if
-            files.remove(entry.path, entry.version, durable=False)
-    for entry in files.list_files(run_dir.results_dir(stage)):
+    for index, entry in numbered(run_dir.rankings_dir):
+        if index >= first_shard:
+            with suppress(ChangedError):  # it is of no use to anybody, and nobody reads it as if
+                files.remove(entry.path, entry.version, durable=False)
+    for index, entry in numbered(run_dir.results_dir(stage)):
+        if index < first_shard:
+            continue
         while (version := files.version_of(entry.path)) is not None:
             quarantine = ""
             with suppress(ShardReadError):
@@ -282,8 +293,16 @@ def discard(run_dir: RunDir, stage: Stage, *, keep: str) -> None:
                 files.erase(run_dir.quarantine(quarantine))
 
 
-def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, worker: str) -> None:
+def note_engines(
+    run_dir: RunDir,
+    engines: Mapping[str, dict[str, Any]],
+    *,
+    worker: str,
+    number: int | None = None,
+) -> None:
     """Keep what the engines said of themselves: resolved sampling, family, dtype, device.
+
+    `number` is the round that they are of; None: the one at hand.
 
     Raises:
         ConfigError: when one is on another kind of device, or in another precision, than where it
@@ -292,9 +311,12 @@ def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, work
 
     def noted(run_file: RunFile | None) -> RunFile:
         assert run_file is not None, "the run was opened before"
-        all_of_them = dict(run_file.engines)
+        place = -1 if number is None else number - 1
+        rounds: list[Any] = [*run_file.rounds, run_file]
+        known = rounds[place].engines
+        all_of_them = dict(known)
         for role, said in engines.items():
-            before = run_file.engines.get(role, said)
+            before = known.get(role, said)
             if precision(said) != precision(before) and is_relied_on(run_dir, before, worker):
                 raise ConfigError(
                     f"{role} would run here on {' in '.join(precision(said))}, but this run's "
@@ -303,20 +325,13 @@ def note_engines(run_dir: RunDir, engines: Mapping[str, dict[str, Any]], *, work
                     "loaded?) or leave it out; to change the whole run, give another --work_dir"
                 )
             has_moved = said.get("server") != before.get("server")
-            if role not in run_file.engines or precision(said) != precision(before) or has_moved:
+            if role not in known or precision(said) != precision(before) or has_moved:
                 all_of_them[role] = said
-        return msgspec.structs.replace(run_file, engines=all_of_them)
+        rounds[place] = msgspec.structs.replace(rounds[place], engines=all_of_them)
+        *earlier, at_hand = rounds
+        return msgspec.structs.replace(at_hand, rounds=earlier)
 
     change(run_dir, noted)
-
-
-def resolved_sampling(run_dir: RunDir) -> dict[str, Any] | None:
-    """The sampling values that the instruct model's engine noted; None where there are none."""
-    try:
-        run_file = msgspec.json.decode(files.read_bytes(run_dir.run_json) or b"")
-    except msgspec.DecodeError:
-        return None
-    return run_file.get("engines", {}).get("instruct", {}).get("sampling")
 
 
 def precision(said: Mapping[str, Any]) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from stream_engine.run_dir.headers import FEW, MANY, KeptHeaders, Seen
 from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
+from stream_engine.run_dir.rounds import Fingerprints
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.leases import Holder, LeaseInfo, list_leases
@@ -49,7 +50,7 @@ class RunState:
     ) -> None:
         """`keeps_headers` says that what was read of many results is written down for others."""
         self.run_dir = run_dir
-        self.fingerprints = dict(fingerprints)
+        self.fingerprints = Fingerprints.given(fingerprints)
         self.max_shard_retries = max_shard_retries
         self.shards: list[Shard] = []
         self.manifest = Manifest(run_dir)
@@ -98,7 +99,7 @@ class RunState:
             self.failures[shard.index] = failure
 
     def header(self, stage: Stage, shard: Shard) -> ResultHeader | None:
-        """The header of a shard's result when it is of this shard and these settings.
+        """The header of a shard's result when it is of this shard and its round's settings.
 
         It may cover a part of the samples only, after `retry-failed`; see `is_complete`.
         """
@@ -107,7 +108,8 @@ class RunState:
             return None
         header = seen.header
         fits = header.shard_sha256 == shard.sha256
-        return header if fits and header.fingerprint == self.fingerprints[stage] else None
+        is_current = header.fingerprint == self.fingerprints.of(shard.index)[stage]
+        return header if fits and is_current else None
 
     def is_complete(self, stage: Stage, shard: Shard) -> bool:
         """Whether every sample that reaches this stage has a result or is quarantined."""
@@ -129,7 +131,9 @@ class RunState:
         A damaged tar stays one whether or not the results made from it are complete.
         """
         failure = self.failures.get(shard.index)
-        if failure is None or failure.fingerprint != self.fingerprints[failure.stage]:
+        if failure is None:
+            return None
+        if failure.fingerprint != self.fingerprints.of(shard.index)[failure.stage]:
             return None
         is_mended = failure.damaged != "tar" and self.is_complete(failure.stage, shard)
         return None if is_mended else failure

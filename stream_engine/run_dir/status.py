@@ -19,6 +19,7 @@ from stream_engine.records import Failure
 from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.run_dir.served import ServerUse, servers_of
 from stream_engine.run_dir.state import SHARD_LEASE, RunState
@@ -84,6 +85,17 @@ class WaitingShard(msgspec.Struct, frozen=True):
     error: str
 
 
+class RoundStatus(msgspec.Struct, frozen=True):
+    """A round of a run that has several: total = done + quarantined + pending, of its samples."""
+
+    round: int
+    instruct_model: str
+    samples: SampleCounts
+    failed_shards: int = 0
+    pairs: int = 0
+    """Of the last merge."""
+
+
 class Status(msgspec.Struct, frozen=True):
     """What `status --json` prints."""
 
@@ -98,6 +110,8 @@ class Status(msgspec.Struct, frozen=True):
     """What a run waits for when nobody is at work; the first MAX_NAMED of them, soonest first."""
     servers: dict[str, ServerUse] = {}
     """By role, the models on servers that were asked, and how much."""
+    rounds: list[RoundStatus] = []
+    """Of a run that has several."""
 
     @property
     def has_problems(self) -> bool:
@@ -156,7 +170,31 @@ def collect(state: RunState) -> Status:
         ],
         waiting=waiting_shards(state),
         servers=servers_of(state),
+        rounds=list(rounds_of(state)),
     )
+
+
+def rounds_of(state: RunState) -> Iterator[RoundStatus]:
+    """How each round stands; none where there is one."""
+    numbers = range(1, state.fingerprints.at_hand + 1)
+    if len(numbers) < 2:
+        return
+    told = {one["round"]: one["pairs"] for one in read_stats(state.run_dir).get("rounds", [])}
+    run_file = read_run_file(state.run_dir)
+    every_round: list[Any] = [*run_file.rounds, run_file]
+    for number, one in zip(numbers, every_round):
+        shards = [state.shards[i] for i in state.fingerprints.shards_of(number, len(state.shards))]
+        headers = [h for stage in STAGES for shard in shards if (h := state.header(stage, shard))]
+        total = sum(shard.num_samples for shard in shards)
+        done = sum(h.num_results for h in headers if h.stage == STAGES[-1])
+        aside = sum(h.num_quarantined for h in headers)
+        yield RoundStatus(
+            round=number,
+            instruct_model=one.settings.get("sampler") or one.settings["instruct_model_path"] or "",
+            samples=SampleCounts(total, done, aside, total - done - aside),
+            failed_shards=sum(map(state.is_failed, shards)),
+            pairs=told.get(number, 0),
+        )
 
 
 def waiting_shards(state: RunState) -> list[WaitingShard]:

@@ -37,13 +37,19 @@ class LoadedEngines:
     """Engines by role. Roles with one path and one way of sampling share one engine."""
 
     def __init__(
-        self, run_dir: RunDir, pipeline: Pipeline, rank: Rank, team: Team | None = None
+        self,
+        run_dir: RunDir,
+        pipeline: Pipeline,
+        rank: Rank,
+        team: Team | None = None,
+        number: int | None = None,
     ) -> None:
-        """`team` is given to the rank that leads one."""
+        """`team` is given to the rank that leads one; `number` is the round that they work at."""
         self.run_dir = run_dir
         self.pipeline = pipeline
         self.rank = rank
         self.team = team
+        self.number = number
         self._loaded: dict[EngineKey, Any] = {}  # Engine, or ServerModel
         self._unsaid: list[tuple[ModelRole, Any]] = []
         self._device = ""
@@ -124,7 +130,7 @@ class LoadedEngines:
             role.name: {"stage": role.stage, **engine.describe()} for role, engine in self._unsaid
         }
         if self.rank.place == 0:
-            note_engines(self.run_dir, said, worker=self.rank.worker_id)
+            note_engines(self.run_dir, said, worker=self.rank.worker_id, number=self.number)
         self._unsaid.clear()  # last: what could not be noted is noted at the next try
 
     def only(self, role: ModelRole) -> Engine:

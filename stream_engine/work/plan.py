@@ -95,15 +95,16 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
         yield "state     new"
         return
     run_file = read_run_file(run_dir)
-    changes = changed_inputs(run_file, inputs)
+    changes = changed_inputs(run_file.stages, inputs)
     stale = [s for s in STAGES if run_file.stages[s].fingerprint != inputs[s].fingerprint]
     if changes:
-        held = [stage for stage in stale if has_results(run_dir, stage)]
+        first = run_file.first_shard
+        held = [stage for stage in stale if has_results(run_dir, stage, first)]
         what = (
             f"results of {', '.join(held)} must be discarded" if held else "no result is affected"
         )
         yield f"changed   {', '.join(changes)}: {what}"
-    fingerprints = {stage: inputs[stage].fingerprint for stage in STAGES}
+    fingerprints = msgspec.structs.replace(run_file, stages=inputs).fingerprints
     state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
     for stage in STAGES:
         done = sum(state.is_complete(stage, shard) for shard in state.shards)

@@ -18,6 +18,7 @@ from stream_engine.errors import ConfigError, LeaseLostError, NoPicturesError
 from stream_engine.inputs.ingest import IngestReport, ingest
 from stream_engine.inputs.rejects import discard_refused
 from stream_engine.inputs.sources import input_fingerprint
+from stream_engine.run_dir.next_round import refuse_old_round
 from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.leases import Lease
@@ -79,7 +80,12 @@ class InputQueue:
         return True
 
     def read_all(self) -> None:
-        """Read the inputs that are left to read, under the lease."""
+        """Read the inputs that are left to read, under the lease.
+
+        Raises:
+            ConfigError: when the run has gone on to another round meanwhile.
+        """
+        refuse_old_round(self.state)
         self.state.refresh()
         sources = self.unread_sources()
         named = [source for source in sources if source not in self.limits]
@@ -93,7 +99,13 @@ class InputQueue:
         settings = self.reading_settings(sources[0])
         num_shards = len(self.state.manifest.shards)
         try:
-            report = ingest(self.run_dir, sources, settings, on_progress=self.ingest_progress)
+            report = ingest(
+                self.run_dir,
+                sources,
+                settings,
+                first_shard=self.state.fingerprints.first_shard,
+                on_progress=self.ingest_progress,
+            )
         except ConfigError as error:
             manifest = self.state.refresh().manifest
             named = [error.source] if isinstance(error, NoPicturesError) else sources
@@ -119,7 +131,23 @@ class InputQueue:
             for source, mark in self.unread.items()
             if manifest.is_left_to_read(source, mark, part := self.reading_settings(source))
             and not manifest.was_read_since(self.manifest_start, source, part)
+            and (not self.has_all_questions() or self.is_half_read(source))
         ]
+
+    def has_all_questions(self) -> bool:
+        """Whether the round at hand has as many questions as it is to take."""
+        if self.settings.questions is None:
+            return False
+        first = self.state.fingerprints.first_shard
+        taken = sum(shard.num_samples for shard in self.state.manifest.slim[first:])
+        return taken >= self.settings.questions
+
+    def is_half_read(self, source: str) -> bool:
+        """Whether a reading of an input was interrupted, or it is to be read again."""
+        manifest, source = self.state.manifest, canonical_source(source)
+        info = manifest.inputs.get(source)
+        is_forgotten = info is not None and not info.fingerprint
+        return is_forgotten or any(True for _ in manifest.unfinished_shards(source))
 
     def take_up_forgotten_inputs(self) -> None:
         """Add the inputs that are to be read again, whoever named them: each with its own limit."""
@@ -136,7 +164,7 @@ class InputQueue:
     def reading_settings(self, source: str) -> InputConfig:
         part = self.settings
         if source in self.limits:
-            part = dataclasses.replace(part, max_samples=self.limits[source])
+            part = dataclasses.replace(part, max_samples=self.limits[source], questions=None)
         return part
 
     def ingest_progress(self, report: IngestReport) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from stream_engine.config import STAGES, RunConfig
-from stream_engine.errors import MissingStageError
+from stream_engine.errors import ConfigError, MissingStageError
 from stream_engine.inputs.ingest import note_lines
 from stream_engine.inputs.unread import unread_lines
 from stream_engine.models.hub import with_checkpoints
@@ -24,6 +24,7 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.refusals import refuse_foreign, refuse_no_input, refuse_unwritable
+from stream_engine.run_dir.rounds import config_of_round
 from stream_engine.run_dir.run_json import (
     RunFile,
     open_run,
@@ -37,6 +38,7 @@ from stream_engine.work.follower import follow
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.work.progress import ProgressView, set_up_logging
+from stream_engine.work.rounds import pipeline_of_round, rounds_left
 from stream_engine.work.signals import exit_on_sigterm
 from stream_engine.work.stage_inputs import check_inputs, stage_inputs
 from stream_engine.work.team import Team
@@ -162,7 +164,8 @@ def run_as_worker(
     here = config
     if elsewhere and config.run_stage is None:
         here = dataclasses.replace(config, run_stage=0)
-    worker = Worker(run_dir, here, pipeline, fingerprints, rank=rank, view=view, team=team)
+    workers = functools.partial(Worker, run_dir, rank=rank, view=view, team=team)
+    worker = workers(here, pipeline, fingerprints)
     works = "work" in steps and config.run_stage != 2
     do_shards = works and not (elsewhere and config.run_stage == 1)
     num_done = 0
@@ -173,10 +176,13 @@ def run_as_worker(
         while outcome is None or (works and outcome == "unsettled"):
             if not {"shard", "work"}.isdisjoint(steps):
                 with view:
+                    if do_shards:
+                        num_done += work_at_earlier(run_file, here, worker.state, workers)
                     num_done += worker.work(read_input="shard" in steps, do_shards=do_shards)
                 has_rewards = config.run_stage in (None, 1)
                 if elsewhere and has_rewards and state.refresh().unsettled(("rewards",)):
                     run_rewards_under(elsewhere, config.work_dir)
+            refuse_empty_round(worker.state, config, read_input="shard" in steps)
             outcome = "current"
             if "merge" in steps and config.run_stage in (None, 2):
                 # Asked of the worker's own view, so that the two agree on what is left to do.
@@ -186,6 +192,40 @@ def run_as_worker(
     merged = outcome == "merged"
     num_added = worker.inputs.num_added
     return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)
+
+
+def refuse_empty_round(state: RunState, config: RunConfig, *, read_input: bool) -> None:
+    """Raise ConfigError when the inputs had no question for a round that was begun."""
+    number, first = state.fingerprints.at_hand, state.fingerprints.first_shard
+    if read_input and number > 1 and len(state.shards) == first and config.run_stage in (None, 0):
+        raise ConfigError(
+            f"round {number} has no questions: the inputs hold none that the run has not got. The "
+            "same command with more of them (--dataset_path) goes on"
+        )
+
+
+def work_at_earlier(
+    run_file: RunFile, config: RunConfig, state: RunState, workers: Callable[..., Worker]
+) -> int:
+    """Do what is left of rounds that are over; returns how many shards were done here.
+
+    Raises:
+        ConfigError: when a model of such a round is no longer what it was, or this rank has a team.
+    """
+    num_done = 0
+    stages = STAGES if config.run_stage is None else STAGES[config.run_stage : config.run_stage + 1]
+    for number in rounds_left(state.refresh(), stages):
+        if config.tensor_parallel > 1:
+            raise ConfigError(
+                f"shards of round {number} are left; ranks that hold a model together do these by "
+                "`stream-engine work WORK_DIR --shard N`"
+            )
+        theirs = config_of_round(run_file.rounds, number, config)
+        pipeline = pipeline_of_round(run_file, number, config)
+        worker = workers(theirs, pipeline, run_file.fingerprints, number=number)
+        num_done += worker.work(read_input=False)
+        worker.engines.close()
+    return num_done
 
 
 def report_of(
@@ -255,16 +295,20 @@ def retry_shard(config: RunConfig, index: int) -> None:
     rank = Rank.from_environment(tensor_parallel=config.tensor_parallel)
     pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
     run_dir = RunDir(config.work_dir)
+    run_file = read_run_file(run_dir)
+    number = run_file.fingerprints.round_of(index)
+    theirs = config_of_round(run_file.rounds, number, config)
+    at_hand = pipeline
+    if number <= len(run_file.rounds):
+        pipeline = pipeline_of_round(run_file, number, config)
 
     def work(team: Team | None) -> None:
-        fingerprints = begin(run_dir, config, pipeline, rank).fingerprints
+        fingerprints = begin(run_dir, config, at_hand, rank).fingerprints
         with exit_on_sigterm(run_dir, rank.worker_id), ProgressView() as view:
-            worker = Worker(
-                run_dir, config, pipeline, fingerprints, rank=rank, view=view, team=team
-            )
-            worker.do_in_foreground(index)
+            workers = functools.partial(Worker, run_dir, rank=rank, view=view, team=team)
+            workers(theirs, pipeline, fingerprints, number=number).do_in_foreground(index)
 
-    with_team(run_dir, config, pipeline, rank, work)
+    with_team(run_dir, theirs, pipeline, rank, work)
 
 
 def with_team(

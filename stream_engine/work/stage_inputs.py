@@ -14,7 +14,8 @@ from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import checkpoint_fingerprint
 from stream_engine.pipelines.base import SAMPLER, Pipeline
 from stream_engine.records import SCHEMA_VERSION
-from stream_engine.run_dir.run_json import StageInputs, as_read_back
+from stream_engine.run_dir.rounds import StageInputs
+from stream_engine.run_dir.run_json import as_read_back
 from stream_engine.servers import PREFIX, served
 from stream_engine.store.locations import canonical_source
 
@@ -29,6 +30,8 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
     config = pipeline.config
     if config.sampler and not any(role.name == SAMPLER for role in pipeline.roles()):
         raise ConfigError(f"{pipeline.name} draws its answers in its own way: it has no --sampler")
+    if config.base_model_path and not pipeline.has_base:
+        raise ConfigError(f"{pipeline.name} scores without a base model: no --base_model_path")
     shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
     if config.vision_tower_path:
         shared["vision_tower_path"] = checkpoint_fingerprint(config.vision_tower_path)

@@ -23,6 +23,7 @@ from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Sample
 from stream_engine.run_dir.failures import clear_failure
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.rounds import Fingerprints
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store import files
@@ -76,29 +77,35 @@ class Worker:
         rank: Rank,
         view: ProgressView,
         team: Team | None = None,
+        number: int | None = None,
     ) -> None:
-        """`team` is given when this rank leads others with which it holds each model together."""
+        """`team` is given when this rank leads others with which it holds each model together;
+        `number` is the round whose shards it does, without it the one at hand."""
         self.run_dir = run_dir
         self.config = config
         self.settings = config.part(WorkerConfig)
         self.pipeline = pipeline
-        self.fingerprints = fingerprints
+        every_round = Fingerprints.given(fingerprints)
+        self.number = every_round.at_hand if number is None else number
+        self.fingerprints = every_round.of_round(self.number)
         self.rank = rank
         self.team = team
         self.view = view
         self.passes = PASSES[config.run_stage]
         self.state = RunState(
             run_dir,
-            fingerprints,
+            every_round,
             max_shard_retries=self.settings.max_shard_retries,
             keeps_headers=True,
         )
-        self.engines = LoadedEngines(run_dir, pipeline, rank, team)
+        self.engines = LoadedEngines(run_dir, pipeline, rank, team, self.number)
         self.meter = Meter([stage for stages in self.passes for stage in stages])
         self.current_pass = self.passes[0] if self.passes else ()
         self.is_placed = False
         self.inputs = InputQueue(self.state, config, worker=rank.worker_id, show=self.show)
-        self.attempts = Attempts(self.state, fingerprints, self.settings, worker=rank.worker_id)
+        self.attempts = Attempts(
+            self.state, self.fingerprints, self.settings, worker=rank.worker_id
+        )
         self.trouble_since: float | None = None
         self.idle_s = IDLE_S * max(1.0, rank.num_workers / MANY_WORKERS)
         self.reserved: tuple[tuple[Stage, ...], Shard, Lease] | None = None
@@ -166,8 +173,14 @@ class Worker:
         time.sleep(wait_s)
 
     def is_settled(self) -> bool:
-        """Whether no shard is left to do, by anybody."""
-        return not any(self.state.unsettled(stages) for stages in self.passes)
+        """Whether no shard of this round is left to do, by anybody."""
+        return not any(self.left(stages) for stages in self.passes)
+
+    def left(self, stages: Sequence[Stage]) -> dict[int, Shard]:
+        """The shards of this round with something left to do at these stages."""
+        round_of = self.state.fingerprints.round_of
+        found = self.state.unsettled(stages)
+        return {index: one for index, one in found.items() if round_of(index) == self.number}
 
     # -- shards ----------------------------------------------------------------------------------
 
@@ -185,7 +198,7 @@ class Worker:
         others = [stages for stages in self.passes if stages != self.current_pass]
         held = self.state.holders()
         for stages in (self.current_pass, *others) if self.passes else ():
-            left = self.state.unsettled(stages)
+            left = self.left(stages)
             order = in_order(left, self.state.failures, self.rank, total=len(self.state.shards))
             for shard in order:
                 if shard.index in held or not self.is_takeable(stages, shard):

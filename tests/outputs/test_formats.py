@@ -90,10 +90,11 @@ def test_rlaifv_columns_are_in_order_and_of_the_right_type(tmp_path: Path) -> No
     table = pq.read_table(tmp_path / "d" / parts[0].name)
     assert ", ".join(table.column_names) == (
         "ds_name, image, question, chosen, rejected, origin_dataset, origin_split, idx, "
-        "image_path, logps, chosen_score, rejected_score, margin"
+        "image_path, logps, chosen_score, rejected_score, margin, round"
     )
     assert str(table.schema.field("image").type) == "struct<bytes: binary, path: string>"
-    others = [field for field in table.schema if field.name not in ("image", *SCORES)]
+    assert str(table.schema.field("round").type) == "int64"
+    others = [field for field in table.schema if field.name not in ("image", "round", *SCORES)]
     assert {str(field.type) for field in others} == {"string"}
     assert {str(table.schema.field(name).type) for name in SCORES} == {"double"}
     row = table.to_pylist()[0]

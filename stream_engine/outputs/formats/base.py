@@ -49,9 +49,16 @@ EXTRAS: dict[str, Any] = {
     "chosen_model": STRING,
     "rejected_model": STRING,
     **SCORES,
+    "round": INT,
 }
 """Columns beside a trainer's own: whence a pair comes and how its answers were scored."""
-ANSWER_EXTRAS: dict[str, Any] = {**ORIGIN, "model": STRING, "score": FLOAT, "rank": INT}
+ANSWER_EXTRAS: dict[str, Any] = {
+    **ORIGIN,
+    "model": STRING,
+    "score": FLOAT,
+    "rank": INT,
+    "round": INT,
+}
 """The same of a row that is an answer by itself."""
 
 
@@ -65,6 +72,8 @@ class PairRow:
     pair: PreferencePair
     num_prompt_tokens: int = 0
     split: Split = "train"
+    round: int = 1
+    """Counted from 1: which of the run's instruct models answered."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class RankedRow:
     sample: Sample
     answers: list[RankedAnswer]
     split: Split = "train"
+    round: int = 1
 
     @property
     def fit(self) -> list[RankedAnswer]:
@@ -128,13 +138,14 @@ def origin(sample: Sample) -> dict[str, Any]:
 def extras(row: PairRow) -> dict[str, Any]:
     """The values of the columns EXTRAS."""
     models = {"chosen_model": row.chosen.model, "rejected_model": row.rejected.model}
-    return origin(row.sample) | models | scores(row)
+    return origin(row.sample) | models | scores(row) | {"round": row.round}
 
 
-def answer_extras(sample: Sample, one: RankedAnswer) -> dict[str, Any]:
+def answer_extras(row: RankedRow, one: RankedAnswer) -> dict[str, Any]:
     """The values of the columns ANSWER_EXTRAS."""
     score = None if one.score is None else float(one.score.score)
-    return origin(sample) | {"model": one.answer.model, "score": score, "rank": one.rank}
+    own = {"model": one.answer.model, "score": score, "rank": one.rank, "round": row.round}
+    return origin(row.sample) | own
 
 
 class DatasetFiles(ABC):

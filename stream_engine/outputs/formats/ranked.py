@@ -46,6 +46,7 @@ class RankedAnswers(Ranking):
         "images": [IMAGE],
         "answers": [ANSWER],
         **ORIGIN,
+        "round": INT,
     }
 
     def to_rows(self, row: RankedRow) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -54,6 +55,7 @@ class RankedAnswers(Ranking):
             "images": embedded_images(row.sample),
             "answers": [columns_of(one) for one in row.answers],
             **origin(row.sample),
+            "round": row.round,
         }
         return [columns], Counter()
 

@@ -8,7 +8,7 @@ import msgspec
 
 from stream_engine.outputs.formats.base import SCORES, PairRow, ParquetExport, scores
 from stream_engine.outputs.formats.prompt import question_parts
-from stream_engine.outputs.parquet import IMAGE, STRING, Part, write_empty
+from stream_engine.outputs.parquet import IMAGE, INT, STRING, Part, write_empty
 from stream_engine.records import Answer, without_marks
 
 LOGP_DIGITS = 6  # of the per-token log-probs in the logps column
@@ -37,6 +37,7 @@ class RlaifvExport(ParquetExport):
         "image_path": STRING,
         "logps": STRING,
         **SCORES,
+        "round": INT,
     }
     needs_logps: ClassVar[bool] = True
     marker = "train-logps.parquet"
@@ -64,6 +65,7 @@ class RlaifvExport(ParquetExport):
             "image_path": row.sample.image_path or image.path,
             "logps": logps_json(row),
             **scores(row),
+            "round": row.round,
         }
 
     def close(self) -> list[Part]:

@@ -102,7 +102,7 @@ class TrlKtoRanking(Ranking):
     def to_rows(self, row: RankedRow) -> tuple[list[dict[str, Any]], Counter[str]]:
         good, bad = best_and_worst(row.fit, self.rank)
         rows = [
-            completion_row(row.sample, one, {"label": label})
+            completion_row(row, one, {"label": label})
             for label, labelled in ((True, good), (False, bad))
             for one in labelled
         ]
@@ -124,7 +124,7 @@ class TrlSftRanking(Ranking):
     def to_rows(self, row: RankedRow) -> tuple[list[dict[str, Any]], Counter[str]]:
         whole = [one for one in row.fit if one.answer.finish_reason == "stop"]
         best = whole[: self.best]
-        rows = [completion_row(row.sample, one, {}) for one in best]
+        rows = [completion_row(row, one, {}) for one in best]
         dropped = left_out(row, best, otherwise="not_among_best")
         num_cut = len(row.fit) - len(whole)
         dropped += Counter(cut_off=num_cut)
@@ -150,14 +150,14 @@ def left_out(row: RankedRow, taken: list[RankedAnswer], *, otherwise: str) -> Co
     return Counter(one.unfit or otherwise for one in others)
 
 
-def completion_row(sample: Sample, one: RankedAnswer, more: dict[str, Any]) -> dict[str, Any]:
+def completion_row(row: RankedRow, one: RankedAnswer, more: dict[str, Any]) -> dict[str, Any]:
     """A question and one answer as TRL's prompt and completion."""
     return {
-        "images": embedded_images(sample),
-        "prompt": prompt_of(sample),
+        "images": embedded_images(row.sample),
+        "prompt": prompt_of(row.sample),
         "completion": reply(one.answer),
         **more,
-        **answer_extras(sample, one),
+        **answer_extras(row, one),
     }
 
 

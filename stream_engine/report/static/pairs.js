@@ -229,6 +229,7 @@ function askedNode(entry, line) {
     ["status", line.label],
     ["margin", entry.margin === null ? null : number(entry.margin)],
     ["marked", entry.tags.length ? entry.tags.join(", ") : null],
+    ["round", entry.round],
     ["source", entry.source],
     ["id", entry.idx],
     [entry.chosen ? "pair" : "key", entry.id],
