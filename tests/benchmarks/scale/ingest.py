@@ -39,7 +39,7 @@ SCHEMA = pa.schema({"idx": pa.string(), "question": pa.string(), "image": IMAGE}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000])
     parser.add_argument("--peers_python", help="that has ray[data], datatrove, img2dataset")
-    parser.add_argument("--peers_up_to", type=int, default=10_000, help="rows that go through these")
+    parser.add_argument("--peers_up_to", type=int, default=10_000, help="rows, for these")
 
 
 def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
