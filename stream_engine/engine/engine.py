@@ -211,8 +211,16 @@ class Engine:
         }
 
 
-def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) -> Engine:
+def load_engine(
+    role: ModelRole,
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    *,
+    model: VisionLanguageModel | None = None,
+) -> Engine:
     """Load a role's checkpoint and make it ready; the role's own sampling wins over the run's.
+
+    `model` is that of another engine of the same checkpoint: its weights are shared, not loaded.
 
     Raises:
         CheckpointError: with the file or tensor at fault.
@@ -220,7 +228,7 @@ def load_engine(role: ModelRole, config: ModelConfig, sampling: SamplingConfig) 
     """
     is_spread = config.tensor_parallel > 1 or config.offload is not None
     load = load_spread if is_spread else load_model
-    model = load(role.path, config, name_hint=role.hint)
+    model = model or load(role.path, config, name_hint=role.hint)
     resolved = resolve_sampling(role.sampling or sampling, model.generation_defaults)
     if role.draws:
         for note in resolved.notes:

@@ -1,4 +1,8 @@
-"""LoadedEngines: the models a worker has in memory, loaded when a shard first needs them."""
+"""LoadedEngines: the models a worker has in memory, loaded when a shard first needs them.
+
+A checkpoint is loaded once, whatever number of roles it has: roles that draw alike share an engine,
+and engines of one checkpoint its weights.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +75,13 @@ class LoadedEngines:
     def _get(self, needed: Sequence[Stage], keep: Sequence[Stage]) -> Mapping[str, Engine]:
         roles = {role.name: role for role in self.pipeline.roles() if role.stage in needed}
         kept = {engine_key(role) for role in self.pipeline.roles() if role.stage in keep}
-        self.free(self._loaded.keys() - kept)
         if self.one_at_a_time:
+            self.free(self._loaded.keys() - kept)
             return OneAtATime(self, roles)
+        paths = {engine_key(role)[0] for role in roles.values()}
+        self.free({key for key in self._loaded if key not in kept and key[0] not in paths})
         engines = {name: self.engine(role) for name, role in roles.items()}
+        self.free(self._loaded.keys() - kept)  # what had weights that these have now
         self.plan()
         return engines
 
@@ -99,10 +106,15 @@ class LoadedEngines:
         config = self.pipeline.config
         self._device = self._device or set_device(self.rank, config.device)
         models = dataclasses.replace(config.part(ModelConfig), device=self._device)
+        twin = next((e for (path, _), e in self._loaded.items() if path == role.path), None)
+        model = None if twin is None else twin.model
         started = time.monotonic()
-        engine = load_engine(role, models, config.part(SamplingConfig))
-        seconds = time.monotonic() - started
-        logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
+        engine = load_engine(role, models, config.part(SamplingConfig), model=model)
+        if model is None:
+            seconds = time.monotonic() - started
+            logger.info("loaded %s from %s in %.1f s", role.name, role.path, seconds)
+        else:
+            logger.info("%s shares the weights of %s", role.name, role.path)
         return engine
 
     def _ask(self, address: ServedModel, role: ModelRole) -> ServerModel:
@@ -134,9 +146,11 @@ class LoadedEngines:
         self._unsaid.clear()  # last: what could not be noted is noted at the next try
 
     def only(self, role: ModelRole) -> Engine:
-        """A role's engine, alone in memory."""
-        self.free(self._loaded.keys() - {engine_key(role)})
+        """A role's engine, its checkpoint alone in memory."""
+        own = engine_key(role)
+        self.free({key for key in self._loaded if key[0] != own[0]})
         engine = self.engine(role)
+        self.free(self._loaded.keys() - {own})  # its weights stay
         self.plan()
         return engine
 
