@@ -40,7 +40,9 @@ how pairs are chosen:
   The best --rank answers of a question are paired with the worst --rank. Near duplicates, empty
   and equal answers are dropped and lengths are balanced; stats.json counts each dropped pair by
   its reason. Flags and defaults are those of RLAIF-V's data engine, and so are the rules but for
-  its corner cases; --compat rlaifv follows those too, where they are well defined.
+  its corner cases and for whom a critic's best answers are paired with (there the i-th best with
+  the i-th of the worst, as --strict_follow_rank); --compat rlaifv follows those too, where they
+  are well defined.
   A word is a run without white space, in Chinese and Japanese a character. RLAIF-V counts those of
   nltk.word_tokenize (punctuation and the halves of "don't" are words, a run of Chinese is one) and
   takes 10-grams of jieba.cut (spaces and punctuation are tokens: ten are about five English

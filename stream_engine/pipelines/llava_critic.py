@@ -1,4 +1,4 @@
-"""llava_critic: a critic VLM judges answers in pairs; the score is wins minus losses, or strength.
+"""llava_critic: a critic VLM judges answers in pairs; the score is strength, or wins minus losses.
 
 Every match is judged in both orders, since critics favour a place. An answer wins a match when both
 orders say so; anything else is a tie, in particular a verdict that names the same place in both
@@ -42,7 +42,7 @@ class LlavaCriticOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     answers, about as good), or N."""
     critic_scores: Literal["auto", "wins", "bradley_terry"] = "auto"
     """What an answer scores: wins minus losses, or its Bradley-Terry strength (a logarithm), which
-    tells more where few pairs are compared; auto: wins with all pairs, strength otherwise."""
+    tells more; auto: strength, but wins with critic_compat, and where `compat` ranks all pairs."""
     critic_compat: Literal["rlaifv"] | None = None
     """rlaifv: the sum over ordered pairs of RLAIF-V's data engine, and its reading of replies."""
     critic_temperature: float = 0.7
@@ -79,11 +79,11 @@ class LlavaCriticPipeline(Pipeline):
 
     @property
     def scoring(self) -> Scoring:
-        """What `critic_scores` means with these pairs."""
+        """What `critic_scores` means here."""
         asked = self.options.critic_scores
         if asked != "auto":
             return asked
-        return "wins" if self.options.critic_pairs == "all" else "bradley_terry"
+        return "wins" if self.options.critic_compat else "bradley_terry"
 
     def roles(self) -> tuple[ModelRole, ...]:
         config, options = self.config, self.options
@@ -102,7 +102,9 @@ class LlavaCriticPipeline(Pipeline):
         )
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        return msgspec.to_builtins(self.options) if stage == "rewards" else {}
+        if stage != "rewards":
+            return {}
+        return msgspec.to_builtins(self.options) | {"critic_scores": self.scoring}
 
     def planned_calls(self, num_samples: int) -> dict[str, int]:
         matches = num_matches(self.options.critic_pairs, self.config.sample_k)
@@ -136,4 +138,21 @@ class LlavaCriticPipeline(Pipeline):
     def candidate_pairs(
         self, sample: SampleRollouts, rewards: SampleRewards
     ) -> list[PreferencePair]:
-        return rank_by_wins(rewards, rank=self.config.rank, compat=self.config.compat)
+        config, options = self.config, self.options
+        if config.compat and options.critic_scores == "auto" and options.critic_pairs == "all":
+            rewards = rewards if options.critic_compat else by_wins(rewards)
+        return rank_by_wins(
+            rewards,
+            rank=config.rank,
+            strict_follow_rank=config.strict_follow_rank,
+            compat=config.compat,
+        )
+
+
+def by_wins(rewards: SampleRewards) -> SampleRewards:
+    """The same with wins minus losses for scores, which are kept beside the strengths."""
+    scores = [
+        msgspec.structs.replace(score, score=float(score.scores["wins"] - score.scores["losses"]))
+        for score in rewards.scores
+    ]
+    return msgspec.structs.replace(rewards, scores=scores)

@@ -2,7 +2,7 @@
 
     rank_by_reward         dpo_reward: answers that are best (worst) by `sum` and by `avg` alike
     rank_by_denied_facts   divide_and_conquer: any two answers at least one denied fact apart
-    rank_by_wins           llava_critic: the top against the bottom, position by position
+    rank_by_wins           llava_critic: any of the top against any of the bottom
     rank_as_given          a pair that the input had made: as it stands, or in the scorer's order
 
 Answers are found by their index and samples by their key, never by a position in a list: an
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -224,18 +225,25 @@ def rank_by_denied_facts(
 
 
 def rank_by_wins(
-    rewards: SampleRewards, *, rank: int, compat: Compat = None
+    rewards: SampleRewards,
+    *,
+    rank: int,
+    strict_follow_rank: bool = False,
+    compat: Compat = None,
 ) -> list[PreferencePair]:
-    """llava_critic: the i-th of the top `rank` with the i-th of the bottom `rank`.
+    """llava_critic: any of the top `rank` with any of the bottom `rank`, widest margin first.
 
-    Both lists run from better to worse. With fewer than 2 * rank scored answers, rank is half
-    their number. The chosen answer's score is strictly higher; `compat="rlaifv"` pairs equal
-    scores too, and keeps the order of the positions.
+    `strict_follow_rank` pairs the i-th of the top with the i-th of the bottom only, both running
+    from better to worse. With fewer than 2 * rank scored answers, rank is half their number. The
+    chosen answer's score is strictly higher; `compat="rlaifv"` is strict, pairs equal scores too,
+    and keeps the order of the positions.
     """
     scores = sorted(rewards.scores, key=lambda score: (-score.score, score.index))
     rank = min(rank, len(scores) // 2)
     top, bottom = scores[:rank], scores[len(scores) - rank :]
-    pairs = [_pair(rewards.key, chosen, rejected) for chosen, rejected in zip(top, bottom)]
+    is_strict = strict_follow_rank or compat == "rlaifv"
+    matches = zip(top, bottom) if is_strict else itertools.product(top, bottom)
+    pairs = [_pair(rewards.key, chosen, rejected) for chosen, rejected in matches]
     if compat == "rlaifv":
         return pairs
     return _best_first(pair for pair in pairs if pair.margin > 0)

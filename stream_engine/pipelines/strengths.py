@@ -14,6 +14,9 @@ STEPS = 100
 PRIOR = 0.5
 """Wins and losses that everybody has against a player of strength 1, so that none is infinite."""
 
+DIGITS = 6
+"""After the point: what the order of summing leaves behind them must not part equal players."""
+
 
 def log_strengths(
     players: Sequence[int], results: Iterable[tuple[int, int, float]]
@@ -40,4 +43,4 @@ def log_strengths(
             share[one] += both
             share[other] += both
         strength = {player: won[player] / share[player] for player in players}
-    return {player: math.log(strength[player]) for player in players}
+    return {player: round(math.log(strength[player]), DIGITS) for player in players}

@@ -1,9 +1,10 @@
 """llava_critic on the drawn world: ways to make scores and pairs of the same verdicts.
 
     stream-engine run --demo --pipeline_name llava_critic --work_dir RUN
-    python -m tests.benchmarks.critics RUN
+    stream-engine run --demo --pipeline_name llava_critic --work_dir GREEDY --critic_temperature 0
+    python -m tests.benchmarks.critics RUN GREEDY
 
-The run's verdicts (all answers against all, in both orders) are scored by each way, and paired as
+Each run's verdicts (all answers against all, in both orders) are scored by each way, and paired as
 the pipeline pairs. A verdict depends on the question and the two answers alone, so that a shorter
 schedule would have got the same ones: those it would not have asked for are left out. Printed is a
 table: calls of the critic a question, pairs, the share of them whose chosen answer has fewer wrong
@@ -18,11 +19,14 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+
+import msgspec
 
 from stream_engine.demo.facts import count_wrong_facts
 from stream_engine.demo.world import scene_of
+from stream_engine.pipelines.llava_critic import LlavaCriticOptions
 from stream_engine.pipelines.schedules import Match, fixed_matches, swiss_matches
 from stream_engine.pipelines.strengths import log_strengths
 from stream_engine.pipelines.verdicts import VALUES
@@ -30,6 +34,7 @@ from stream_engine.records import SampleRewards, SampleRollouts
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_results
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.shards import read_shard
 
 Verdicts = Mapping[Match, float]
@@ -183,7 +188,7 @@ def insertion(question: Question) -> list[Match]:
 
 
 def top_and_bottom(question: Question, scores: Scores) -> list[Match]:
-    """As the pipeline pairs: the i-th best with the i-th of the worst, where scores differ."""
+    """As `--strict_follow_rank`: the i-th best with the i-th of the worst, where scores differ."""
     order = sorted(scores, key=lambda i: (-scores[i], i))
     rank = min(RANK, len(order) // 2)
     pairs = zip(order[:rank], order[len(order) - rank :])
@@ -210,6 +215,15 @@ def direct(question: Question, one: int, other: int) -> float:
     return agreed(question.verdicts, match) * (1 if one < other else -1)
 
 
+def widest(question: Question, scores: Scores) -> list[Match]:
+    """As the pipeline pairs: any of the best with any of the worst, the widest margins."""
+    order = sorted(scores, key=lambda i: (-scores[i], i))
+    rank = min(RANK, len(order) // 2)
+    pairs = product(order[:rank], order[len(order) - rank :])
+    pairs = sorted(pairs, key=lambda pair: (scores[pair[1]] - scores[pair[0]], pair))
+    return [(a, b) for a, b in pairs[:RANK] if scores[a] > scores[b]]
+
+
 def only_agreed(question: Question, scores: Scores) -> list[Match]:
     return [p for p in top_and_bottom(question, scores) if direct(question, *p) > 0]
 
@@ -234,6 +248,11 @@ WAYS = {
     "Bradley-Terry, both orders agree": (everyone, bradley_terry, agreed, top_and_bottom),
     "Bradley-Terry, mean of both orders": (everyone, bradley_terry, mean, top_and_bottom),
     "Bradley-Terry, mean; margin >= 2": (everyone, bradley_terry, mean, far_apart),
+    "wins - losses, agree; widest": (everyone, wins_minus_losses, agreed, widest),
+    "wins - losses, mean; widest": (everyone, wins_minus_losses, mean, widest),
+    "Bradley-Terry, mean; widest": (everyone, bradley_terry, mean, widest),
+    "swiss 3 rounds, B-T; widest": (swiss(3), bradley_terry, mean, widest),
+    "swiss 4 rounds, B-T; widest": (swiss(4), bradley_terry, mean, widest),
     "ties by opponents, agree": (everyone, with_opponents, agreed, top_and_bottom),
     "ties by opponents, mean": (everyone, with_opponents, mean, top_and_bottom),
     "wins - losses; pairs agreed on": (everyone, wins_minus_losses, agreed, only_agreed),
@@ -251,25 +270,28 @@ WAYS = {
 
 
 def measure(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """Every way on the same verdicts."""
+    """Every way on the same verdicts; `answers` are the different ones in a question's pairs."""
     table = {}
     for name, (schedule, scoring, outcome, pairing) in WAYS.items():
         right: list[list[float]] = []
-        calls = []
+        calls, answers = [], []
         for question in questions:
             matches = schedule(question)
             calls.append(2 * len(matches))
             scores = scoring(question.verdicts, question.players, matches, outcome)
             wrong = question.wrong
+            pairs = pairing(question, scores)
+            answers.append(len({answer for pair in pairs for answer in pair}))
             right.append([
                 1.0 if wrong[a] < wrong[b] else 0.5 if wrong[a] == wrong[b] else 0.0
-                for a, b in pairing(question, scores)
+                for a, b in pairs
             ])  # fmt: skip
         low, high = interval(right)
         flat = [one for of_question in right for one in of_question]
         table[name] = {
             "calls": round(statistics.mean(calls), 1),
             "pairs": len(flat),
+            "answers": round(statistics.mean(answers), 2),
             "right": round(statistics.mean(flat), 4),
             "low": round(low, 4),
             "high": round(high, 4),
@@ -291,14 +313,24 @@ def interval(right: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="also write the table as JSON here")
     arguments = parser.parse_args()
-    table = measure(list(questions_of(RunDir(arguments.run))))
-    for name, row in table.items():
-        print(f"{name:38} " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    tables = {}
+    for path in arguments.runs:
+        title = f"critic_temperature {temperature_of(RunDir(path)):g}"
+        table = tables[title] = measure(list(questions_of(RunDir(path))))
+        print(title)
+        for name, row in table.items():
+            print(f"  {name:38} " + "  ".join(f"{key} {value}" for key, value in row.items()))
     if arguments.out:
-        arguments.out.write_text(json.dumps(table, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(tables, indent=1) + "\n")
+
+
+def temperature_of(run_dir: RunDir) -> float:
+    """What a run's critic drew its replies at."""
+    options = read_run_file(run_dir).settings["pipeline_options"]
+    return msgspec.convert(options, LlavaCriticOptions, strict=False).critic_temperature
 
 
 if __name__ == "__main__":

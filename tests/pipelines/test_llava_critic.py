@@ -10,7 +10,7 @@ import pytest
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import prompts
 from stream_engine.pipelines.judge import COUNTERS
-from stream_engine.records import Failure
+from stream_engine.records import Failure, SampleRewards
 from tests.pipelines.conftest import (
     judged,
     load_engines,
@@ -45,9 +45,20 @@ def run(make_pipeline, reply, texts, num_samples=1, **options):
     return pipeline, asked, [rewards[sample.key] for sample in samples]
 
 
-def test_the_score_is_wins_minus_losses(make_pipeline):
-    _, asked, [rewards] = run(make_pipeline, longer_is_better, ["aa", "a a a a", "aaa", "a"])
-    assert [score.score for score in rewards.scores] == [-1.0, 3.0, 1.0, -3.0]
+def net_wins(rewards: SampleRewards) -> list[int]:
+    """Wins minus losses of every answer with a score."""
+    return [score.scores["wins"] - score.scores["losses"] for score in rewards.scores]
+
+
+def test_the_score_is_the_strength_that_the_verdicts_show(make_pipeline):
+    texts = ["aa", "a a a a", "aaa", "a"]
+    _, asked, [rewards] = run(make_pipeline, longer_is_better, texts)
+    assert net_wins(rewards) == [-1, 3, 1, -3]
+    best, second, third, worst = sorted((s.score for s in rewards.scores), reverse=True)
+    assert best > second > third > worst
+    assert (best, second) == pytest.approx((-worst, -third), abs=1e-2)
+    _, _, [wins] = run(make_pipeline, longer_is_better, texts, critic_scores="wins")
+    assert [score.score for score in wins.scores] == [-1.0, 3.0, 1.0, -3.0]
     assert rewards.scores[2].scores == {"wins": 2, "losses": 1, "ties": 0}
     assert len(asked) == 12
     assert sorted(map(answers_asked, asked)) == sorted(
@@ -85,7 +96,7 @@ def test_a_verdict_that_flips_with_the_order_is_a_tie(make_pipeline):
         raise AssertionError(pair)
 
     _, _, [rewards] = run(make_pipeline, reply, ["good", "poor", "other"])
-    assert [score.score for score in rewards.scores] == [1.0, -1.0, 0.0]
+    assert net_wins(rewards) == [1, -1, 0]
     assert (rewards.judge["ties"], rewards.judge.get("flips", 0)) == (2, 0)  # equal, then first
 
     always_first = lambda asked: "[first]"  # noqa: E731
@@ -118,6 +129,20 @@ def test_compat_sums_as_the_ancestor_did(make_pipeline):
     assert rewards.judge["verdict_unparsed"] == 2
 
 
+def test_compat_ranks_by_wins_minus_losses(make_pipeline):
+    """Its rules pair by position, equal scores too, whatever the default has come to be."""
+    texts = ["a" * n for n in (3, 1, 5, 2, 4, 6)]
+    pipeline = make_pipeline("llava_critic", sample_k=6, rank=2, compat="rlaifv")
+    engines = load_engines(pipeline)
+    put_words(engines["critic"], longer_is_better)
+    [sample] = make_samples(1)
+    rollouts = rollouts_of(sample, texts)
+    [rewards] = judged(pipeline, engines, [(sample, rollouts)]).values()
+    pairs = pipeline.candidate_pairs(rollouts, rewards)
+    assert [(p.chosen, p.rejected) for p in pairs] == [(5, 3), (2, 1)]
+    assert [(p.chosen_score, p.rejected_score) for p in pairs] == [(5.0, -3.0), (3.0, -5.0)]
+
+
 def test_verdicts_and_reasoning_are_kept_to_be_read(make_pipeline):
     _, _, [rewards] = run(make_pipeline, longer_is_better, ["aa", "aaa"])
     said = "I looked closely. The {} response is better."
@@ -130,7 +155,8 @@ def test_verdicts_and_reasoning_are_kept_to_be_read(make_pipeline):
 def test_equal_answers_are_not_compared_and_share_a_score(make_pipeline):
     _, asked, [rewards] = run(make_pipeline, longer_is_better, ["aa", "aaa", "aa", "a"])
     assert len(asked) == 6
-    assert [score.score for score in rewards.scores] == [0.0, 2.0, 0.0, -2.0]
+    assert net_wins(rewards) == [0, 2, 0, -2]
+    assert rewards.scores[0].score == rewards.scores[2].score
     assert rewards.judge["identical"] == 1
     assert rewards.scores[2].details == {"same_text_as": 0}
     _, asked, [rewards] = run(make_pipeline, longer_is_better, ["aa", "aa"])
@@ -145,7 +171,8 @@ def test_unparsed_replies_are_counted_and_leave_no_score(make_pipeline):
     _, _, [rewards] = run(make_pipeline, reply, ["aa", "mystery", "aaa"])
     assert rewards.unscored == {"no_verdict": [1]}
     assert rewards.judge["verdict_unparsed"] == 4
-    assert [(score.index, score.score) for score in rewards.scores] == [(0, -1.0), (2, 1.0)]
+    assert [score.index for score in rewards.scores] == [0, 2]
+    assert net_wins(rewards) == [-1, 1]
 
 
 @pytest.mark.parametrize("schedule", ["all", "swiss", 1, 3, 7])
@@ -200,7 +227,7 @@ def test_a_sample_whose_image_cannot_be_decoded_fails_alone(make_pipeline):
     outcomes = {o.key: o for o in pipeline.rewards(engines, cases)}
     assert isinstance(outcomes[bad.key], Failure)
     assert outcomes[bad.key].reason == "undecodable_image"
-    assert [score.score for score in outcomes[good.key].scores] == [-1.0, 1.0]
+    assert net_wins(outcomes[good.key]) == [-1, 1]
 
 
 def test_only_counters_with_a_meaning_are_used(make_pipeline):

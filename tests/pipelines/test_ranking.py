@@ -92,7 +92,7 @@ def test_chosen_and_rejected_never_overlap_however_few_answers_there_are(num_ans
         rejected = {pair.rejected for pair in pairs}
         assert not chosen & rejected
         assert len(chosen) == len(rejected) == min(3, num_answers // 2)
-    wins = rank_by_wins(SampleRewards(key="k", scores=scores), rank=3)
+    wins = rank_by_wins(SampleRewards(key="k", scores=scores), rank=3, strict_follow_rank=True)
     assert len(wins) == min(3, num_answers // 2)
     assert not {pair.chosen for pair in wins} & {pair.rejected for pair in wins}
 
@@ -180,17 +180,21 @@ def test_denied_facts_pairs_differ_by_at_least_one_fact() -> None:
     assert indices(pairs) == [(0, 2), (1, 2)]
 
 
-def test_wins_are_paired_by_position() -> None:
-    scores = [scored(i, 9 - 2 * i) for i in range(10)]
-    pairs = rank_by_wins(SampleRewards(key="k", scores=scores), rank=3)
-    assert sorted(indices(pairs)) == [(0, 7), (1, 8), (2, 9)]
+def test_wins_are_paired_widest_first_or_by_position() -> None:
+    rewards = SampleRewards(key="k", scores=[scored(i, 9 - 2 * i) for i in range(10)])
+    pairs = rank_by_wins(rewards, rank=3)
+    assert set(indices(pairs)) == set(itertools.product([0, 1, 2], [7, 8, 9]))
+    assert indices(pairs)[:3] == [(0, 9), (0, 8), (1, 9)]
+    strict = rank_by_wins(rewards, rank=3, strict_follow_rank=True)
+    assert sorted(indices(strict)) == [(0, 7), (1, 8), (2, 9)]
 
 
 def test_pairs_of_wins_come_largest_margin_first() -> None:
     """A later filter keeps the first few of each sample; `compat` keeps the positions' order."""
     scores = [scored(i, value) for i, value in enumerate([5, 5, 4, 0])]
     rewards = SampleRewards(key="k", scores=scores)
-    assert indices(rank_by_wins(rewards, rank=2)) == [(1, 3), (0, 2)]
+    strict = rank_by_wins(rewards, rank=2, strict_follow_rank=True)
+    assert indices(strict) == [(1, 3), (0, 2)]
     assert indices(rank_by_wins(rewards, rank=2, compat="rlaifv")) == [(0, 2), (1, 3)]
 
 
