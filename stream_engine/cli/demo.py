@@ -46,13 +46,33 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learning_rate", type=float, default=1e-4, metavar="X", help="(default 1e-4)"
     )
+    parser.add_argument(
+        "--loss",
+        default="sigmoid",
+        metavar="NAME",
+        help="a loss of TRL's by its name there: sigmoid, which is DPO's (default), ipo, apo_zero, "
+        "robust, hinge, sft ...",
+    )
     parser.add_argument("--beta", type=float, default=0.1, metavar="X", help="(default 0.1)")
+    parser.add_argument(
+        "--label_smoothing",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of pairs presumed wrong, for the losses robust and exo_pair (default 0)",
+    )
     parser.add_argument(
         "--rpo_alpha",
         type=float,
         default=1.0,
         metavar="X",
-        help="weight of the likelihood of the chosen answer; 0 is plain DPO (default 1.0)",
+        help="weight of the likelihood of the chosen answer; 0 is the loss alone (default 1.0)",
+    )
+    parser.add_argument(
+        "--stop_drop",
+        type=float,
+        metavar="X",
+        help="stop when the chosen answers have lost X of log-prob a token (default: never)",
     )
     parser.add_argument(
         "--pictures", type=int, default=100, metavar="N", help="held out (default 100)"
@@ -91,8 +111,11 @@ def loop(args: argparse.Namespace) -> int:
     settings = LoopSettings(
         steps=args.steps,
         learning_rate=args.learning_rate,
+        loss=args.loss,
         beta=args.beta,
+        label_smoothing=args.label_smoothing,
         rpo_alpha=args.rpo_alpha,
+        stop_drop=args.stop_drop,
         pictures=args.pictures,
         seed=args.seed,
     )

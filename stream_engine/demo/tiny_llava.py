@@ -169,11 +169,33 @@ class TinyLlava(nn.Module):
         max_new_tokens: int = 64,
     ) -> list[list[int]]:
         """Token ids (end token included) of `count` answers to one prompt; top-p and top-k off."""
-        hidden, cache = self.prefill(pixels[None], torch.tensor([self.suffix(prompt)[0]]))
+        suffix_ids = torch.tensor([self.suffix(prompt)[0]])
+        return self.sample_each(
+            pixels[None],
+            suffix_ids,
+            count=count,
+            temperature=temperature,
+            generator=generator,
+            max_new_tokens=max_new_tokens,
+        )
+
+    @torch.no_grad()
+    def sample_each(
+        self,
+        pixels: Tensor,
+        suffix_ids: Tensor,
+        *,
+        count: int,
+        temperature: float,
+        generator: torch.Generator,
+        max_new_tokens: int = 64,
+    ) -> list[list[int]]:
+        """The same for prompts [B, S] of equal length, each about its image: B * count rows."""
+        hidden, cache = self.prefill(pixels, suffix_ids)
         cache.batch_repeat_interleave(count)
-        hidden = hidden[:, -1].expand(count, -1)
+        hidden = hidden[:, -1].repeat_interleave(count, 0)
         columns: list[Tensor] = []
-        ended = torch.zeros(count, dtype=torch.bool)
+        ended = torch.zeros(len(hidden), dtype=torch.bool)
         while len(columns) < max_new_tokens and not ended.all():
             logits = self.lm.lm_head(hidden).float()
             if temperature == 0:

@@ -2,8 +2,8 @@
 
 Prints one JSON object a benchmark. Ratios are measured inside one run, variants interleaved; do
 not compare absolute times of different runs. Without names, the quick ones run. Progress goes to
-stderr; --out keeps what a run that is cut off had measured. `scale` and `rounds` have flags of
-their own: `python -m tests.benchmarks scale --help`.
+stderr; --out keeps what a run that is cut off had measured. `scale`, `rounds` and `losses` have
+flags of their own: `python -m tests.benchmarks scale --help`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from tests.benchmarks import scheduling, whole
 from tests.benchmarks.baselines import BASELINES
 from tests.benchmarks.harness import Results, rendered
+from tests.benchmarks.losses import main as losses
 from tests.benchmarks.rounds import main as rounds
 from tests.benchmarks.scale.command import main as scale
 from tests.benchmarks.synthetic import SHAPES
@@ -35,12 +36,13 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
 }
 KERNELS = ("linear_logp", "prefix_attention", "sampler")
 """Those of kernels/benchmarks/, run with the remaining arguments."""
+OWN_FLAGS = {"scale": scale, "rounds": rounds, "losses": losses}
 QUICK = ("counts", "refill", "score")
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["scale"], ["rounds"]):
-        {"scale": scale, "rounds": rounds}[sys.argv[1]](sys.argv[2:])
+    if own := OWN_FLAGS.get((sys.argv[1:2] or [""])[0]):
+        own(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{[*BENCHMARKS, *KERNELS]}")

@@ -6,10 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from stream_engine.cli.main import main
-from stream_engine.demo.loop import LoopSettings, close_loop, dpo_loss
+from stream_engine.demo.loop import LoopSettings, close_loop
 from stream_engine.demo.world import draw, encode_png, make_picture
 from stream_engine.errors import ConfigError
 from stream_engine.records import DatasetPair, EncodedImage
@@ -48,14 +47,16 @@ def test_training_on_true_pairs_takes_wrong_facts_away(tmp_path: Path) -> None:
     assert main(["verify-checkpoint", str(tmp_path / "model")]) == 0
 
 
-def test_the_loss_is_dpos_with_the_likelihood_of_the_chosen() -> None:
-    logps = torch.tensor([[-1.0, -2.0, 0.0], [-4.0, -1.0, -1.0]])
-    is_answer = torch.tensor([[True, True, False], [True, True, True]])
-    ref = torch.tensor([-3.5, -5.0])
-    margins = (-3.0 + 3.5) - (-6.0 + 5.0)
-    expected = -torch.nn.functional.logsigmoid(torch.tensor(0.1 * margins))
-    assert dpo_loss(logps, ref, is_answer, 0.1, 0.0) == pytest.approx(expected.item())
-    assert dpo_loss(logps, ref, is_answer, 0.1, 2.0) == pytest.approx(expected.item() + 2 * 1.5)
+def test_training_ends_when_the_chosen_answers_have_lost_their_probability() -> None:
+    """Plain DPO at a high rate takes it from chosen and rejected alike."""
+    said: list[str] = []
+    settings = LoopSettings(
+        steps=40, learning_rate=2e-3, rpo_alpha=0.0, stop_drop=0.02, pictures=1, answers=1
+    )
+    report = close_loop(true_pairs(32), settings, say=said.append)
+    assert 10 <= report.steps < 40
+    assert report.chosen_gain <= -0.02
+    assert any(line.startswith("stopped: ") for line in said)
 
 
 def test_pairs_of_another_world_are_refused() -> None:
