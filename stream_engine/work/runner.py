@@ -182,7 +182,8 @@ def run_as_worker(
                 has_rewards = config.run_stage in (None, 1)
                 if elsewhere and has_rewards and state.refresh().unsettled(("rewards",)):
                     run_rewards_under(elsewhere, config.work_dir)
-            refuse_empty_round(worker.state, config, read_input="shard" in steps)
+            if "shard" in steps and config.run_stage in (None, 0):
+                check_questions(worker.state, config)
             outcome = "current"
             if "merge" in steps and config.run_stage in (None, 2):
                 # Asked of the worker's own view, so that the two agree on what is left to do.
@@ -194,14 +195,22 @@ def run_as_worker(
     return report_of(state.refresh(), config, num_added=num_added, num_done=num_done, merged=merged)
 
 
-def refuse_empty_round(state: RunState, config: RunConfig, *, read_input: bool) -> None:
-    """Raise ConfigError when the inputs had no question for a round that was begun."""
+def check_questions(state: RunState, config: RunConfig) -> None:
+    """Say so when the inputs had fewer questions than the round at hand was to take.
+
+    Raises:
+        ConfigError: when they had none for a round that was begun.
+    """
     number, first = state.fingerprints.at_hand, state.fingerprints.first_shard
-    if read_input and number > 1 and len(state.shards) == first and config.run_stage in (None, 0):
+    taken = sum(shard.num_samples for shard in state.shards[first:])
+    if number > 1 and not taken:
         raise ConfigError(
             f"round {number} has no questions: the inputs hold none that the run has not got. The "
             "same command with more of them (--dataset_path) goes on"
         )
+    if taken < (config.questions or 0):
+        text = "round %d has %d of %d questions: the inputs hold no more"
+        logger.warning(text, number, taken, config.questions)
 
 
 def work_at_earlier(

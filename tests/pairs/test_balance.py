@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from stream_engine.config import RankingConfig
-from stream_engine.pairs.balance import MeanBalance, RatioBalance, length_balance
+from stream_engine.pairs.balance import Balances, MeanBalance, RatioBalance, length_balance
 from stream_engine.pairs.filters import Candidate
 from stream_engine.records import Answer, PreferencePair
 
@@ -121,3 +121,20 @@ def test_balance_needs_memory_for_word_counts_not_for_pairs() -> None:
         ratio.count(pair)
     assert len(mean.pairs_at) == len(lengths)
     assert len(ratio.chosen_words) == 50
+
+
+def test_lengths_are_balanced_within_a_round() -> None:
+    """Later rounds decide nothing about the pairs of earlier ones, nor these about later ones."""
+    first = [of_lengths(12 + i, 10) for i in range(6)] + [of_lengths(8, 10)] * 4
+    second = [of_lengths(30 + i, 10) for i in range(8)] + [of_lengths(5, 10)] * 3
+    alone = [kept_by(MeanBalance(0.5), pairs) for pairs in (first, second)]
+    assert [len(kept) < len(pairs) for kept, pairs in zip(alone, (first, second))] == [True, True]
+    balances = Balances("mean", RankingConfig(), lambda shard: 1 + (shard >= 5))
+    for shard, pairs in ((0, first), (7, second)):
+        for pair in pairs:
+            balances.of(shard).count(pair)
+    for again in (balances.copy(), balances):
+        assert [
+            [i for i, pair in enumerate(pairs) if again.of(shard).reason_to_drop(pair) is None]
+            for shard, pairs in ((4, first), (5, second))
+        ] == alone

@@ -14,6 +14,10 @@ from stream_engine import api
 from stream_engine.config import InputConfig, RunConfig
 from stream_engine.errors import ConfigError, SettingsChangedError
 from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.report.overview import settings_tables
+from stream_engine.report.reading import entries
+from stream_engine.report.run import ReportedRun
+from stream_engine.report.survey import survey
 from stream_engine.run_dir.damage import open_state
 from stream_engine.run_dir.inspect import inspect
 from stream_engine.run_dir.manifest import Manifest
@@ -249,6 +253,21 @@ def test_status_and_inspect_tell_rounds_and_models(tmp_path: Path) -> None:
     exported = api.export(tmp_path / "run", "trl", number=2)
     assert Path(exported.folder) == tmp_path / "run/rounds/2/dataset_trl"
     assert exported.written == told[1][3]
+
+
+def test_a_report_tells_rounds_and_the_round_of_each_pair(tmp_path: Path) -> None:
+    first = config_of(tmp_path, instruct_model_path="/models/a")
+    play(first, 1)
+    reported = ReportedRun.open(tmp_path / "run")
+    assert "Rounds" not in dict(settings_tables(reported))
+    play(dataclasses.replace(first, temperature=0.1, instruct_model_path="/models/b"), 2)
+    reported = ReportedRun.open(tmp_path / "run")
+    told = dict(settings_tables(reported))["Rounds"]
+    assert [number for number, _ in told] == ["1", "2"] and "answers of b" in told[1][1]
+    found = survey(reported, num_rows=500)
+    assert found.num_kept == reported.stats["pairs"]["written"]
+    shown = {entry.idx: entry.round for entry, _ in entries(reported, found.shown)}
+    assert (shown["0"], shown["11"]) == (1, 2)
 
 
 def stop_after(num_shards: int) -> Callable[[IngestReport], None]:
