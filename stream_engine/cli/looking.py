@@ -94,10 +94,9 @@ def round_line(one: RoundStatus) -> str:
     of = one.samples
     left = f" + {of.quarantined} quarantined + {of.pending} pending" * bool(of.total - of.done)
     failed = f", {one.failed_shards} shards failed" * bool(one.failed_shards)
-    return (
-        f"round {one.round}: {of.total} samples = {of.done} done{left}{failed}; {one.pairs} pairs; "
-        f"{one.instruct_model}"
-    )
+    model = f"; {one.instruct_model}" * bool(one.instruct_model)
+    counts = f"{of.total} samples = {of.done} done{left}{failed}"
+    return f"round {one.round}: {counts}; {one.pairs} pairs{model}"
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stream_engine import api
+from stream_engine.cli.main import main
 from stream_engine.config import InputConfig, RunConfig
 from stream_engine.errors import ConfigError, SettingsChangedError
 from stream_engine.inputs.ingest import IngestReport, ingest
@@ -253,6 +254,29 @@ def test_status_and_inspect_tell_rounds_and_models(tmp_path: Path) -> None:
     exported = api.export(tmp_path / "run", "trl", number=2)
     assert Path(exported.folder) == tmp_path / "run/rounds/2/dataset_trl"
     assert exported.written == told[1][3]
+
+
+def test_the_command_begins_a_run_and_its_next_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_questions(tmp_path / "questions.jsonl", TWENTY)
+    words = ["--pipeline_name=echo", f"--dataset_path={dataset}", f"--work_dir={tmp_path / 'run'}"]
+    words += ["--sample_k=4", "--rank=2", "--samples_per_shard=4", "--questions=6"]
+    assert main(["round", *words, "--round=2"]) == 1
+    assert "there is no run yet" in capsys.readouterr().err
+    assert main(["round", *words, "--round=1"]) == 0
+    assert asked() == set(TWENTY[:6])
+    CALLS.clear()
+    assert main(["round", str(tmp_path / "run"), "--temperature=0.1"]) == 0
+    assert asked() == set(TWENTY[6:12])
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "round 1: 6 samples = 6 done; 18 pairs" in told and "round 2: 6 samples" in told
+    CALLS.clear()
+    words = ["round", str(tmp_path / "run"), "--temperature=0.2", "--questions=99"]
+    assert main(words) == 0
+    assert asked() == set(TWENTY[12:])
 
 
 def test_a_report_tells_rounds_and_the_round_of_each_pair(tmp_path: Path) -> None:
