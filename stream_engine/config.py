@@ -144,6 +144,9 @@ class RankingConfig:
     """Pair the i-th best with the i-th worst only."""
     max_pairs_per_sample: int = 3
     """At most this many pairs of one question, largest margin first."""
+    min_margin: float = 0.0
+    """A pair's scores differ by at least this. The better a model has become, the more of its pairs
+    differ by noise alone: of use in later rounds."""
     similarity_threshold: float = 0.9
     """Answers whose Jaccard similarity over word n-grams exceeds this count as one."""
     max_length_bias: float = 0.5
@@ -312,6 +315,8 @@ class RunConfig(
                 raise ConfigError(f"{name} must be at least 1, it is {value}")
         if not 0 <= self.test_fraction < 1:
             raise ConfigError(f"test_fraction must be in [0, 1), it is {self.test_fraction}")
+        if self.min_margin < 0:
+            raise ConfigError(f"min_margin must be 0 or more, it is {self.min_margin}")
         if self.beta <= 0:
             raise ConfigError(f"beta must be positive, it is {self.beta}")
 

@@ -64,6 +64,13 @@ def disagreement(
     return "disagreement" if is_reversed and config.disagreements == "drop" else None
 
 
+def small_margin(
+    candidate: Candidate, _kept: Sequence[Candidate], config: RankingConfig
+) -> str | None:
+    """The scores differ by less than `min_margin`, whichever is higher."""
+    return "small_margin" if abs(candidate.pair.margin) < config.min_margin else None
+
+
 def identical_row(candidate: Candidate, kept: Sequence[Candidate], _: RankingConfig) -> str | None:
     """The same two texts were paired before. Rows of different samples differ in their idx."""
     texts = (candidate.chosen.text, candidate.rejected.text)
@@ -79,7 +86,7 @@ def max_pairs(candidate: Candidate, kept: Sequence[Candidate], config: RankingCo
 
 FILTERS: tuple[Filter, ...] = (
     *(empty_answer, image_tag, same_text),
-    *(disagreement, identical_row, max_pairs),
+    *(disagreement, small_margin, identical_row, max_pairs),
 )
 
 

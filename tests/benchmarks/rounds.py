@@ -30,7 +30,9 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.store import files
 
 Arm = dict[str, Any]
-TOLD_APART = ("pipeline", "rounds", "base", "rpo_alpha", "learning_rate", "steps", "seed")
+TOLD_APART = (
+    *("pipeline", "rounds", "base", "min_margin", "rpo_alpha", "learning_rate", "steps", "seed"),
+)
 """What makes an arm another one."""
 
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--questions", type=int, default=DEMO_COUNT, help="of all rounds together")
     parser.add_argument("--steps", type=int, default=160, help="of all rounds together")
     parser.add_argument("--base", choices=("own", "newest"), default="own")
+    parser.add_argument("--min_margin", type=float, default=0.0, help="of a pair's scores")
     parser.add_argument("--rpo_alpha", type=float, default=1.0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -54,6 +57,7 @@ def main(argv: list[str]) -> None:
                 "pipeline": args.pipeline,
                 "rounds": rounds,
                 "base": args.base,
+                "min_margin": args.min_margin,
                 "rpo_alpha": args.rpo_alpha,
                 "learning_rate": args.learning_rate,
                 "steps": args.steps,
@@ -127,6 +131,7 @@ def answer(arm: Arm, number: int, model: Path, questions: int, folder: Path) -> 
             format=("trl",),
             report="never",
             seed=arm["seed"],
+            min_margin=arm["min_margin"],
             **models,  # type: ignore[arg-type]
         )
         api.run(config, show_progress=False)

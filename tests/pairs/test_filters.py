@@ -37,6 +37,12 @@ def test_filter_names_its_reason(chosen: str, rejected: str, reason: str | None)
     assert (kept, dropped) == (([pair], []) if reason is None else ([], [(pair, reason)]))
 
 
+def test_pairs_whose_scores_are_close_are_dropped_on_request() -> None:
+    pair = candidate("a cat", "a dog")  # scores 1 and 0
+    for least, dropped in ((0.0, []), (1.0, []), (1.1, [(pair, "small_margin")])):
+        assert split_candidates([pair], RankingConfig(min_margin=least))[1] == dropped
+
+
 def test_identical_rows_of_a_sample_are_kept_once() -> None:
     pairs = [candidate("a cat", "a dog"), candidate("a cat", "a dog"), candidate("a dog", "a cat")]
     kept, dropped = split_candidates(pairs, RankingConfig())
