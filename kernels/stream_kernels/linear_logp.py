@@ -9,9 +9,10 @@ from torch import Tensor
 from stream_kernels.forms import takes_triton
 from stream_kernels.gemm import linear
 
-# Bytes of one chunk's logits, and of one weight chunk raised to float32: both stay in cache, and
-# with the second buffer the whole costs less than 16 MiB.
-_CHUNK_BYTES = 4 << 20
+# Bytes of one chunk's logits, and of one weight chunk raised to float32: both stay in cache. Three
+# times this is alive at once; the C library may keep as much again of earlier chunks, and the whole
+# costs less than 16 MiB.
+_CHUNK_BYTES = 2 << 20
 _MAX_COLUMNS = 16384
 _MAX_ROWS = 2048
 # Bytes of the weight's rows that are raised to float64 at a time.

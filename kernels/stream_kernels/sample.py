@@ -110,22 +110,25 @@ def _sample_slab(
     total = sums_RJ.double().sum(dim=-1)
     lse = peak.double() + torch.log(total / probs.amax(dim=-1))
     scores = logits if penalized is None else penalized.float()
+    is_filtered = 0 < top_k < scores.shape[1]
+    if temperature not in (0, 1) and not is_filtered:
+        scores = torch.div(scores, temperature, out=scaled)
     if suppress is not None:
-        scores = scores.index_fill(1, suppress, -torch.inf)
+        fill = scores.index_fill_ if scores is scaled else scores.index_fill
+        scores = fill(1, suppress, -torch.inf)
     if temperature == 0:
         best, tokens = scores.max(dim=-1)
         bad = torch.isnan(lse) | ~torch.isfinite(best)
     else:
         columns = None
-        if 0 < top_k < scores.shape[1]:
+        if is_filtered:
             scores, columns = _largest(scores, top_k)
             probs = torch.softmax(scores / temperature, dim=-1)
             sums_RJ = _block_sums(probs)
-        elif temperature != 1 or scores is not logits:
-            torch.div(scores, temperature, out=scaled)
-            torch.softmax(scaled, dim=-1, out=probs)
+        elif scores is not logits:
+            torch.softmax(scores, dim=-1, out=probs)
             sums_RJ = _block_sums(probs)
-        bad = torch.isnan(lse + probs.amax(dim=-1))
+        bad = torch.isnan(lse + sums_RJ.sum(dim=-1))
         if bad.any():
             probs[bad] = 1.0  # so that the steps below meet numbers; the row is reported
             sums_RJ = _block_sums(probs)

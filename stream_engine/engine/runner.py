@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from stream_kernels.gemm import linear, pack
+from stream_kernels.gemm import linear, linear_float32, pack, two_products_pay
 from torch import Tensor
 
 from stream_engine.engine.attention_steps import ExtendStep, PrefillStep, active
@@ -91,12 +91,16 @@ class ModelRunner:
         """The head's weight as decoding reads it; scoring reads slices of the plain one.
 
         On CPU a float32 copy of a shorter format, so that the log-probs that fall out of generation
-        are as exact as those of scoring, and in oneDNN's layout where that is in use.
+        are as exact as those of scoring, and in oneDNN's layout where that is in use. Where two
+        products in bfloat16 are as exact and faster, the weight keeps its format.
         """
         weight = self.model.lm_head.weight
         if weight.device.type != "cpu" or self.model.offload is not None:
             return weight
-        return pack(weight.float()) if self.model.shares_prefix else weight.float()
+        if not self.model.shares_prefix:
+            return weight.float()
+        keeps_format = weight.dtype == torch.bfloat16 and two_products_pay()
+        return pack(weight if keeps_format else weight.float())
 
     def prefill(self, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
         """Encode the images and prefill the prompts into their spans; last hidden states [P, D]."""
@@ -142,6 +146,8 @@ class ModelRunner:
             logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
             if head.bias is not None:
                 logits += head.bias
+        elif self.head_weight.is_mkldnn and self.head_weight.dtype == torch.bfloat16:
+            logits = linear_float32(hidden, self.head_weight, head.bias)
         else:
             dtype = self.head_weight.dtype
             bias = None if head.bias is None else head.bias.to(dtype)

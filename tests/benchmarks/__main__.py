@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import scheduling, whole
+from tests.benchmarks import families, scheduling, whole
 from tests.benchmarks.baselines import BASELINES
 from tests.benchmarks.harness import Results, rendered
 from tests.benchmarks.losses import main as losses
@@ -29,7 +29,16 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
     "counts": lambda a, keep: whole.counts(a.shape),
     "generate": lambda a, keep: whole.generation(a.shape, a.rounds, a.questions, keep),
     "score": lambda a, keep: whole.scoring(a.shape, a.rounds, keep),
-    "end_to_end": lambda a, keep: whole.end_to_end(a.shape, a.rounds, a.questions, a.without, keep),
+    "end_to_end": lambda a, keep: whole.end_to_end(
+        a.shape,
+        a.rounds,
+        a.questions,
+        a.without,
+        keep,
+        a.vllm_python if "vllm" in a.others else None,
+        dtype=a.dtype and getattr(torch, a.dtype),
+    ),
+    "families": lambda a, keep: families.families(a.rounds),
     "refill": lambda a, keep: scheduling.refill("tiny"),
     "decode_step": lambda a, keep: scheduling.decode_step(a.shape, a.rows),
     "workers": lambda a, keep: scheduling.workers(a.shape, rounds=a.rounds),
@@ -51,12 +60,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--questions", type=int, default=1, help="at once through the engine")
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 40, 160])
-    parser.add_argument("--without", nargs="+", default=[], choices=BASELINES, metavar="BASELINE")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of end_to_end")
+    parser.add_argument("--with", dest="others", nargs="+", default=[], choices=["vllm"])
+    parser.add_argument("--vllm_python", type=Path, help="see tests/benchmarks/with_vllm.py")
+    parser.add_argument("--without", nargs="+", default=[], choices=[*BASELINES, "engine_single"])
     parser.add_argument("--out", type=Path, help="also write the JSON here, anew each round")
     arguments, rest = parser.parse_known_args()
     names = arguments.names or QUICK
     if arguments.out and (len(names) > 1 or names[0] not in BENCHMARKS):
         parser.error(f"--out takes one name of {[*BENCHMARKS]}")
+    if "vllm" in arguments.others and arguments.vllm_python is None:
+        parser.error("--with vllm needs --vllm_python, the Python of an environment with vLLM")
     torch.set_num_threads(arguments.threads)
 
     def keep(results: Results) -> None:

@@ -39,9 +39,10 @@ def compare(
     """Time the variants interleaved; ratios say how many times slower each is than a subject.
 
     A variant that returns a dict measured its parts itself, with `timed`: seconds by part, which
-    are compared likewise. `units` says how many questions a variant does (1): all seconds are per
-    question. One of `optional` that raises is left out from then on, and the reason reported.
-    `keep` gets the results so far after every round.
+    are compared likewise; "whole", where it is among them, stands for the seconds of all (of a
+    variant that runs in another process). `units` says how many questions a variant does (1): all
+    seconds are per question. One of `optional` that raises is left out from then on, and the
+    reason reported. `keep` gets the results so far after every round.
     """
     units = units or {}
     subjects = (subject,) if isinstance(subject, str) else tuple(subject)
@@ -67,9 +68,10 @@ def compare(
                 continue
             if number == 0:
                 continue
-            whole[name].append(elapsed / unit)
+            spent_on = dict(result) if isinstance(result, dict) else {}
+            whole[name].append(spent_on.pop("whole", elapsed) / unit)
             peaks[name] = max(peaks[name], peak_bytes())
-            for part, spent in (result if isinstance(result, dict) else {}).items():
+            for part, spent in spent_on.items():
                 parts.setdefault(part, {}).setdefault(name, []).append(spent / unit)
         if number:
             results = {"rounds": number} | summary(whole, parts, peaks, missing, subjects)

@@ -24,6 +24,10 @@ from transformers import (
 from stream_engine.models.base import IMAGE_SLOT, Prompt, VisionLanguageModel
 from stream_engine.records import PromptDigest
 
+PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+"""CLIP's."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -120,14 +124,15 @@ class SyntheticVLM(VisionLanguageModel):
         return self.question(0)
 
     def question(self, number: int, num_tokens: int = 630) -> Prompt:
-        """Prompt number `number`: random pixels, random text around the image's tokens."""
+        """Prompt number `number`: a picture of noise, random text around the image's tokens."""
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(3, self.vocab_size - 1, (num_tokens,), generator=generator).tolist()
         before = 35
         image = self.shape.image_tokens
         ids = text[:before] + [IMAGE_SLOT] * image + text[before + image :]
         size = (3, self.shape.image, self.shape.image)
-        pixels = torch.randn(size, generator=generator)
+        values = torch.randint(0, 256, size, generator=generator) / 255
+        pixels = (values - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
         return Prompt(ids, PromptDigest(str(number), "", ""), vision=[pixels])
 
     def encode_images(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:

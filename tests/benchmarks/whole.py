@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from stream_engine.models.base import Prompt
 from tests.benchmarks import baselines
 from tests.benchmarks.harness import Results, Variant, compare, timed
 from tests.benchmarks.synthetic import SHAPES, Shape, SyntheticVLM, build_llava
+from tests.benchmarks.with_vllm import VllmProcess, serving
 
 BASELINE_BYTES = 16 << 30
 """What the engines leave free on a GPU, for the caches and logits of the baselines."""
@@ -50,12 +52,20 @@ class Setting:
 
 
 def set_up(
-    name: str, *, k: int = 10, answer_tokens: int = 150, questions: int = 1, max_rows: int = 0
+    name: str,
+    *,
+    k: int = 10,
+    answer_tokens: int = 150,
+    questions: int = 1,
+    max_rows: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Setting:
     """Random models; on CPU in float32, on a GPU in bfloat16 without copies of the weights."""
     shape = SHAPES[name]
     cuda = torch.cuda.is_available()
-    where = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
+    where: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if cuda else torch.float32)}
+    if cuda:
+        where["device"] = "cuda"
     hf = build_llava(shape, **where)
     best = hf if cuda else copy.deepcopy(hf)
     if not cuda:
@@ -138,9 +148,15 @@ def against_baselines(
     keep: Keep | None = None,
 ) -> Results:
     """Compare with the engine a question, with what a reader of the figures has to know."""
-    units = {"engine": len(s.prompts), "continuous": continuous_questions(s)}
+    num_questions = len(s.prompts)
+    units = {
+        "engine": num_questions,
+        "continuous": continuous_questions(s),
+        "vllm": num_questions,
+        "vllm_cached": num_questions,
+    }
     note = (
-        "seconds and ratios are per question: `engine` takes its questions at once, "
+        "seconds and ratios are per question: `engine` (and vllm) takes its questions at once, "
         "`engine_single` one alone, and so do the baselines, to whom each costs the same; the part "
         "`scoring` is one model's, by `batched` under nrs, by `batched_best` under nrs_best and "
         "continuous"
@@ -214,24 +230,48 @@ def end_to_end(
     questions: int = 1,
     without: Collection[str] = (),
     keep: Keep | None = None,
-    **sizes: int,
+    vllm_python: Path | None = None,
+    **sizes: Any,
 ) -> Results:
     """A whole question, sampling and the log-probs of both models, and its parts alone.
 
     `scoring` is one model's scoring of the ten answers. The engine scores with the reward model
-    only, since the instruct model's log-probs fall out of generation; the others score twice.
+    only, since the instruct model's log-probs fall out of generation, as vLLM's do; the others
+    score twice. With `vllm_python`, the Python of an environment with vLLM, that is one of them.
     """
     s = set_up(name, questions=questions, **sizes)
     checked = check(s)  # warms the engine up
     variants: dict[str, Variant] = {"engine": partial(engine_whole, s)}
     warm_up: dict[str, Variant] = {"engine": lambda: None}
-    if questions > 1:
+    if questions > 1 and "engine_single" not in without:
         variants["engine_single"] = partial(engine_whole, replace(s, prompts=s.prompts[:1]))
     variants |= baseline_wholes(s, without)
     if not torch.cuda.is_available():  # there other lengths are other compiled graphs
         warm_up |= baseline_wholes(replace(s, k=2, answer_tokens=4), without)
-    facts = {"shape": name, **checked}
-    return against_baselines(s, variants, facts, rounds=rounds, warm_up=warm_up, keep=keep)
+    facts = {"shape": name, "dtype": str(s.hf.dtype), **checked}
+    with ExitStack() as stack:
+        if vllm_python is not None:
+            vllm = stack.enter_context(serving(vllm_python, s.hf, s.engine.model, s.prompts))
+            facts["vllm"] = vllm.versions | vllm_differences(s, vllm)
+            for variant, reads_cache in (("vllm", False), ("vllm_cached", True)):
+                sizes_asked = s.k, s.answer_tokens, questions
+                variants[variant] = partial(vllm.whole, *sizes_asked, reads_cache=reads_cache)
+                warm_up[variant] = lambda: None  # it has run
+        return against_baselines(s, variants, facts, rounds=rounds, warm_up=warm_up, keep=keep)
+
+
+def vllm_differences(s: Setting, vllm: VllmProcess) -> Results:
+    """The largest differences of vLLM's log-probs from transformers', for one question."""
+    answers, drawn, _ = vllm.draw(s.k, s.answer_tokens, 1)
+    truth = baselines.batched_score(s.hf, s.prompts[0], torch.tensor(answers)).cpu()
+    found = {"sampling": drawn}
+    for name, reads_cache in (("scoring", False), ("scoring_cached", True)):
+        found[name], _ = vllm.score(answers, s.k, reads_cache=reads_cache)
+    return {
+        "max_logp_difference": {
+            name: (torch.tensor(logps) - truth).abs().max().item() for name, logps in found.items()
+        }
+    }
 
 
 def engine_whole(s: Setting) -> dict[str, float]:

@@ -58,3 +58,24 @@ def test_a_missing_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     for dtype in (torch.float32, torch.bfloat16):
         assert gemm.onednn_pays.__wrapped__(dtype) is False
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_two_bfloat16_products_are_as_exact_as_a_float32_one(packed: bool) -> None:
+    """One alone is off by up to 2**-9 of a logit, which is where the log-probs would be lost."""
+    if not gemm.two_products_pay():
+        pytest.skip("this processor has no AMX: one float32 product is used")
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 256).bfloat16(), torch.randn(500, 256).bfloat16()
+    bias = torch.randn(500).bfloat16()
+    truth = functional.linear(x.double(), weight.double(), bias.double())
+    with torch.no_grad():
+        got = gemm.linear_float32(x, gemm.pack(weight) if packed else weight, bias)
+    assert got.dtype == torch.float32
+    assert (got - truth).abs().max() <= 2**-17 * truth.abs().max()
+    assert (got.bfloat16() - truth).abs().max() > 2**-10 * truth.abs().max()
+
+
+def test_without_amx_one_float32_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert gemm.two_products_pay.__wrapped__() is False
