@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from stream_engine.cli.main import main
 from stream_engine.config import InputConfig, RunConfig
 from stream_engine.errors import ConfigError, SettingsChangedError
 from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.pipelines import pipeline_class
+from stream_engine.ranks import Rank
 from stream_engine.report.overview import settings_tables
 from stream_engine.report.reading import entries
 from stream_engine.report.run import ReportedRun
@@ -27,8 +30,11 @@ from stream_engine.run_dir.requeue import requeue
 from stream_engine.run_dir.results import read_header
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState
+from stream_engine.work import reading
+from stream_engine.work.progress import ProgressView
 from stream_engine.work.rounds import begin_round, pipeline_of_round
 from stream_engine.work.runner import RunReport, run
+from stream_engine.work.worker import Worker
 from tests import echo_pipeline
 from tests.conftest import file_states, rows_file, write_questions
 from tests.echo_pipeline import CALLS, echo_config
@@ -84,7 +90,7 @@ def test_each_round_takes_the_next_questions_and_leaves_the_pairs_of_others_as_t
 
 
 def test_a_round_that_is_asked_for_again_goes_on_and_a_finished_one_is_left_as_it_is(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = config_of(tmp_path)
     play(first, 1)
@@ -92,7 +98,9 @@ def test_a_round_that_is_asked_for_again_goes_on_and_a_finished_one_is_left_as_i
     play(second, 2)
     before = file_states(tmp_path / "run/results")
     CALLS.clear()
-    report = play(second, 2)
+    with monkeypatch.context() as patched:
+        patched.delattr(reading, "ingest")  # it has its questions: no input is opened
+        report = play(second, 2)
     assert (CALLS.total(), report.shards_done_here, report.merged_here) == (0, 0, False)
     assert begin_round(second) == 2  # the one at hand has these very settings
     assert begin_round(dataclasses.replace(first, temperature=0.2)) == 3
@@ -176,6 +184,24 @@ def test_what_failed_in_an_earlier_round_is_done_again_by_its_own_settings(
     after = file_states(tmp_path / "run/results")
     of_second = {name for name in before if int(Path(name).stem) > 1 and "msgpack" in name}
     assert of_second and all(before[name] == after[name] for name in of_second)
+
+
+def test_a_worker_leaves_the_shards_of_other_rounds_alone(tmp_path: Path) -> None:
+    first = config_of(tmp_path)
+    play(first, 1)
+    second = dataclasses.replace(first, temperature=0.1)
+    play(second, 2)
+    run_dir = RunDir(tmp_path / "run")
+    for stage in ("rollouts", "rewards"):
+        Path(str(run_dir.result(stage, 0))).unlink()
+    pipeline, rank = pipeline_class("echo")(second), Rank.from_environment()
+    fingerprints = read_run_file(run_dir).fingerprints
+    worker = functools.partial(Worker, run_dir, second, pipeline, fingerprints, rank=rank)
+    CALLS.clear()
+    assert worker(view=ProgressView(silent=True)).work(read_input=False) == 0 == CALLS.total()
+    assert worker(view=ProgressView(silent=True), number=1).work(read_input=False) == 1
+    header = read_header(run_dir.result("rollouts", 0))
+    assert header.fingerprint == fingerprints.of_round(1)["rollouts"]
 
 
 def test_an_earlier_round_whose_model_has_changed_is_refused_by_name(
