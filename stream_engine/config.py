@@ -82,7 +82,8 @@ class ModelConfig:
     """A hint; the family is read from the checkpoint, and a contradiction is an error."""
     reward_model_path: str | None = None
     """The model that scores the answers, as --instruct_model_path. With divide_and_conquer three:
-    `auto_check,question_change,split`. A judge may be on a server: `openai:URL#MODEL`."""
+    `auto_check,question_change,split`; one that is named thrice is loaded once. A judge may be
+    on a server: `openai:URL#MODEL`."""
     reward_model_name: str | None = None
     """A hint, as --instruct_model_name."""
     base_model_path: str | None = None

@@ -270,33 +270,41 @@ WAYS = {
 
 
 def measure(questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """Every way on the same verdicts; `answers` are the different ones in a question's pairs."""
-    table = {}
-    for name, (schedule, scoring, outcome, pairing) in WAYS.items():
-        right: list[list[float]] = []
-        calls, answers = [], []
-        for question in questions:
-            matches = schedule(question)
-            calls.append(2 * len(matches))
-            scores = scoring(question.verdicts, question.players, matches, outcome)
-            wrong = question.wrong
-            pairs = pairing(question, scores)
-            answers.append(len({answer for pair in pairs for answer in pair}))
-            right.append([
-                1.0 if wrong[a] < wrong[b] else 0.5 if wrong[a] == wrong[b] else 0.0
-                for a, b in pairs
-            ])  # fmt: skip
-        low, high = interval(right)
-        flat = [one for of_question in right for one in of_question]
-        table[name] = {
-            "calls": round(statistics.mean(calls), 1),
-            "pairs": len(flat),
-            "answers": round(statistics.mean(answers), 2),
-            "right": round(statistics.mean(flat), 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-        }
-    return table
+    """Every way on the same verdicts."""
+    return {name: measured(questions, *way) for name, way in WAYS.items()}
+
+
+def measured(
+    questions: Sequence[Question],
+    schedule: Callable[[Question], list[Match]],
+    scoring: Scoring,
+    outcome: Outcome,
+    pairing: Callable[..., list[Match]],
+) -> dict[str, float]:
+    """One way; `answers` are the different ones in a question's pairs."""
+    right: list[list[float]] = []
+    calls, answers = [], []
+    for question in questions:
+        matches = schedule(question)
+        calls.append(2 * len(matches))
+        scores = scoring(question.verdicts, question.players, matches, outcome)
+        wrong = question.wrong
+        pairs = pairing(question, scores)
+        answers.append(len({answer for pair in pairs for answer in pair}))
+        right.append([
+            1.0 if wrong[a] < wrong[b] else 0.5 if wrong[a] == wrong[b] else 0.0
+            for a, b in pairs
+        ])  # fmt: skip
+    low, high = interval(right)
+    flat = [one for of_question in right for one in of_question]
+    return {
+        "calls": round(statistics.mean(calls), 1),
+        "pairs": len(flat),
+        "answers": round(statistics.mean(answers), 2),
+        "right": round(statistics.mean(flat), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
 
 
 def interval(right: Sequence[Sequence[float]]) -> tuple[float, float]:

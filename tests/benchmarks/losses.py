@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ MORE_WAYS = {
     "ipo + sft": Way("ipo", sft=1.0),
 }
 """What is left, last."""
-FINE = ("sigmoid", "sigmoid + sft", "nca_pair")
+FINE = ("nca_pair", "sigmoid + sft", "sigmoid")
 """Ways that are measured with three seeds on the pairs of all pipelines."""
 
 
@@ -108,16 +108,28 @@ class Row(msgspec.Struct, frozen=True):
 
 def plan() -> list[Row]:
     """All rows, in the order in which they are measured."""
-    fine = [
-        Row(run, way, rate, seed)
-        for seed in SEEDS
-        for run in RUNS
-        for way in FINE
-        for rate in RATES
-    ]
-    high, low = ([Row("dpo_reward", way, rate, 0) for way in WAYS] for rate in reversed(RATES))
-    last = [Row("dpo_reward", way, rate, 0) for rate in reversed(RATES) for way in MORE_WAYS]
-    return list(dict.fromkeys([*high, *fine, *low, *last]))
+
+    def rows(runs: Sequence[str], ways: Iterable[str], seeds: Sequence[int]) -> list[Row]:
+        return [
+            Row(run, way, rate, seed)
+            for seed in seeds
+            for run in runs
+            for way in ways
+            for rate in RATES
+        ]
+
+    pipelines = list(RUNS)[:3]
+    return list(
+        dict.fromkeys([
+            *rows(pipelines, FINE[:2], [0]),
+            *rows(pipelines, FINE, [0]),
+            *rows(["dpo_reward"], FINE, SEEDS),
+            *rows(["llava_critic, strict"], FINE, [0]),
+            *rows(pipelines, FINE, SEEDS),
+            *rows(["dpo_reward"], WAYS, [0]),
+            *rows(["dpo_reward"], MORE_WAYS, [0]),
+        ])
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
