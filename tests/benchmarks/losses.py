@@ -113,9 +113,9 @@ def plan() -> list[Row]:
         return [
             Row(run, way, rate, seed)
             for seed in seeds
+            for rate in RATES
             for run in runs
             for way in ways
-            for rate in RATES
         ]
 
     pipelines = list(RUNS)[:3]
