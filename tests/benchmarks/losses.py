@@ -121,7 +121,7 @@ def plan() -> list[Row]:
     pipelines = list(RUNS)[:3]
     return list(
         dict.fromkeys([
-            *rows(["dpo_reward"], ["sigmoid", "stop at 0.02", "half: least displaced"], [0]),
+            *rows(["dpo_reward"], ["sigmoid"], [0]),
             *rows(["llava_critic, strict", "llava_critic"], FINE[:2], [0]),
             *rows(pipelines, FINE[:2], [0]),
             *rows(pipelines, FINE, [0]),
