@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # rounds=4 questions=4000 bash launch/train_in_rounds.sh --work_dir work/rounds \
-#     --instruct_model_path /models/start --base_model_path /models/start \
-#     --reward_model_path /models/reward --dataset_path questions.parquet
+#     --instruct_model_path /models/start --reward_model_path /models/reward \
+#     --dataset_path questions.parquet
 #
 # Trains a model in rounds: the model answers the next `questions`, pairs are made of its answers, it
 # is trained on them, and the trained model answers those of the next round. Any flag of
@@ -38,12 +38,10 @@ demo=false
 [[ " $* " != *" --demo "* ]] || demo=true
 work_dir="$(value_of output_dir work/rounds "$@")"
 work_dir="$(value_of work_dir "$work_dir" "$@")"
-pipeline_name="$(value_of pipeline_name dpo_reward "$@")"
 first="$(value_of instruct_model_path "" "$@")"
 flags=("$@" --work_dir "$work_dir")
 if [ "$demo" = true ]; then
     first="${first:-$("$python" -c 'from stream_engine.demo import checkpoint_path as c; print(c("instruct"))')}"
-    [ "$pipeline_name" != dpo_reward ] || flags=(--base_model_path "$first" "${flags[@]}")
     questions="${questions:-75}"
 fi
 [ -n "$first" ] || fail "give --instruct_model_path, the model to begin with"
@@ -76,7 +74,7 @@ answer() {
 train_model() {
     if [ -z "$train" ] && [ "$demo" = true ]; then
         rm -rf "$3"
-        "$python" -m stream_engine demo loop "$1" --model "$2" --out "$3"
+        "$python" -m stream_engine demo loop "$1" --model "$2" --out "$3" --steps 40
     elif [ -z "$train" ]; then
         "${train_python:-$python}" "$root/launch/train_dpo.py" "$@"
     elif [[ "$train" == *.py ]]; then

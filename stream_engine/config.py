@@ -87,8 +87,8 @@ class ModelConfig:
     reward_model_name: str | None = None
     """A hint, as --instruct_model_name."""
     base_model_path: str | None = None
-    """With dpo_reward the model that the reward model was trained from by DPO; default: the
-    instruct model. It stays the same when rounds answer by other instruct models."""
+    """With dpo_reward the model that the reward is told against; default: the instruct model, in
+    each round its own."""
     reward_model_python_path: str | None = None
     """Another interpreter, or a conda environment's name, for the reward stage."""
     vision_tower_path: str | None = None

@@ -120,8 +120,8 @@ rounds:
   they are. The round before must be finished; what failed in it may be retried at any time, and is
   answered by its own models, which must be what they were. With --round N the same line resumes
   round N, and a finished one is left as it is: launch/train_in_rounds.sh trains between rounds.
-  dpo_reward takes the instruct model as the model that the reward model was trained from; where
-  that stays another, name it by --base_model_path.
+  dpo_reward tells rewards against the model that answers; --base_model_path names another, as the
+  one that the reward model was trained from. In the drawn world the newest model was the better.
 """
 
 STATUS = """\

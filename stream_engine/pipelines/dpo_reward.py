@@ -8,8 +8,9 @@ term of the question alone,
 per token over the answer and the end token when one was generated. The instruct half fell out of
 generation; the reward model scores the very ids that were sampled, over one prefix a question.
 
-Where the answers are another model's, as in later rounds of training, the reward model's own base
-(--base_model_path) scores them likewise and stands in the instruct model's place.
+Where the answers are another model's, as in later rounds of training, the reward is what the reward
+model prefers beyond that one; a base of its own (--base_model_path), which scores the answers
+likewise, stands in the instruct model's place.
 """
 
 from __future__ import annotations

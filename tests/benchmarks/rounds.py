@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 1])
     parser.add_argument("--questions", type=int, default=DEMO_COUNT, help="of all rounds together")
     parser.add_argument("--steps", type=int, default=160, help="of all rounds together")
-    parser.add_argument("--base", choices=("own", "newest"), default="own")
+    parser.add_argument("--base", choices=("own", "newest"), default="newest")
     parser.add_argument("--min_margin", type=float, default=0.0, help="of a pair's scores")
     parser.add_argument("--rpo_alpha", type=float, default=1.0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
