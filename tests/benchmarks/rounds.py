@@ -6,7 +6,13 @@ In each round the model trained so far answers the next questions, pairs are mad
 and it is trained on the pairs of that round alone. Told is, after each round, how many wrong facts
 an answer has on 100 pictures that no run has seen (500 answers). `--base own` takes the rewards of
 dpo_reward against the demo's instruct model, from which its reward model was trained, in all
-rounds; `--base newest` against the model that answers. An arm that the file has is not done again,
+rounds; `--base newest` against the model that answers.
+
+dpo_reward, 300 questions, 160 steps, seed 0; 1.74 before: one round 0.28; four rounds 0.42, 0.25,
+0.25, 0.22 against the newest model, and 0.38, 0.30, 0.41, 0.82 against the demo's instruct model,
+by which pairs of nearly true answers are told apart no better than by chance.
+
+An arm that the file has is not done again,
 and one that was interrupted goes on in its folder: pairs and models are made once.
 """
 
