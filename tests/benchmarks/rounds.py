@@ -10,7 +10,7 @@ rounds; `--base newest` against the model that answers.
 
 dpo_reward, 300 questions, 160 steps, seed 0; 1.74 before: one round 0.28; four rounds 0.42, 0.25,
 0.25, 0.22 against the newest model, and 0.38, 0.30, 0.41, 0.82 against the demo's instruct model,
-by which pairs of nearly true answers are told apart no better than by chance.
+by which 0.73 and 0.69 of the last rounds' pairs are right.
 
 An arm that the file has is not done again,
 and one that was interrupted goes on in its folder: pairs and models are made once.
