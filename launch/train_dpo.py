@@ -14,6 +14,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
@@ -46,6 +47,8 @@ def main() -> None:
             save_steps=args.save_steps,
             save_total_limit=2,
             report_to=[],
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=load_dataset(args.dataset)["train"],
     )

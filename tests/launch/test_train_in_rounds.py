@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.work.runner import state_of
 from tests.conftest import DEMO_FLAGS, ROOT, file_states
 from tests.launch.holding import at_work, hold
+from tests.outputs.test_training import ON_CPU, dataset_of
+from tests.outputs.test_trl import save_tiny_llava
 
 
 def start(tmp_path: Path, demo_questions: Path) -> subprocess.Popen[str]:
@@ -102,3 +106,34 @@ def test_a_second_one_beside_it_is_refused(tmp_path: Path, demo_questions: Path)
         other.stdin.close()
     assert script.returncode == 1
     assert "another is at work" in (tmp_path / "log").read_text()
+
+
+def test_the_example_trains_by_trl_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    out, log = tmp_path / "out", tmp_path / "log"
+    save_tiny_llava(tmp_path / "model")
+    words = [
+        dataset_of("trl", tmp_path),
+        tmp_path / "model",
+        out,
+        "--max_steps=4",
+        "--save_steps=1",
+    ]
+    command = [sys.executable, "launch/train_dpo.py", *map(str, words)]
+    environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        training = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
+    first = out / "checkpoints/checkpoint-1/trainer_state.json"
+    kill_when(training, first.exists, log)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= set(os.listdir(out))
+    assert not (out / "checkpoints").exists()
