@@ -38,7 +38,7 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
         a.vllm_python if "vllm" in a.others else None,
         dtype=a.dtype and getattr(torch, a.dtype),
     ),
-    "families": lambda a, keep: families.families(a.rounds),
+    "families": lambda a, keep: families.families(a.rounds, keep),
     "refill": lambda a, keep: scheduling.refill("tiny"),
     "decode_step": lambda a, keep: scheduling.decode_step(a.shape, a.rows),
     "workers": lambda a, keep: scheduling.workers(a.shape, rounds=a.rounds),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +32,7 @@ from stream_engine.engine import (
     load_engine,
     row_seed,
 )
-from tests.benchmarks.harness import Results
+from tests.benchmarks.harness import Results, clock
 from tests.models import (
     hf_architectures,
     writers_hf,
@@ -143,9 +142,13 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def families(rounds: int, tokens: int = TOKENS) -> Results:
-    """Seconds and shares of every family."""
-    return {name: family(write, rounds, tokens) for name, write in FAMILIES.items()}
+def families(rounds: int, keep: Callable[[Results], None]) -> Results:
+    """Seconds and shares of every family; `keep` gets the results so far after each."""
+    results: Results = {"rounds": rounds}
+    for name, write in FAMILIES.items():
+        results[name] = family(write, rounds, TOKENS)
+        keep(results)
+    return results
 
 
 def family(write: Callable[[Path], Path], rounds: int, tokens: int) -> Results:
@@ -172,19 +175,19 @@ def family(write: Callable[[Path], Path], rounds: int, tokens: int) -> Results:
 
 def ask(engine: Engine, picture: Image.Image, seconds: Seconds, number: int) -> int:
     """One question through the engine; the length of its prompt."""
-    started = time.perf_counter()
+    started = now()
     prompt = engine.model.prompt(f"What is seen in picture {number}?", [picture])
-    seconds["picture"] = time.perf_counter() - started
+    seconds["picture"] = now() - started
     rows = tuple(RowRequest(row_seed(number, "0", j)) for j in range(ANSWERS))
-    started = time.perf_counter()
+    started = now()
     [generated] = list(engine.generate([GenerateRequest("0", prompt, rows)]))
     inside = sum(seconds.get(part, 0.0) for part in ("tower", "projector", "prefill"))
-    seconds["decode"] = time.perf_counter() - started - inside
+    seconds["decode"] = now() - started - inside
     answers = tuple(tuple(row.token_ids) for row in generated.rows if row.token_ids)
     before = dict(seconds)
-    started = time.perf_counter()
+    started = now()
     list(engine.score([ScoreRequest("0", prompt, answers)]))
-    seconds["scoring"] = time.perf_counter() - started
+    seconds["scoring"] = now() - started
     seconds.update({part: before.get(part, 0.0) for part in ("tower", "projector", "prefill")})
     return len(prompt)
 
@@ -198,10 +201,10 @@ def watching(engine: Engine) -> Iterator[tuple[Seconds, Counter[str]]]:
     own_prefill = engine.runner.prefill
 
     def prefill(*arguments: Any) -> Tensor:
-        started, before = time.perf_counter(), sum(seconds.values())
+        started, before = now(), sum(seconds.values())
         hidden = own_prefill(*arguments)
         inside = sum(seconds.values()) - before
-        spent = time.perf_counter() - started - inside
+        spent = now() - started - inside
         seconds["prefill"] = seconds.get("prefill", 0.0) + spent
         return hidden
 
@@ -219,12 +222,12 @@ def timing(name: str, module: nn.Module, seconds: Seconds, passes: Counter[str])
     open_calls: list[tuple[float, float]] = []
 
     def enter(*_: Any) -> None:
-        open_calls.append((time.perf_counter(), sum(seconds.values())))
+        open_calls.append((now(), sum(seconds.values())))
 
     def leave(*_: Any) -> None:
         started, before = open_calls.pop()
         inside = sum(seconds.values()) - before
-        spent = time.perf_counter() - started - inside
+        spent = now() - started - inside
         seconds[name] = seconds.get(name, 0.0) + spent
         passes[name] += 1
 
@@ -234,9 +237,16 @@ def timing(name: str, module: nn.Module, seconds: Seconds, passes: Counter[str])
         handle.remove()
 
 
+def now() -> float:
+    """Seconds: the processor's where one thread does all the work."""
+    return clock()()
+
+
 def modules(model: Any) -> tuple[nn.Module, nn.Module]:
     """A model's tower, and what makes tokens of its output."""
     if hasattr(model, "wrapper"):
         visual = model.wrapper.model.visual
         return visual, visual.merger
-    return model.tower, model.projector if hasattr(model, "projector") else model.resampler
+    # some families run the tower's layers themselves
+    tower = model.tower.encoder if hasattr(model, "tower_features") else model.tower
+    return tower, model.projector if hasattr(model, "projector") else model.resampler

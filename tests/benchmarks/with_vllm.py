@@ -24,6 +24,7 @@ prompt's log-probs without it.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,10 +82,14 @@ class VllmProcess:
         self.versions = self.answer()
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a command. Between commands the process is stopped: it takes no time."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        answer = self.answer()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
 
     def answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -134,6 +139,7 @@ class VllmProcess:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 
