@@ -14,18 +14,23 @@ The seconds in the answers are those of vLLM alone: of the clock, and of the pro
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BLOCK = 32
 """Tokens of a block of vLLM's cache: only whole blocks of a prompt are found again."""
 
 
 def main() -> None:
+    # Stopped between commands, it would not see that who asks has died.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     served = Served(sys.argv[1], json.loads(sys.argv[2]))
