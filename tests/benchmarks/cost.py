@@ -2,13 +2,14 @@
 
     python -m tests.benchmarks.cost [--price 2.99] [--gpus 8] [--questions 100000] [--json]
 
-Three ways to the same data set (answers and the log-probs of two LLaVA-1.5-7B models on each):
+Four ways to the same data set (answers and the log-probs of two LLaVA-1.5-7B models on each):
 
 engine      one prefill a question and model, hundreds of rows a decode step that share prompts, the
             instruct model's log-probs from sampling, the reward model's over one prefix
 vllm_hf     vLLM samples (prefix cache, log-probs free); transformers scores with the reward model,
             the ten whole sequences of a question in one batch
-vllm_vllm   as before, but vLLM scores by `prompt_logprobs`, which reads no prefix cache
+vllm_vllm   as before, but vLLM scores by `prompt_logprobs`, which by default reads no prefix cache
+vllm_cached as before, but it is told to read it (`skip_reading_prefix_cache=False`)
 
 Each takes the longer of the time its products take and the time its bytes take, a step at a time:
 see `seconds_a_question`. What is assumed is a field of `Assumptions`, with where it comes from, and
@@ -112,6 +113,12 @@ def seconds_a_question(a: Assumptions) -> dict[str, dict[str, float]]:
             "prefill": prefill,
             "decode": decode(a.vllm_rows, shared=False),
             "scoring": products(whole, whole),
+        },
+        "vllm_cached": {
+            "pictures": 2 * picture,
+            "prefill": prefill,
+            "decode": decode(a.vllm_rows, shared=False),
+            "scoring": products(a.prompt_tokens + answered, answered),
         },
     }
     for parts in ways.values():

@@ -32,6 +32,7 @@ def test_the_ways_differ_by_what_they_do_twice() -> None:
     assert ways["vllm_hf"] == pytest.approx(ways["engine"], rel=0.02)
     ways = {n: sum(p.values()) for n, p in cost.seconds_a_question(cost.Assumptions()).items()}
     assert ways["vllm_hf"] > 2 * ways["engine"]
+    assert ways["engine"] < ways["vllm_cached"] < ways["vllm_vllm"]
 
 
 def test_the_command_takes_every_assumption(
