@@ -90,7 +90,10 @@ class RunDir:
         return self.root / "failures"
 
     def failure(self, index: int) -> Location:
-        return self.failures_dir / f"{index:06d}.json"
+        return self.failures_dir / self.failure_name(index)
+
+    def failure_name(self, index: int) -> str:
+        return f"{index:06d}.json"
 
     @property
     def quarantine_dir(self) -> Location:
@@ -105,7 +108,10 @@ class RunDir:
         return self.root / "leases"
 
     def lease(self, name: str) -> Location:
-        return self.leases_dir / f"{name}.json"
+        return self.leases_dir / self.lease_name(name)
+
+    def lease_name(self, name: str) -> str:
+        return f"{name}.json"
 
     @property
     def logs_dir(self) -> Location:

@@ -179,6 +179,16 @@ class RunState:
         left = (shard for stage in stages for shard in self._missing[stage].values())
         return {shard.index: shard for shard in left if not self.is_failed(shard)}
 
+    def missing(self, stages: Sequence[Stage]) -> set[int]:
+        """The shards that lack a complete result of one of these stages, failed ones included."""
+        return {shard.index for stage in stages for shard in self._missing[stage].values()}
+
+    def is_left(self, stages: Sequence[Stage], index: int) -> bool:
+        """Whether a shard is `unsettled` at these stages."""
+        name = self.run_dir.result_name(index)
+        is_missing = any(name in self._missing[stage] for stage in stages)
+        return is_missing and not self.is_failed(self.shards[index])
+
     def num_rejected(self) -> int:
         """Records that ingest rejected, over all inputs."""
         return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
@@ -254,10 +264,6 @@ class RunState:
         seen[shard.index] = Seen(entry.version, header)
         return True
 
-    def _missing_indices(self) -> set[int]:
-        """Shards that lack a complete result of some stage."""
-        return {shard.index for missing in self._missing.values() for shard in missing.values()}
-
     def _look_for(self, folder: Location, names: Collection[str]) -> list[Entry]:
         """Those of these files that there are: one by one where they are few of many."""
         if len(names) > min(FEW_LEFT, len(self.shards) // SHARDS_PER_FEW):
@@ -269,7 +275,7 @@ class RunState:
         """See who holds what is left; `only_missing`: of the shards alone."""
         folder = self.run_dir.leases_dir
         self._clock = files.now(folder), time.monotonic()
-        names = {self.run_dir.lease(shard_lease(i)).name for i in self._missing_indices()}
+        names = {self.run_dir.lease_name(shard_lease(i)) for i in self.missing(STAGES)}
         if only_missing:
             entries = self._look_for(folder, names)
         else:  # one that was given back leaves an empty file, which takes as long to look at
@@ -282,8 +288,8 @@ class RunState:
     def _refresh_failures(self, *, only_missing: bool) -> None:
         folder = self.run_dir.failures_dir
         if only_missing:
-            left = self._missing_indices()
-            found = self._look_for(folder, {self.run_dir.failure(index).name for index in left})
+            left = self.missing(STAGES)
+            found = self._look_for(folder, {self.run_dir.failure_name(index) for index in left})
         else:
             left = set(self.failures)
             found = files.list_files(folder)

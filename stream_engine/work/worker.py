@@ -174,13 +174,16 @@ class Worker:
 
     def is_settled(self) -> bool:
         """Whether no shard of this round is left to do, by anybody."""
-        return not any(self.left(stages) for stages in self.passes)
+        return not any(
+            index in self.shards and self.state.is_left(stages, index)
+            for stages in self.passes
+            for index in self.state.missing(stages)
+        )
 
-    def left(self, stages: Sequence[Stage]) -> dict[int, Shard]:
-        """The shards of this round with something left to do at these stages."""
-        round_of = self.state.fingerprints.round_of
-        found = self.state.unsettled(stages)
-        return {index: one for index, one in found.items() if round_of(index) == self.number}
+    @property
+    def shards(self) -> range:
+        """Those of this round."""
+        return self.state.fingerprints.shards_of(self.number, len(self.state.shards))
 
     # -- shards ----------------------------------------------------------------------------------
 
@@ -198,9 +201,8 @@ class Worker:
         others = [stages for stages in self.passes if stages != self.current_pass]
         held = self.state.holders()
         for stages in (self.current_pass, *others) if self.passes else ():
-            left = self.left(stages)
-            order = in_order(left, self.state.failures, self.rank, total=len(self.state.shards))
-            for shard in order:
+            for index in in_order(self.state, stages, self.shards, self.rank):
+                shard = self.state.shards[index]
                 if shard.index in held or not self.is_takeable(stages, shard):
                     continue
                 if not is_own(shard.index, self.rank):  # its worker may have done it meanwhile

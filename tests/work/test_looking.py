@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,13 @@ def worker_of(config: RunConfig, rank: int, world_size: int) -> Worker:
     return worker
 
 
+def failure_of(state: RunState, index: int, **what: Any) -> ShardFailure:
+    """A shard's failure at the second stage."""
+    words = {"error": "x", "traceback": "", "source": f"{index:06d}.tar", "attempts": 0}
+    fingerprint = state.fingerprints["rewards"]
+    return ShardFailure(shard=index, stage="rewards", fingerprint=fingerprint, **words | what)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """Of a finished run of shards with one sample each."""
@@ -51,15 +59,29 @@ def config(tmp_path: Path) -> RunConfig:
 def test_workers_begin_with_their_own_and_go_on_at_places_of_their_own(config: RunConfig) -> None:
     """All went on with the last shard, and each asked for every lease that the others held."""
     orders = []
+    run_dir = RunDir(config.work_dir)
+    for path in Path(str(run_dir.results_dir("rewards"))).iterdir():
+        path.unlink()
     for rank in range(4):
         worker = worker_of(config, rank, 4)
-        shards = {shard.index: shard for shard in worker.state.shards}
-        order = in_order(shards, {}, worker.rank, total=NUM_SHARDS)
-        orders.append([shard.index for shard in order])
+        orders.append(list(in_order(worker.state, STAGES, worker.shards, worker.rank)))
     for rank, order in enumerate(orders):
         assert order[:6] == [rank + 4 * i for i in range(6)]
         assert sorted(order) == list(range(NUM_SHARDS))
     assert len({order[6] for order in orders}) == 4
+    for index, num_deaths in ((4, 2), (1, 1), (8, 1)):
+        write_failure(run_dir, failure_of(worker.state, index, deaths={"": num_deaths}))
+    worker.state.refresh()
+    first = worker_of(config, 0, 4)
+    order = list(in_order(first.state, STAGES, first.shards, first.rank))
+    assert order[:2] == [0, 12] and order[-3:] == [8, 1, 4]
+    assert list(in_order(first.state, STAGES, range(13, 20), first.rank)) == [
+        16,
+        *range(13, 16),
+        17,
+        18,
+        19,
+    ]
 
 
 def test_a_worker_looks_at_all_results_only_before_it_ends(
@@ -108,9 +130,7 @@ def test_where_few_are_left_only_their_files_are_asked_for(
     lease = Lease.acquire(run_dir.leases_dir, shard_lease(5), worker_id="other", timeout_s=60)
     assert lease is not None
     shard = state.shards[5]
-    fingerprint = state.fingerprints["rewards"]
-    where = {"shard": 5, "stage": "rewards", "fingerprint": fingerprint, "source": "000005.tar"}
-    write_failure(run_dir, ShardFailure(**where, attempts=9, error="x", traceback=""))
+    write_failure(run_dir, failure_of(state, 5, attempts=9))
     files.replace(done[1].path, done[0], files.version_of(done[1].path))
 
     def refuse(self: LocalStore, folder: Path, wanted: object = None) -> list[Entry]:
