@@ -31,7 +31,7 @@ BOOL = {"dtype": "bool", "_type": "Value"}
 IMAGE = {"_type": "Image"}
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One file of a dataset."""
 
     name: str

@@ -50,8 +50,10 @@ class Output:
         content = content_hash(hashed)
         token = content[:8]
         self.rows = {name: with_token(name, token) for name in hashed}
-        told = [msgspec.structs.replace(part, name=self.rows[part.name]) for part in parts]
-        stats = {**stats, "parts": msgspec.to_builtins(told)}
+        named = [msgspec.structs.replace(part, name=self.rows[part.name]) for part in parts]
+        told = [msgspec.structs.replace(part, origin="") for part in named]
+        origins = {part.name: part.origin for part in named if part.origin}
+        stats = {**stats, "parts": msgspec.to_builtins(told), "origins": origins}
         self.files.describe(lambda name: with_token(name, token))
         files = {self.rows[name]: record for name, record in hashed.items()}
         files |= record_of(self.scratch, but=hashed)

@@ -74,7 +74,11 @@ class Reuse:
         self.waiting: dict[Split, list[Part]] = {}
         self.found: dict[Split, list[Part]] = {}
         if isinstance(export, ParquetFiles) and stats.get(ROWS_MADE_BY) == made_by:
-            parts = msgspec.convert(stats["parts"], list[Part])
+            origins = stats.get("origins", {})
+            parts = [
+                msgspec.structs.replace(part, origin=origins.get(part.name, ""))
+                for part in msgspec.convert(stats["parts"], list[Part])
+            ]
             for split in SPLITS:
                 of_split = [part for part in parts if split_named(part.name) == split]
                 self.waiting[split] = of_split[:-1]

@@ -29,6 +29,8 @@ from stream_engine.timing import spent_on
 
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
+ATTEMPTS = 3
+"""To take a lease whose file changes meanwhile; whoever won it is found holding it."""
 MANY_LEASES = 64
 BEATING_S = 10.0
 """Where there are many leases, one that was renewed so lately is taken for held without a look."""
@@ -107,25 +109,26 @@ class Lease:
     ) -> Lease | None:
         """Take the lease if it is free or stale; None when somebody else holds it."""
         path = folder / f"{name}{SUFFIX}"
-        found = files.read(path)
-        now = files.now(folder)
-        number, before, version = int(now * 1000), None, None
-        if found is not None:
-            before, version = holder_of(*found), found[1].version
-            number = max(before.number + 1, number)
-            if before.token in GIVEN_BACK:
-                before = None
-            elif not is_stale(before, found[1], now, timeout_s):
-                return None
-        holder = this_process(worker_id, timeout_s, number=number, now=now)
-        try:
-            version = write(path, holder, version)
-        except ChangedError:
-            return None  # somebody else was faster, or its holder lives
-        except OSError:
-            GIVEN_BACK.add(holder.token)
-            raise
-        return cls(path, holder, version, before)
+        for _ in range(ATTEMPTS):
+            found = files.read(path)
+            now = files.now(folder)
+            number, before, version = int(now * 1000), None, None
+            if found is not None:
+                before, version = holder_of(*found), found[1].version
+                number = max(before.number + 1, number)
+                if before.token in GIVEN_BACK:
+                    before = None
+                elif not is_stale(before, found[1], now, timeout_s):
+                    return None
+            holder = this_process(worker_id, timeout_s, number=number, now=now)
+            try:
+                return cls(path, holder, write(path, holder, version), before)
+            except ChangedError:
+                continue  # somebody else was faster, or a process that was killed at this is undone
+            except OSError:
+                GIVEN_BACK.add(holder.token)
+                raise
+        return None
 
     @spent_on("leases")
     def verify(self) -> None:

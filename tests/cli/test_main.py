@@ -201,7 +201,7 @@ def test_export_lists_only_what_shapes_an_export(capsys: pytest.CaptureFixture[s
     flags = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert flags == {
         *("--help", "--work_dir", "--output_dir", "--format", "--max_part_bytes", "--out"),
-        "--test_fraction",
+        *("--test_fraction", "--round"),
     }
 
 

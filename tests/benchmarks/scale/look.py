@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from stream_engine.config import STAGES, RunConfig
+from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rounds import StageInputs
 from stream_engine.run_dir.run_json import open_run
@@ -59,7 +60,17 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
 def commands(run_dir: RunDir, rounds: int) -> Figures:
     """Medians of interleaved rounds."""
     root = str(run_dir.root)
-    asked = {"--help": ["--help"], "status": ["status", root], "inspect": ["inspect", "12", root]}
+    models = [
+        flag
+        for role in ("instruct", "reward")
+        for flag in (f"--{role}_model_path", str(checkpoint_path(role)))
+    ]
+    asked = {
+        "--help": ["--help"],
+        "status": ["status", root],
+        "inspect": ["inspect", "12", root],
+        "plan": ["plan", "--work_dir", root, "--device", "cpu", *models],
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
     for _ in range(rounds):
         for name, words in asked.items():
