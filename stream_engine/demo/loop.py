@@ -16,7 +16,6 @@ import copy
 import io
 import random
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -131,7 +130,6 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.98))
     rng = random.Random(settings.seed)
     gains: list[float] = []
-    recent: deque[float] = deque(maxlen=RECENT_STEPS)
     model.train()
     for step in range(settings.steps):
         batch = rng.sample(pairs, min(BATCH_SIZE, len(pairs)))
@@ -143,14 +141,14 @@ def train(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         gains.append(gain)
-        recent.append(gain)
+        recent = statistics.fmean(gains[-RECENT_STEPS:])
         is_spent = settings.stop_drop is not None and (
-            len(recent) == RECENT_STEPS and statistics.fmean(recent) <= -settings.stop_drop
+            len(gains) >= RECENT_STEPS and recent <= -settings.stop_drop
         )
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == settings.steps or is_spent:
             say(f"step {step + 1}/{settings.steps}: loss {loss.item():.3f}")
         if is_spent:
-            say(f"stopped: the chosen answers have lost {-statistics.fmean(recent):.3f} per token")
+            say(f"stopped: the chosen answers have lost {-recent:.3f} per token")
             break
     model.eval()
     return gains

@@ -141,7 +141,7 @@ def within_round(
     part = as_far_as_before(config, before)
     if config.questions is None:
         return part
-    taken = sum(shard.num_samples for shard in manifest.slim[first_shard:])
+    taken = manifest.num_samples_from(first_shard)
     resumed = sum(shard.num_samples for shard in manifest.unfinished_shards(source))
     if (left := config.questions - taken + resumed) > 0:
         return dataclasses.replace(part, questions=left)

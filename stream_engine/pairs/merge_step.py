@@ -118,13 +118,5 @@ def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, Version]:
 
 def wait_for_lease(state: RunState, config: RunConfig, worker: str) -> Lease:
     """The merge lease; whoever has to wait for it finds the work done."""
-    while True:
-        lease = Lease.acquire(
-            state.run_dir.leases_dir,
-            "merge",
-            worker_id=worker,
-            timeout_s=config.lease_timeout_s,
-        )
-        if lease is not None:
-            return lease
-        time.sleep(POLL_S)
+    folder, timeout_s = state.run_dir.leases_dir, config.lease_timeout_s
+    return Lease.wait_for(folder, "merge", worker_id=worker, timeout_s=timeout_s)

@@ -46,7 +46,7 @@ from stream_engine.pairs.pair_output import PairOutput
 from stream_engine.pairs.rankings import kept_ranking, ranking_settings
 from stream_engine.pairs.reuse import Origins, find
 from stream_engine.pairs.rounds import configs_of_rounds, told_of_rounds
-from stream_engine.pairs.rows import Chunk, RowsOrder, written_pairs
+from stream_engine.pairs.rows import Chunk, RowsOrder, WrittenPair, written_pairs
 from stream_engine.pairs.statistics import RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import ShardInfo
@@ -273,9 +273,10 @@ def keep_parts(
 
 
 class ShardRows(NamedTuple):
-    """A shard whose rows are written, and the origin of its rows in each split."""
+    """A shard, its pairs that are written, and the origin of its rows in each split."""
 
-    order: RowsOrder
+    number: int
+    written: list[WrittenPair]
     origins: dict[Split, str]
 
 
@@ -299,7 +300,7 @@ def write_pairs(
                 continue
             written = list(written_pairs(order, config.test_fraction))
             origins.add(order, written)
-            label = ShardRows(order, dict(origins.of))
+            label = ShardRows(order.info.index, written, dict(origins.of))
             if any(output.example is None for output in outputs):
                 yield label, msgspec.structs.replace(order, wants_example=True)
                 continue
@@ -313,18 +314,18 @@ def write_pairs(
             else:
                 yield label, msgspec.structs.replace(order, there=there)
 
-    for (order, origins), chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
-        written = iter(written_pairs(order, config.test_fraction))
+    for shard, chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
+        left = iter(shard.written)
         for _, chunk in chunks:
             assert isinstance(chunk, Chunk)
-            pairs = list(islice(written, chunk.num_pairs))
+            pairs = list(islice(left, chunk.num_pairs))
             if len(pairs) < chunk.num_pairs:
-                raise ConservationError(f"shard {order.info.index}: a pair was written twice")
+                raise ConservationError(f"shard {shard.number}: a pair was written twice")
             for output in outputs:
-                output.take(chunk, pairs, origins)
+                output.take(chunk, pairs, shard.origins)
             debug.write(chunk.debug)
-        if next(written, None) is not None:
-            raise ConservationError(f"shard {order.info.index}: a pair was not written")
+        if next(left, None) is not None:
+            raise ConservationError(f"shard {shard.number}: a pair was not written")
     return all_dropped
 
 

@@ -11,6 +11,7 @@ from stream_engine.errors import ConfigError
 from stream_engine.records import SampleRewards, SampleRollouts, ShardInfo
 from stream_engine.run_dir.rankings import ranking_line
 from stream_engine.run_dir.results import quarantined_by, read_results
+from stream_engine.run_dir.rounds import answering_model
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState
@@ -110,10 +111,9 @@ def inspect_sample(state: RunState, info: ShardInfo, key: str) -> Iterator[str]:
 def round_lines(state: RunState, index: int) -> Iterator[str]:
     """Which round a shard is of, and who answers in it, in a run of several."""
     if state.fingerprints.at_hand > 1:
-        run_file = read_run_file(state.run_dir)
         number = state.fingerprints.round_of(index)
-        settings = [*(one.settings for one in run_file.rounds), run_file.settings][number - 1]
-        yield f"round     {number}, answers of {settings['instruct_model_path']}"
+        settings = read_run_file(state.run_dir).every_round[number - 1].settings
+        yield f"round     {number}, answers of {answering_model(settings)}"
 
 
 def rerun_command(state: RunState, index: int) -> str:

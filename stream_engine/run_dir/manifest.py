@@ -314,6 +314,10 @@ class Manifest:
         """The shards of a source that were written since it was last read to its end."""
         return self.shards.at(self._unfinished.get(source, []))
 
+    def num_samples_from(self, first_shard: int) -> int:
+        """Samples of the shards from this one on."""
+        return sum(shard.num_samples for shard in self.slim[first_shard:])
+
     def append_shard(self, shard: ShardInfo, *, source: str = "") -> None:
         """Add the line of a shard whose tar is in place."""
         assert shard.index == len(self.shards), f"{shard.index} after {len(self.shards)} shards"

@@ -7,7 +7,6 @@ or failed for good (and may be retried later, with that round's models).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,6 @@ from stream_engine.run_dir.run_json import (
 from stream_engine.run_dir.state import RunState
 from stream_engine.store.leases import Lease
 
-POLL_S = 0.2
 OF_ALL_ROUNDS = ("pipeline_name", "pipeline_options", "seed")
 """What ranking goes by, besides settings that may change at any time."""
 
@@ -49,7 +47,9 @@ def next_round(
     Raises:
         ConfigError: when the round at hand is not finished, or the number is of another one.
     """
-    with ingest_lease(state, config, worker):
+    folder, timeout_s = state.run_dir.leases_dir, config.lease_timeout_s
+    # That of whoever reads, so that no shard is cut while a round begins.
+    with Lease.wait_for(folder, "ingest", worker_id=worker, timeout_s=timeout_s):
 
         def begun(run_file: RunFile | None) -> RunFile:
             assert run_file is not None, "the run was opened before"
@@ -60,20 +60,6 @@ def next_round(
             return with_next(state, run_file, kept_settings(config), stages)
 
         return change(state.run_dir, begun).fingerprints.at_hand
-
-
-def ingest_lease(state: RunState, config: RunConfig, worker: str) -> Lease:
-    """The lease of whoever reads, so that no shard is cut while a round begins."""
-    while True:
-        lease = Lease.acquire(
-            state.run_dir.leases_dir,
-            "ingest",
-            worker_id=worker,
-            timeout_s=config.lease_timeout_s,
-        )
-        if lease is not None:
-            return lease
-        time.sleep(POLL_S)
 
 
 def is_begun(run_file: RunFile, stages: Mapping[Stage, StageInputs], number: int | None) -> bool:

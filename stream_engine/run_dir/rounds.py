@@ -115,6 +115,11 @@ def fingerprints_of(stages: Mapping[Stage, StageInputs]) -> dict[Stage, str]:
     return {stage: inputs.fingerprint for stage, inputs in stages.items()}
 
 
+def answering_model(settings: Mapping[str, Any]) -> str:
+    """Who answers under these settings: a path, a server's address, or "" where neither is told."""
+    return settings.get("sampler") or settings["instruct_model_path"] or ""
+
+
 def config_of_round(rounds: Sequence[Round], number: int, config: RunConfig) -> RunConfig:
     """The settings by which a round's shards are done, and its pairs told of.
 

@@ -78,6 +78,11 @@ class RunFile(msgspec.Struct, kw_only=True):
         earlier = [(one.first_shard, one.fingerprints) for one in self.rounds]
         return Fingerprints(fingerprints_of(self.stages), earlier, self.first_shard)
 
+    @property
+    def every_round(self) -> list[Round | RunFile]:
+        """What is kept of each round, in order; the file itself is of the last one."""
+        return [*self.rounds, self]
+
     def config(self) -> RunConfig:
         """The settings as a RunConfig again."""
         return RunConfig.create(self.settings)
@@ -312,7 +317,7 @@ def note_engines(
     def noted(run_file: RunFile | None) -> RunFile:
         assert run_file is not None, "the run was opened before"
         place = -1 if number is None else number - 1
-        rounds: list[Any] = [*run_file.rounds, run_file]
+        rounds: list[Any] = run_file.every_round
         known = rounds[place].engines
         all_of_them = dict(known)
         for role, said in engines.items():

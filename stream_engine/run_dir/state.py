@@ -176,7 +176,7 @@ class RunState:
 
     def unsettled(self, stages: Sequence[Stage]) -> dict[int, Shard]:
         """The shards with something left to do at these stages, by their index."""
-        left = (shard for stage in stages for shard in self._missing[stage].values())
+        left = (self.shards[index] for index in sorted(self.missing(stages)))
         return {shard.index: shard for shard in left if not self.is_failed(shard)}
 
     def missing(self, stages: Sequence[Stage]) -> set[int]:

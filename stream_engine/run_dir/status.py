@@ -19,6 +19,7 @@ from stream_engine.records import Failure
 from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
+from stream_engine.run_dir.rounds import answering_model
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.run_dir.served import ServerUse, servers_of
@@ -180,9 +181,7 @@ def rounds_of(state: RunState) -> Iterator[RoundStatus]:
     if len(numbers) < 2:
         return
     told = {one["round"]: one["pairs"] for one in read_stats(state.run_dir).get("rounds", [])}
-    run_file = read_run_file(state.run_dir)
-    every_round: list[Any] = [*run_file.rounds, run_file]
-    for number, one in zip(numbers, every_round):
+    for number, one in zip(numbers, read_run_file(state.run_dir).every_round):
         shards = [state.shards[i] for i in state.fingerprints.shards_of(number, len(state.shards))]
         headers = [h for stage in STAGES for shard in shards if (h := state.header(stage, shard))]
         total = sum(shard.num_samples for shard in shards)
@@ -190,7 +189,7 @@ def rounds_of(state: RunState) -> Iterator[RoundStatus]:
         aside = sum(h.num_quarantined for h in headers)
         yield RoundStatus(
             round=number,
-            instruct_model=one.settings.get("sampler") or one.settings["instruct_model_path"] or "",
+            instruct_model=answering_model(one.settings),
             samples=SampleCounts(total, done, aside, total - done - aside),
             failed_shards=sum(map(state.is_failed, shards)),
             pairs=told.get(number, 0),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,6 +32,7 @@ BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
 ATTEMPTS = 3
 """To take a lease whose file changes meanwhile; whoever won it is found holding it."""
+POLL_S = 0.2
 MANY_LEASES = 64
 BEATING_S = 10.0
 """Where there are many leases, one that was renewed so lately is taken for held without a look."""
@@ -129,6 +131,15 @@ class Lease:
                 GIVEN_BACK.add(holder.token)
                 raise
         return None
+
+    @classmethod
+    def wait_for(cls, folder: Location, name: str, *, worker_id: str, timeout_s: float) -> Lease:
+        """Take the lease as soon as it is free or stale, however long that takes."""
+        while True:
+            lease = cls.acquire(folder, name, worker_id=worker_id, timeout_s=timeout_s)
+            if lease is not None:
+                return lease
+            time.sleep(POLL_S)
 
     @spent_on("leases")
     def verify(self) -> None:

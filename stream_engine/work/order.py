@@ -22,28 +22,21 @@ def in_order(state: RunState, stages: Sequence[Stage], shards: range, rank: Rank
     same. What comes later is looked for only when it is asked for: of ten thousand shards a worker
     of a thousand has ten of its own.
     """
-    total = max(1, len(state.shards))
-    size = max(1, rank.num_workers)
+    total, size = max(1, len(state.shards)), max(1, rank.num_workers)
     mine = rank.worker % size
     start = mine * total // size
-    deadly = {index: failure.num_deaths for index, failure in state.failures.items()}
-    deadly = {index: number for index, number in deadly.items() if number}
-    first = shards.start + (mine - shards.start) % size
-    for index in range(first, shards.stop, size):
-        if index not in deadly and state.is_left(stages, index):
-            yield index
-    others = [
-        index
-        for index in state.missing(stages)
-        if index in shards
-        and index not in deadly
-        and index % size != mine
-        and state.is_left(stages, index)
-    ]
-    yield from sorted(others, key=lambda index: (index - start) % total)
+    deadly = {i: failure.num_deaths for i, failure in state.failures.items() if failure.num_deaths}
+    own = range(shards.start + (mine - shards.start) % size, shards.stop, size)
+
+    def is_left(index: int) -> bool:
+        return index in shards and state.is_left(stages, index)
+
+    yield from (index for index in own if index not in deadly and is_left(index))
+    others = state.missing(stages).difference(own, deadly)
+    yield from sorted(filter(is_left, others), key=lambda index: (index - start) % total)
 
     def place(index: int) -> tuple[int, bool, int]:
-        own = index % size == mine
-        return deadly[index], not own, index if own else (index - start) % total
+        is_mine = index in own
+        return deadly[index], not is_mine, index if is_mine else (index - start) % total
 
-    yield from sorted((i for i in deadly if i in shards and state.is_left(stages, i)), key=place)
+    yield from sorted(filter(is_left, deadly), key=place)

@@ -139,8 +139,7 @@ class InputQueue:
         if self.settings.questions is None:
             return False
         first = self.state.fingerprints.first_shard
-        taken = sum(shard.num_samples for shard in self.state.manifest.slim[first:])
-        return taken >= self.settings.questions
+        return self.state.manifest.num_samples_from(first) >= self.settings.questions
 
     def is_half_read(self, source: str) -> bool:
         """Whether a reading of an input was interrupted, or it is to be read again."""

@@ -202,7 +202,7 @@ def check_questions(state: RunState, config: RunConfig) -> None:
         ConfigError: when they had none for a round that was begun.
     """
     number, first = state.fingerprints.at_hand, state.fingerprints.first_shard
-    taken = sum(shard.num_samples for shard in state.shards[first:])
+    taken = state.manifest.num_samples_from(first)
     if number > 1 and not taken:
         raise ConfigError(
             f"round {number} has no questions: the inputs hold none that the run has not got. The "

@@ -58,6 +58,15 @@ def play(config: RunConfig, number: int) -> RunReport:
     return run(config, show_progress=False)
 
 
+def two_rounds(tmp_path: Path) -> RunConfig:
+    """A run with two rounds that are finished; the settings of the second."""
+    first = config_of(tmp_path)
+    play(first, 1)
+    second = dataclasses.replace(first, temperature=0.1)
+    play(second, 2)
+    return second
+
+
 def rows_of(dataset: Path) -> list[dict[str, object]]:
     return pq.read_table(rows_file(dataset)).to_pylist()
 
@@ -92,10 +101,7 @@ def test_each_round_takes_the_next_questions_and_leaves_the_pairs_of_others_as_t
 def test_a_round_that_is_asked_for_again_goes_on_and_a_finished_one_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = config_of(tmp_path)
-    play(first, 1)
-    second = dataclasses.replace(first, temperature=0.1)
-    play(second, 2)
+    second = two_rounds(tmp_path)
     before = file_states(tmp_path / "run/results")
     CALLS.clear()
     with monkeypatch.context() as patched:
@@ -103,7 +109,7 @@ def test_a_round_that_is_asked_for_again_goes_on_and_a_finished_one_is_left_as_i
         report = play(second, 2)
     assert (CALLS.total(), report.shards_done_here, report.merged_here) == (0, 0, False)
     assert begin_round(second) == 2  # the one at hand has these very settings
-    assert begin_round(dataclasses.replace(first, temperature=0.2)) == 3
+    assert begin_round(dataclasses.replace(second, temperature=0.2)) == 3
     assert file_states(tmp_path / "run/results") == before
 
 
@@ -160,10 +166,7 @@ def test_what_failed_in_an_earlier_round_is_done_again_by_its_own_settings(
 ) -> None:
     """Both a record that was set aside and a result that was damaged since."""
     write_questions(tmp_path / "questions.jsonl", ["aside at first", *TWENTY])
-    first = config_of(tmp_path)
-    play(first, 1)
-    second = dataclasses.replace(first, temperature=0.1)
-    play(second, 2)
+    second = two_rounds(tmp_path)
     run_dir = RunDir(tmp_path / "run")
     rewards = Path(str(run_dir.result("rewards", 1)))
     content = rewards.read_bytes()
@@ -187,10 +190,7 @@ def test_what_failed_in_an_earlier_round_is_done_again_by_its_own_settings(
 
 
 def test_a_worker_leaves_the_shards_of_other_rounds_alone(tmp_path: Path) -> None:
-    first = config_of(tmp_path)
-    play(first, 1)
-    second = dataclasses.replace(first, temperature=0.1)
-    play(second, 2)
+    second = two_rounds(tmp_path)
     run_dir = RunDir(tmp_path / "run")
     for stage in ("rollouts", "rewards"):
         Path(str(run_dir.result(stage, 0))).unlink()
@@ -208,10 +208,7 @@ def test_an_earlier_round_whose_model_has_changed_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_questions(tmp_path / "questions.jsonl", ["aside at first", *TWENTY])
-    first = config_of(tmp_path)
-    play(first, 1)
-    second = dataclasses.replace(first, temperature=0.1)
-    play(second, 2)
+    second = two_rounds(tmp_path)
     run_dir = RunDir(tmp_path / "run")
     state = RunState(run_dir, read_run_file(run_dir).fingerprints, max_shard_retries=2)
     requeue(state, worker="test", timeout_s=60.0)
@@ -222,10 +219,7 @@ def test_an_earlier_round_whose_model_has_changed_is_refused_by_name(
 
 
 def test_appended_questions_belong_to_the_round_at_hand(tmp_path: Path) -> None:
-    first = config_of(tmp_path)
-    play(first, 1)
-    second = dataclasses.replace(first, temperature=0.1)
-    play(second, 2)
+    two_rounds(tmp_path)
     more = write_questions(tmp_path / "more.jsonl", ["and what is more", "and more"], first_id=50)
     report = api.append(tmp_path / "run", [str(more)], show_progress=False)
     assert report.samples_added_here == 2
