@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from stream_engine.run_dir.run_json import open_run
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.stage_inputs import stage_inputs
 from tests.benchmarks.harness import environment
+from tests.benchmarks.scale.measuring import memory_of
 from tests.models.writers_llava import Shape, random_weights, write_original
 
 COPIES = {"one load": 1, "three loads": 3}
@@ -101,10 +103,7 @@ def loaded(work_dir: Path, instruct: Path, *judges: Path) -> dict[str, float]:
 
 
 def resident_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no VmRSS in /proc/self/status")
+    return memory_of(os.getpid())[0] / 2**20
 
 
 if __name__ == "__main__":

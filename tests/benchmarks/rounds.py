@@ -12,8 +12,8 @@ dpo_reward, 300 questions, 160 steps, seed 0; 1.74 before: one round 0.29; four 
 0.25, 0.22 against the newest model, and 0.38, 0.30, 0.41, 0.82 against the demo's instruct model,
 by which 0.73 and 0.69 of the last rounds' pairs are right.
 
-An arm that the file has is not done again,
-and one that was interrupted goes on in its folder: pairs and models are made once.
+An arm that the file has is not done again, and one that was interrupted goes on in its folder:
+pairs and models are made once.
 """
 
 from __future__ import annotations
