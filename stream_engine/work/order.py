@@ -6,13 +6,25 @@ from collections.abc import Iterator, Sequence
 
 from stream_engine.config import Stage
 from stream_engine.ranks import Rank
-from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.state import RunState, Shard
+
+MANY_DONE = 16
+"""So many shards that others have done since a worker looked are worth another look at all."""
 
 
 def is_own(index: int, rank: Rank) -> bool:
     """Whether a shard is of those that this rank's worker begins with."""
     size = max(1, rank.num_workers)
     return index % size == rank.worker % size
+
+
+def is_takeable(state: RunState, stages: Sequence[Stage], shard: Shard) -> bool:
+    """Whether something of these stages is left to do, and may be done now."""
+    return (
+        not state.is_settled(stages, shard)
+        and state.wait_s(shard) == 0
+        and (stages[0] == "rollouts" or state.is_complete("rollouts", shard))
+    )
 
 
 def in_order(state: RunState, stages: Sequence[Stage], shards: range, rank: Rank) -> Iterator[int]:

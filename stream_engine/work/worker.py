@@ -34,7 +34,7 @@ from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
-from stream_engine.work.order import in_order, is_own
+from stream_engine.work.order import MANY_DONE, in_order, is_own, is_takeable
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.reading import InputQueue
@@ -199,15 +199,18 @@ class Worker:
     def take(self) -> tuple[tuple[Stage, ...], Shard, Lease] | None:
         """Lease a shard with work left."""
         others = [stages for stages in self.passes if stages != self.current_pass]
-        held = self.state.holders()
+        held, num_done = self.state.holders(), 0
         for stages in (self.current_pass, *others) if self.passes else ():
             for index in in_order(self.state, stages, self.shards, self.rank):
                 shard = self.state.shards[index]
-                if shard.index in held or not self.is_takeable(stages, shard):
+                if shard.index in held or not is_takeable(self.state, stages, shard):
                     continue
                 if not is_own(shard.index, self.rank):  # its worker may have done it meanwhile
                     self.state.refresh_shard(shard)
-                is_left = self.is_takeable(stages, shard)
+                is_left = is_takeable(self.state, stages, shard)
+                num_done += not is_left
+                if num_done == MANY_DONE:  # so much has changed that to look at all is less work
+                    self.state.refresh(only_missing=True)
                 lease = self.lease(shard_lease(shard.index)) if is_left else None
                 if lease is None:
                     continue
@@ -268,14 +271,6 @@ class Worker:
             self.engines.one_at_a_time = True
             self.passes = tuple((stage,) for stages in self.passes for stage in stages)
             self.current_pass = self.passes[0] if self.passes else ()
-
-    def is_takeable(self, stages: tuple[Stage, ...], shard: Shard) -> bool:
-        state = self.state
-        return (
-            not state.is_settled(stages, shard)
-            and state.wait_s(shard) == 0
-            and (stages[0] == "rollouts" or state.is_complete("rollouts", shard))
-        )
 
     def do(self, stages: tuple[Stage, ...], shard: Shard, lease: Lease) -> bool:
         """Do what is left of a shard under its lease; returns whether it is done now."""

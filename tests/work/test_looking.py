@@ -12,7 +12,7 @@ from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.failures import ShardFailure, write_failure
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.state import RunState, shard_lease
+from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store import files
 from stream_engine.store.base import Entry
 from stream_engine.store.leases import Lease
@@ -145,3 +145,31 @@ def test_where_few_are_left_only_their_files_are_asked_for(
     monkeypatch.setattr("stream_engine.run_dir.state.FEW_LEFT", 0)
     with pytest.raises(AssertionError, match="listed"):
         state.refresh(only_missing=True)
+
+
+def test_what_others_have_done_is_not_looked_at_one_by_one(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that had done its own asked for the files of thousands that were done by now."""
+    monkeypatch.setattr("stream_engine.work.worker.MANY_DONE", 4)
+    folder = Path(str(RunDir(config.work_dir).results_dir("rewards")))
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in kept:
+        path.unlink()
+    worker = worker_of(config, 0, NUM_SHARDS)
+    worker.current_pass = STAGES
+    assert len(worker.state.missing(STAGES)) == NUM_SHARDS
+    for path, content in kept.items():
+        path.write_bytes(content)
+    worker.state.refresh_shard(worker.state.shards[0])
+    looked: list[int] = []
+    look = RunState.refresh_shard
+
+    def noted(self: RunState, shard: Shard) -> None:
+        looked.append(shard.index)
+        look(self, shard)
+
+    monkeypatch.setattr(RunState, "refresh_shard", noted)
+    assert worker.take() is None
+    assert looked == [1, 2, 3, 4]
+    assert not worker.state.missing(STAGES)

@@ -128,7 +128,7 @@ class Cluster:
     def run(self) -> None:
         """Start all, kill one now and then, and wait for the end."""
         rng, arguments = random.Random("deaths"), self.arguments
-        self.started = time.monotonic()
+        self.started, begun_at = time.monotonic(), time.time()
         for number in range(arguments.hosts):
             self.start(number)
         next_death = time.monotonic() + (arguments.death_every_s or float("inf"))
@@ -141,7 +141,7 @@ class Cluster:
                 next_memory = time.monotonic() + MEMORY_S
             for number in [n for n, host in self.hosts.items() if not host.is_alive()]:
                 self.leave(number)
-            if self.hosts and time.monotonic() > next_death:
+            if self.hosts and time.monotonic() > next_death and self.is_work_left():
                 number = rng.choice(list(self.hosts))
                 os.kill(self.hosts[number].pid, signal.SIGKILL)
                 self.num_killed += 1
@@ -149,6 +149,12 @@ class Cluster:
                 self.start(number)
                 next_death = time.monotonic() + arguments.death_every_s
         self.wall_s = time.monotonic() - self.started
+        results = Path(str(self.run_dir.results_dir("rewards"))).glob("*.msgpack")
+        self.last_result_s = max(path.stat().st_mtime for path in results) - begun_at
+
+    def is_work_left(self) -> bool:
+        """Whether a shard was not answered yet: nobody is killed who only waits for the others."""
+        return len(set(SleepPipeline.finished.read_text().split())) < self.arguments.shards
 
     def start(self, number: int) -> None:
         self.hosts[number] = context.Process(target=self.host, args=(number,))
@@ -216,6 +222,7 @@ class Cluster:
             "samples_twice_in_results": len(keys) - len(set(keys)),
             "shards_sampled_more_than_once_to_the_end": sum(n > 1 for n in finished.values()),
             "seconds_of_a_shard": arguments.seconds,
+            "last_result_s": round(self.last_result_s, 1),
             "wall_s": round(self.wall_s, 1),
             "least_wall_s": round(useful_s / arguments.workers, 1),
             "share_of_worker_time_in_shards": round(useful_s / self.alive_s, 3),
