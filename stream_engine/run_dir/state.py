@@ -27,6 +27,7 @@ from stream_engine.timing import spent_on
 logger = logging.getLogger(__name__)
 
 SHARD_LEASE = "shard-"
+LONGEST_AGE_S = 60.0
 FEW_LEFT = 32
 SHARDS_PER_FEW = 256
 """Files are asked for by name when they are at most one in so many, and at most `FEW_LEFT`."""
@@ -72,11 +73,13 @@ class RunState:
         """Look at the files again, unless that was done within `max_age_s`.
 
         Where looking is slow (many shards, a network file system) that age is stretched, so that a
-        worker spends at most a twentieth of its time here. With `max_age_s` or `only_missing`
-        results that were complete are not looked at: nobody but `retry-failed` takes one away.
+        worker spends at most a twentieth of its time here; but it looks once a minute. With
+        `max_age_s` or `only_missing` results that were complete are not looked at: nobody but
+        `retry-failed` takes one away.
         """
         started = time.monotonic()
-        if max_age_s and started - self._refreshed < max(max_age_s, 20 * self._refresh_cost_s):
+        slow_s = min(20 * self._refresh_cost_s, LONGEST_AGE_S)
+        if max_age_s and started - self._refreshed < max(max_age_s, slow_s):
             return self
         only_missing = only_missing or max_age_s > 0
         self._refresh_manifest()
@@ -189,6 +192,10 @@ class RunState:
         is_missing = any(name in self._missing[stage] for stage in stages)
         return is_missing and not self.is_failed(self.shards[index])
 
+    def asks_by_name(self, num_files: int) -> bool:
+        """Whether so many files of a folder are few of many: asked for one by one, not listed."""
+        return num_files <= min(FEW_LEFT, len(self.shards) // SHARDS_PER_FEW)
+
     def num_rejected(self) -> int:
         """Records that ingest rejected, over all inputs."""
         return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
@@ -266,7 +273,7 @@ class RunState:
 
     def _look_for(self, folder: Location, names: Collection[str]) -> list[Entry]:
         """Those of these files that there are: one by one where they are few of many."""
-        if len(names) > min(FEW_LEFT, len(self.shards) // SHARDS_PER_FEW):
+        if not self.asks_by_name(len(names)):
             return files.list_files(folder, wanted=names.__contains__)
         found = (files.stat(folder / name) for name in sorted(names))
         return [entry for entry in found if entry is not None]

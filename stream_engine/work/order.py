@@ -1,13 +1,23 @@
-"""In which order a worker takes shards: its own, those of others, and deadly ones last."""
+"""In which order a worker takes shards, and how long it waits when it may take none.
+
+Its own come first, then those of others, and deadly ones last.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stream_engine.config import Stage
+from stream_engine.config import STAGES, Stage
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.state import RunState, Shard
 
+IDLE_S = 0.25
+"""How long a worker waits that finds nothing to do."""
+LONGEST_IDLE_S = 60.0
+MANY_WORKERS = 16
+MANY_SHARDS = 1000
+"""Of more workers each waits longer, and where folders of more shards have to be listed, so that
+all of them together have no more names listed a second."""
 MANY_DONE = 16
 """So many shards that others have done since a worker looked are worth another look at all."""
 
@@ -16,6 +26,14 @@ def is_own(index: int, rank: Rank) -> bool:
     """Whether a shard is of those that this rank's worker begins with."""
     size = max(1, rank.num_workers)
     return index % size == rank.worker % size
+
+
+def idle_s(state: RunState, rank: Rank) -> float:
+    """Seconds until a worker that found nothing to do looks again."""
+    longer = rank.num_workers / MANY_WORKERS
+    if not state.asks_by_name(len(state.missing(STAGES))):
+        longer *= max(1.0, len(state.shards) / MANY_SHARDS)
+    return min(IDLE_S * max(1.0, longer), LONGEST_IDLE_S)
 
 
 def is_takeable(state: RunState, stages: Sequence[Stage], shard: Shard) -> bool:

@@ -34,7 +34,7 @@ from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
-from stream_engine.work.order import MANY_DONE, in_order, is_own, is_takeable
+from stream_engine.work.order import MANY_DONE, idle_s, in_order, is_own, is_takeable
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.reading import InputQueue
@@ -45,10 +45,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-IDLE_S = 0.25
-"""How long a worker waits that finds nothing to do: of more than MANY_WORKERS each waits longer, so
-that all of them together ask no more often."""
-MANY_WORKERS = 16
 REFRESH_S = 1.0
 TROUBLE_WAIT_S = 1.0
 TROUBLE_PATIENCE_S = 300.0
@@ -107,7 +103,6 @@ class Worker:
             self.state, self.fingerprints, self.settings, worker=rank.worker_id
         )
         self.trouble_since: float | None = None
-        self.idle_s = IDLE_S * max(1.0, rank.num_workers / MANY_WORKERS)
         self.reserved: tuple[tuple[Stage, ...], Shard, Lease] | None = None
 
     def work(self, *, read_input: bool = True, do_shards: bool = True) -> int:
@@ -149,7 +144,7 @@ class Worker:
                 if is_ingested and (self.is_settled() or not do_shards):
                     return num_mine
                 self.show("waiting for other workers")
-                time.sleep(self.idle_s)
+                time.sleep(idle_s(self.state, self.rank))
 
     def look(self, num_idle: int) -> None:
         """See how the run stands; at everything, before it is believed that nothing is left."""
@@ -157,7 +152,8 @@ class Worker:
         if num_idle == 1:
             self.state.refresh(only_missing=True)
         else:
-            self.state.refresh(max_age_s=self.idle_s if num_idle else REFRESH_S)
+            age_s = idle_s(self.state, self.rank) if num_idle else REFRESH_S
+            self.state.refresh(max_age_s=age_s)
         if num_idle and not was_settled and self.is_settled():
             self.state.refresh()
 

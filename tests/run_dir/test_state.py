@@ -21,7 +21,7 @@ from stream_engine.run_dir.state import RunState, shard_lease
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, all_names
 from stream_engine.store.leases import Lease, LeaseInfo, list_leases
-from stream_engine.work import worker
+from stream_engine.work import order, worker
 from stream_engine.work.runner import run
 from stream_engine.work.worker import Worker
 from tests.conftest import write_questions
@@ -154,7 +154,7 @@ def test_a_waiting_worker_spends_little_time_on_looking(
 
     monkeypatch.setattr(run_state, "list_leases", slow_list)
     monkeypatch.setattr(Worker, "show", wait)
-    monkeypatch.setattr(worker, "IDLE_S", 0.05)
+    monkeypatch.setattr(order, "IDLE_S", 0.05)
     assert run(config, show_progress=False).exit_status == 0
     assert num_waits >= 20
 

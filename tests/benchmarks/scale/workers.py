@@ -29,13 +29,14 @@ from typing import Any
 from stream_engine.config import STAGES, RunConfig, Stage
 from stream_engine.ranks import Rank
 from stream_engine.records import Failure, PromptDigest, Sample, SampleRollouts
-from stream_engine.run_dir import headers
+from stream_engine.run_dir import headers, state
 from stream_engine.run_dir.manifest import InputInfo, Manifest
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.results import RECORD_TYPES, read_results
+from stream_engine.run_dir.results import RECORD_TYPES, ResultHeader, read_results
 from stream_engine.run_dir.shards import write_shard
 from stream_engine.run_dir.state import RunState
 from stream_engine.run_dir.status import collect
+from stream_engine.store.base import Entry
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.worker import Worker
 from tests.benchmarks.scale.calls import CALLS, count_calls
@@ -173,7 +174,7 @@ class Cluster:
         """Some workers, each a thread."""
         logging.basicConfig(level=logging.ERROR)
         count_calls(self.add)
-        headers.decoded = lru_cache(4)(headers.decoded)  # memory of one host, not of fifty
+        share_headers()
         first = number * self.num_threads
         threads = [
             threading.Thread(target=self.work, args=(first + i,)) for i in range(self.num_threads)
@@ -232,6 +233,21 @@ class Cluster:
             "calls_a_second": {name: round(n / self.wall_s, 1) for name, n in counts.items()},
             "calls_a_shard": {name: round(n / arguments.shards, 1) for name, n in counts.items()},
         }
+
+
+def share_headers() -> None:
+    """Keep what a host's workers read of a result once: the memory of one worker, not of fifty.
+
+    Each of them reads the files all the same.
+    """
+    headers.decoded = lru_cache(4)(headers.decoded)
+    read, known = state.read_header, {}
+
+    def read_header(entry: Entry) -> ResultHeader:
+        header = read(entry)
+        return known.setdefault((entry.path, entry.version), header)
+
+    state.read_header = read_header
 
 
 def result_keys(run_dir: RunDir, stage: Stage) -> Iterator[str]:
