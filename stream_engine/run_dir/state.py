@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import inf
 
 from stream_engine.config import STAGES, Stage
 from stream_engine.errors import ShardReadError
@@ -27,7 +28,6 @@ from stream_engine.timing import spent_on
 logger = logging.getLogger(__name__)
 
 SHARD_LEASE = "shard-"
-LONGEST_AGE_S = 60.0
 FEW_LEFT = 32
 SHARDS_PER_FEW = 256
 """Files are asked for by name when they are at most one in so many, and at most `FEW_LEFT`."""
@@ -69,16 +69,18 @@ class RunState:
         self._refresh_cost_s = 0.0
 
     @spent_on("looking")
-    def refresh(self, *, max_age_s: float = 0.0, only_missing: bool = False) -> RunState:
+    def refresh(
+        self, *, max_age_s: float = 0.0, longest_age_s: float = inf, only_missing: bool = False
+    ) -> RunState:
         """Look at the files again, unless that was done within `max_age_s`.
 
-        Where looking is slow (many shards, a network file system) that age is stretched, so that a
-        worker spends at most a twentieth of its time here; but it looks once a minute. With
+        Where looking is slow (many shards, a network file system) that age is stretched, at
+        most to `longest_age_s`, so that a worker spends at most a twentieth of its time here. With
         `max_age_s` or `only_missing` results that were complete are not looked at: nobody but
         `retry-failed` takes one away.
         """
         started = time.monotonic()
-        slow_s = min(20 * self._refresh_cost_s, LONGEST_AGE_S)
+        slow_s = min(20 * self._refresh_cost_s, longest_age_s)
         if max_age_s and started - self._refreshed < max(max_age_s, slow_s):
             return self
         only_missing = only_missing or max_age_s > 0

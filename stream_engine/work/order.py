@@ -1,4 +1,4 @@
-"""In which order a worker takes shards, and how long it waits when it may take none.
+"""In which order a worker takes shards, and how often it looks at what others have done.
 
 Its own come first, then those of others, and deadly ones last.
 """
@@ -12,12 +12,11 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.state import RunState, Shard
 
 IDLE_S = 0.25
-"""How long a worker waits that finds nothing to do."""
-LONGEST_IDLE_S = 60.0
 MANY_WORKERS = 16
 MANY_SHARDS = 1000
-"""Of more workers each waits longer, and where folders of more shards have to be listed, so that
-all of them together have no more names listed a second."""
+"""Of more workers each looks less often, and where folders of more shards have to be listed, so
+that all of them together have no more names listed a second. A worker that does its own shards
+loses nothing by that."""
 MANY_DONE = 16
 """So many shards that others have done since a worker looked are worth another look at all."""
 
@@ -28,12 +27,12 @@ def is_own(index: int, rank: Rank) -> bool:
     return index % size == rank.worker % size
 
 
-def idle_s(state: RunState, rank: Rank) -> float:
-    """Seconds until a worker that found nothing to do looks again."""
+def looks_apart_s(state: RunState, rank: Rank) -> float:
+    """Seconds between two looks of a worker that finds nothing to do."""
     longer = rank.num_workers / MANY_WORKERS
     if not state.asks_by_name(len(state.missing(STAGES))):
         longer *= max(1.0, len(state.shards) / MANY_SHARDS)
-    return min(IDLE_S * max(1.0, longer), LONGEST_IDLE_S)
+    return IDLE_S * max(1.0, longer)
 
 
 def is_takeable(state: RunState, stages: Sequence[Stage], shard: Shard) -> bool:

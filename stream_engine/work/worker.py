@@ -34,7 +34,7 @@ from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
-from stream_engine.work.order import MANY_DONE, idle_s, in_order, is_own, is_takeable
+from stream_engine.work.order import MANY_DONE, in_order, is_own, is_takeable, looks_apart_s
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.reading import InputQueue
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LONGEST_IDLE_S = 60.0
 REFRESH_S = 1.0
 TROUBLE_WAIT_S = 1.0
 TROUBLE_PATIENCE_S = 300.0
@@ -144,16 +145,19 @@ class Worker:
                 if is_ingested and (self.is_settled() or not do_shards):
                     return num_mine
                 self.show("waiting for other workers")
-                time.sleep(idle_s(self.state, self.rank))
+                time.sleep(min(looks_apart_s(self.state, self.rank), LONGEST_IDLE_S))
 
     def look(self, num_idle: int) -> None:
         """See how the run stands; at everything, before it is believed that nothing is left."""
         was_settled = num_idle > 1 and self.is_settled()
-        if num_idle == 1:
+        apart_s = looks_apart_s(self.state, self.rank)
+        if num_idle == 0:
+            self.state.refresh(max_age_s=max(REFRESH_S, apart_s))
+        elif num_idle == 1:
             self.state.refresh(only_missing=True)
         else:
-            age_s = idle_s(self.state, self.rank) if num_idle else REFRESH_S
-            self.state.refresh(max_age_s=age_s)
+            age_s = min(apart_s, LONGEST_IDLE_S)
+            self.state.refresh(max_age_s=age_s, longest_age_s=LONGEST_IDLE_S)
         if num_idle and not was_settled and self.is_settled():
             self.state.refresh()
 
