@@ -5,7 +5,8 @@
 #
 # Trains a model in rounds: the model answers the next `questions`, pairs are made of its answers, it
 # is trained on them, and the trained model answers those of the next round. Any flag of
-# `stream-engine run --help` can be given; with --demo and nothing else it runs the embedded world.
+# `stream-engine run --help` can be given, or stand in a file (--config run.yaml, without `rounds` in
+# it: their models are made here); with --demo and nothing else it runs the embedded world.
 #
 #     answer and pair    stream-engine round WORK_DIR --round 2    ──▶ work_dir/rounds/2/dataset
 #     train              train DATASET MODEL OUT                   ──▶ models/round-2
@@ -34,19 +35,41 @@ fail() {
     exit 1
 }
 
+# in_file NAME DEFAULT: a setting in the file of --config, else DEFAULT.
+config="$(value_of config "" "$@")"
+in_file() {
+    [ -n "$config" ] || { printf '%s\n' "$2" && return; }
+    "$python" - "$config" "$@" <<'END'
+import sys
+from stream_engine.cli.run_file import settings_in_file
+from stream_engine.errors import ConfigError
+
+path, name, default = sys.argv[1:]
+try:
+    value = settings_in_file(path).get(name, default)
+except ConfigError as error:
+    sys.exit(f"train_in_rounds.sh: {error}")
+print(",".join(map(str, value)) if isinstance(value, list) else value)
+END
+}
+
 demo=false
 [[ " $* " != *" --demo "* ]] || demo=true
-work_dir="$(value_of output_dir work/rounds "$@")"
+work_dir="$(in_file work_dir work/rounds)"
+work_dir="$(value_of output_dir "$work_dir" "$@")"
 work_dir="$(value_of work_dir "$work_dir" "$@")"
-first="$(value_of instruct_model_path "" "$@")"
+first="$(in_file instruct_model_path "")"
+first="$(value_of instruct_model_path "$first" "$@")"
 flags=("$@" --work_dir "$work_dir")
 if [ "$demo" = true ]; then
     first="${first:-$("$python" -c 'from stream_engine.demo import checkpoint_path as c; print(c("instruct"))')}"
     questions="${questions:-75}"
 fi
 [ -n "$first" ] || fail "give --instruct_model_path, the model to begin with"
-[ -n "$(value_of format "" "$@")" ] || flags+=(--format trl)
-questions="$(value_of questions "${questions:-4000}" "$@")"
+format="$(in_file format "")"
+[ -n "$(value_of format "$format" "$@")" ] || flags+=(--format trl)
+questions="$(in_file questions "${questions:-4000}")"
+questions="$(value_of questions "$questions" "$@")"
 models_dir="${models_dir:-$work_dir-models}"
 [[ "$models_dir" != *://* ]] || fail "set models_dir to a folder of a disk: models are trained there"
 [ "$train_on" = newest ] || [ "$train_on" = all ] || fail "train_on is newest or all, not $train_on"

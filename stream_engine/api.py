@@ -166,18 +166,21 @@ def rank(
     format: str = "ranked",
     *,
     folder: str | Location | None = None,
+    number: int | None = None,
     **output: Any,
 ) -> FormatReport:
     """Write the answers of a run, scored and ranked, without pairs; `written` counts the rows.
 
     Args:
         format: `ranked` (every question with all its answers), `trl_kto` or `trl_sft`.
+        number: the round whose answers are wanted; default: those of all.
         output: settings of the output, as `best` or `test_fraction`; default: the run's.
 
     Raises:
         ConfigError: for an unknown format or setting, or a folder that holds something else.
     """
-    return written(write_ranking, work_dir, format, folder, output)
+    write = functools.partial(write_ranking, number=number)
+    return written(write, work_dir, format, folder, output)
 
 
 def written(

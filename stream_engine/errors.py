@@ -35,6 +35,10 @@ class SettingsChangedError(ConfigError):
     """Settings differ from those that made the results already present."""
 
 
+class RoundOverError(ConfigError):
+    """The run has gone on to another round than was asked for."""
+
+
 class NoPicturesError(ConfigError):
     """No row of an input, `source`, has a picture: most likely their column has another name."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from stream_engine import config as config_module
+from stream_engine.cli.run_file import ALIASES, settings_in_file
 from stream_engine.config import (
     InputConfig,
     ModelConfig,
@@ -30,7 +31,6 @@ from stream_engine.config import (
     names_of,
     parse_columns,
 )
-from stream_engine.config_file import load_config_file
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import known_pipelines, pipeline_class
 from stream_engine.servers import ServerConfig
@@ -46,7 +46,6 @@ GROUPS: dict[str, type] = {
     "output": OutputConfig,
     "workers": WorkerConfig,
 }
-ALIASES = {"output_dir": "work_dir"}
 NOT_FLAGS = ("pipeline_options",)
 
 
@@ -76,17 +75,20 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
                 _add_flag(group, field, field_docs(options).get(field.name, ""))
 
 
-def read_settings(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_settings(
+    args: argparse.Namespace, base: dict[str, Any] | None = None, *, number: int | None = None
+) -> dict[str, Any]:
     """Settings from `base`, then the config file, then the flags; later ones win.
+
+    Args:
+        number: of the round that is meant, of a file that has rounds.
 
     Raises:
         ConfigError: for an unknown name in the file, a value that does not fit, or an option of
             another pipeline than the chosen one.
     """
     settings: dict[str, Any] = dict(base or {})
-    given = load_config_file(args.config) if args.config else {}
-    given = {str(name).replace("-", "_"): value for name, value in given.items()}
-    given = {ALIASES.get(name, name): value for name, value in given.items()}
+    given = settings_in_file(args.config, number)
     given |= given.pop("pipeline_options", None) or {}
     name = args.pipeline_name or given.get("pipeline_name") or settings.get("pipeline_name")
     settings["pipeline_name"] = name or RunConfig.pipeline_name

@@ -66,7 +66,7 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
 
 
 def run_by_launcher(
-    args: argparse.Namespace, config: RunConfig, steps: Sequence[Step]
+    args: argparse.Namespace, config: RunConfig, steps: Sequence[Step], number: int | None = None
 ) -> RunReport:
     """`run`, by whoever is to start the workers."""
     from stream_engine.work.ray_workers import run_on_ray
@@ -76,7 +76,7 @@ def run_by_launcher(
         for name in RAY_FLAGS:
             if getattr(args, name, None) is not None:
                 raise ConfigError(f"--{name} goes with --launcher ray")
-        return run(config, steps=steps)
+        return run(config, steps=steps, number=number)
     return run_on_ray(config, places_of(args), steps=steps)
 
 

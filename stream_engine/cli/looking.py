@@ -95,7 +95,8 @@ def round_line(one: RoundStatus) -> str:
     left = f" + {of.quarantined} quarantined + {of.pending} pending" * bool(of.total - of.done)
     failed = f", {one.failed_shards} shards failed" * bool(one.failed_shards)
     model = f"; {one.instruct_model}" * bool(one.instruct_model)
-    counts = f"{of.total} samples = {of.done} done{left}{failed}"
+    rejected = f", {one.rejected} records rejected" * bool(one.rejected)
+    counts = f"{of.total} samples = {of.done} done{left}{failed}{rejected}"
     return f"round {one.round}: {counts}; {one.pairs} pairs{model}"
 
 

@@ -120,6 +120,9 @@ rounds:
   they are. The round before must be finished; what failed in it may be retried at any time, and is
   answered by its own models, which must be what they were. With --round N the same line resumes
   round N, and a finished one is left as it is: launch/train_in_rounds.sh trains between rounds.
+  Or one file tells of all: `stream-engine run --config run.yaml` with a list `rounds` in it, whose
+  entries say what differs in each (`- {instruct_model_path: /models/round-1, questions: 4000}`).
+  It goes on with the round that is not finished, and on, until the model of one is not there yet.
   dpo_reward tells rewards against the model that answers; --base_model_path names another, as the
   one that the reward model was trained from. In the drawn world the newest model was the better.
 """
@@ -157,7 +160,8 @@ what is written:
   trl_kto: answers with a label for TRL's KTOTrainer. The best --rank of the run are true, the worst
   --rank false; each that is true was scored higher than each that is false.
   Pairs for TRL's RewardTrainer are `stream-engine export --format trl_reward`.
-  Each lies in dataset_<format>/ with a card and stats.json, which counts every answer.
+  Each lies in dataset_<format>/ with a card and stats.json, which counts every answer; with
+  --round N those of one round alone, in rounds/N/.
 """
 
 VALIDATED = """\

@@ -17,9 +17,6 @@ from stream_engine.store.files import location
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _written_arguments(parser, list(EXPORTS))
-    parser.add_argument(
-        "--round", metavar="N", help="the pairs of this round alone, by default into rounds/N/"
-    )
 
 
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +45,9 @@ def _written_arguments(parser: argparse.ArgumentParser, formats: list[str]) -> N
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to, a folder or URL; default: in the work_dir"
     )
+    parser.add_argument(
+        "--round", metavar="N", help="of this round alone, by default into rounds/N/"
+    )
 
 
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +64,8 @@ def export(args: argparse.Namespace) -> int:
     formats = formats_of(args)
     if not formats:
         raise ConfigError(f"export needs --format; choose from {', '.join(EXPORTS)}")
-    number = None if args.round is None else convert_flag("round", args.round, int)
     for name in formats:
-        done = api.export(
-            work_dir_given(args), name, folder=folder_of(args), number=number, **output_of(args)
-        )
+        done = api.export(work_dir_given(args), name, folder=folder_of(args), **output_of(args))
         print(f"{name}: {done.written} pairs in {done.folder}")
     return 0
 
@@ -102,8 +99,10 @@ def folder_of(args: argparse.Namespace) -> Location | None:
 
 
 def output_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the output that a command line gives."""
+    """The settings of the output that a command line gives, and of which round it is."""
     output: dict[str, Any] = {}
+    if args.round is not None:
+        output["number"] = convert_flag("round", args.round, int)
     if args.max_part_bytes is not None:
         output["max_part_bytes"] = convert_flag("max_part_bytes", args.max_part_bytes, int)
     if args.test_fraction is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 from stream_engine.cli import notes
@@ -12,21 +13,30 @@ from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.launchers import add_launcher, launched_arguments, run_by_launcher
 from stream_engine.cli.looking import status_lines
 from stream_engine.cli.reports import report_after
-from stream_engine.cli.settings import config_from, config_of_run, run_arguments
+from stream_engine.cli.settings import (
+    Planned,
+    config_from,
+    config_of_run,
+    rounds_left,
+    run_arguments,
+)
 from stream_engine.config import RunConfig
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, RoundOverError
 from stream_engine.models.hub import with_checkpoints
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.remedies import remedy_lines
 from stream_engine.run_dir.requeue import requeue
+from stream_engine.run_dir.rounds import answering_model
 from stream_engine.run_dir.state import RunState
 from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.rounds import begin_round
 from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard
+
+logger = logging.getLogger(__name__)
 
 
 def _work_dir_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +76,39 @@ def _retry_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    if rounds := rounds_left(args):
+        return run_rounds(args, rounds)
     return finish(args, config_from(args))
+
+
+def run_rounds(args: argparse.Namespace, rounds: Sequence[Planned]) -> int:
+    """What is left of the rounds of a run file, as far as their models are there."""
+    status = 0
+    for one in rounds:
+        run_dir = RunDir(one.config.work_dir)
+        if one.number > 1 and (model := one.missing_model):
+            before = run_dir.of_round(one.number - 1).dataset_dir
+            tell(
+                f"round {one.number} of {one.of} waits for its model: {model} is not there. Train "
+                f"it on {before}, and give the same line again"
+            )
+            break
+        tell(f"round {one.number} of {one.of}: {answering_model(one.config.to_dict())} answers")
+        try:
+            if one.number > 1:
+                begin_round(one.config, one.number)
+            status = max(status, finish(args, one.config, number=one.number))
+        except RoundOverError as error:  # others of this run are through with it
+            logger.info("%s", error)
+        if one.config.run_stage is not None:
+            break
+    return status
+
+
+def tell(line: str) -> None:
+    """Print a line, from the first worker only."""
+    if Rank.from_environment().rank == 0:
+        print(printable(line), flush=True)
 
 
 def append(args: argparse.Namespace) -> int:
@@ -141,10 +183,17 @@ def retry_failed(args: argparse.Namespace) -> int:
 
 
 def finish(
-    args: argparse.Namespace, config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS
+    args: argparse.Namespace,
+    config: RunConfig,
+    *,
+    steps: Sequence[Step] = ALL_STEPS,
+    number: int | None = None,
 ) -> int:
-    """Run these steps and print how it ended, from the first worker only; returns the status."""
-    report = run_by_launcher(args, config, steps)
+    """Run these steps and print how it ended, from the first worker only; returns the status.
+
+    `number` is that of the round these settings are of, where a file has several.
+    """
+    report = run_by_launcher(args, config, steps, number)
     rank = Rank.from_environment()
     page = report_after(config, report, is_alone=rank.world_size == 1)
     if rank.rank == 0:

@@ -124,7 +124,8 @@ def ingest(
         for source, state in to_read.items():
             part = within_round(config, manifest, source, first_shard)
             if part is not None:
-                InputReading(run_dir, manifest, known, source, part, report, on_progress).run(state)
+                reading = InputReading(run_dir, manifest, known, source, part, report, on_progress)
+                reading.run(state, first_shard)
     return report
 
 
@@ -189,8 +190,11 @@ class InputReading:
         self.notes: Counter[str] = Counter()
         self.on_progress = on_progress or (lambda report: None)
 
-    def run(self, fingerprint: str) -> None:
-        """Write the input's shards, its quarantine file and its line in the manifest."""
+    def run(self, fingerprint: str, first_shard: int) -> None:
+        """Write the input's shards, its quarantine file and its line in the manifest.
+
+        `first_shard` is of the round at hand.
+        """
         self.known.begin_reading()
         self.known.set_pending(self.manifest.unfinished_shards(self.source))
         self.take_up(self.manifest.unreadable_files(self.source, fingerprint, self.config))
@@ -219,6 +223,7 @@ class InputReading:
                 known=counts.known,
                 rejected=counts.rejected,
                 quarantine=quarantine,
+                first_shard=first_shard,
                 unreadable=self.unreadable,
                 unread=list(self.unread.columns),
                 left_out=self.unread.left_out,

@@ -18,7 +18,7 @@ from stream_engine.config import (
     Stage,
     fingerprint,
 )
-from stream_engine.errors import ConservationError, MissingStageError, ShardReadError
+from stream_engine.errors import ConfigError, ConservationError, MissingStageError, ShardReadError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
@@ -26,7 +26,7 @@ from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import Checksums
 from stream_engine.run_dir.results import ResultHeader, read_identified, verify_result
-from stream_engine.run_dir.rounds import Fingerprints
+from stream_engine.run_dir.rounds import Fingerprints, num_rejected_in
 from stream_engine.run_dir.state import RunState, numbered
 
 MAX_NAMED = 10  # shards named in a message
@@ -83,8 +83,18 @@ class MergeInputs:
         """The number of a shard's round."""
         return self.fingerprints.round_of(index)
 
+    def of_known_round(self, number: int) -> MergeInputs:
+        """The shards of one round.
+
+        Raises:
+            ConfigError: when the run has none of that number.
+        """
+        if not 1 <= number <= self.fingerprints.at_hand:
+            raise ConfigError(f"no round {number}: the run has {self.fingerprints.at_hand}")
+        return self.of_round(number)
+
     def of_round(self, number: int) -> MergeInputs:
-        """The shards of one round. What was rejected when inputs were read is of no round."""
+        """The shards of one round."""
         part = MergeInputs(self.manifest, self.fingerprints, number=number)
         shards = self.fingerprints.shards_of(number, len(self.manifest.shards))
         for index, sha256, counts in self.digest:
@@ -115,13 +125,14 @@ class MergeInputs:
             },
             "missing": self.num_missing_samples,
             "with_images": {str(k): count for k, count in sorted(self.images.items())},
-            "rejected": self.num_rejected if self.number is None else 0,
+            "rejected": self.num_rejected,
         }
 
     @property
     def num_rejected(self) -> int:
-        """Records of the inputs that came to no sample."""
-        return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
+        """Records of the inputs that came to no sample; of a round, those that it read first."""
+        of_rounds = num_rejected_in(self.manifest.num_rejected.values(), self.fingerprints.firsts)
+        return sum(of_rounds) if self.number is None else of_rounds[self.number - 1]
 
     def check_complete(self, *, allow_partial: bool) -> None:
         """Raise MissingStageError when there is no shard, or some lack results and that is not
@@ -183,20 +194,6 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
         if counts is not None:
             newest = max(written[stage][info.index].modified for stage in STAGES)
             inputs.modified[info.index] = newest
-    return inputs
-
-
-def read_complete_inputs(
-    run_dir: RunDir, fingerprints: Mapping[Stage, str], *, allow_partial: bool
-) -> MergeInputs:
-    """The same of a run all of whose shards have results, or, if allowed, some of them.
-
-    Raises:
-        MissingStageError: as `MergeInputs.check_complete`.
-        Otherwise as `read_inputs`.
-    """
-    inputs = read_inputs(run_dir, fingerprints)
-    inputs.check_complete(allow_partial=allow_partial)
     return inputs
 
 

@@ -14,6 +14,7 @@ from stream_engine.pairs.merge_report import MergeReport, is_current
 from stream_engine.pairs.merger import merge
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
+from stream_engine.run_dir.rounds import firsts_on_file
 from stream_engine.run_dir.state import RunState
 from stream_engine.store import files
 from stream_engine.store.base import Version
@@ -63,6 +64,8 @@ def merge_once(
         return "current"
     before = datasets_on_file(state, config)
     with wait_for_lease(state, config, worker):
+        if state.fingerprints.first_of_next(firsts_on_file(state.run_dir)) is not None:
+            return "current"  # or no other round could have begun
         is_settled = not state.refresh().unsettled(STAGES)
         if was_settled and not is_settled:
             if not works:

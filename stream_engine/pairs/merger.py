@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
-from stream_engine.errors import ConfigError, ConservationError
+from stream_engine.errors import ConservationError
 from stream_engine.outputs.formats import export_class
 from stream_engine.outputs.formats.base import Split
 from stream_engine.outputs.publication import Publication, remove_older_rows
@@ -116,9 +116,7 @@ def export(
     configs = configs_of_rounds(run_dir, config, inputs)
     place = run_dir
     if number is not None:
-        if number not in configs:
-            raise ConfigError(f"no round {number}: the run has {len(configs)}")
-        inputs, place = inputs.of_round(number), run_dir.of_round(number)
+        inputs, place = inputs.of_known_round(number), run_dir.of_round(number)
     folders = place.dataset_folders(config.format)
     target = folder or folders.get(format, place.export_dir(format))
     return write_formats(

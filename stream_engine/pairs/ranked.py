@@ -24,10 +24,11 @@ from stream_engine.outputs.parquet import Part
 from stream_engine.outputs.publication import Publication, remove_older_rows
 from stream_engine.outputs.ranking_card import ranking_card
 from stream_engine.pairs.filters import IMAGE_TAG
-from stream_engine.pairs.merge_inputs import MergeInputs, read_complete_inputs
+from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
 from stream_engine.pairs.merge_report import FormatReport, is_current, read_stats
 from stream_engine.pairs.output import Output
 from stream_engine.pairs.rankings import as_asked, scored_samples
+from stream_engine.pairs.rounds import configs_of_rounds, told_of_rounds
 from stream_engine.pairs.statistics import RunStatistics
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.ranking import AnswerTexts, count_words, drop_near_duplicates, words
@@ -46,19 +47,29 @@ def write_ranking(
     *,
     format: str,
     folder: Location | None = None,
+    number: int | None = None,
     allow_partial: bool = False,
 ) -> FormatReport:
     """Write the answers of a run in one format, by default into the run directory.
 
+    Args:
+        number: the round whose answers are wanted; None: those of all.
+
     Raises:
-        ConfigError: for an unknown format, or a folder that holds something else.
+        ConfigError: for an unknown format or round, or a folder that holds something else.
         MissingStageError: when a shard has no complete results and that was not allowed.
         ConservationError: when counts do not add up; the old dataset stays as it was.
         ShardReadError: when a shard or result file is damaged.
     """
     ranking_class(format)
-    target = folder or run_dir.export_dir(format)
-    inputs = read_complete_inputs(run_dir, fingerprints, allow_partial=allow_partial)
+    inputs = read_inputs(run_dir, fingerprints)
+    configs = configs_of_rounds(run_dir, config, inputs)
+    place = run_dir
+    if number is not None:
+        inputs, place = inputs.of_known_round(number), run_dir.of_round(number)
+        config = configs[number]
+    inputs.check_complete(allow_partial=allow_partial)
+    target = folder or place.export_dir(format)
     made_from = inputs.fingerprint(config, pipeline, format)
     if is_current(target, inputs, made_from):
         remove_older_rows(target)
@@ -67,7 +78,8 @@ def write_ranking(
         with files.scratch_folder(target) as scratch:
             output = RankingOutput(format, publication, scratch, config)
             output.write_all(run_dir, config, inputs)
-            output.finish(run_dir, config, pipeline, inputs, made_from)
+            told = {"rounds": told_of_rounds(configs, inputs), "fingerprint": made_from}
+            output.finish(run_dir, config, pipeline, inputs, told)
             output.publish()
     stats = read_stats(target)
     assert stats is not None, f"{target} was just written"
@@ -108,9 +120,9 @@ class RankingOutput(Output):
         config: RunConfig,
         pipeline: Pipeline,
         inputs: MergeInputs,
-        made_from: str,
+        told: Mapping[str, Any],
     ) -> None:
-        """Close the files, check the counts, and make card and statistics."""
+        """Close the files, check the counts, and make card and statistics, which has `told`."""
         parts = self.ranking.close()
         found = self.statistics
         if found.num_samples != inputs.samples["scored"]:
@@ -126,14 +138,14 @@ class RankingOutput(Output):
                 f"{self.name}: {found.num_answers} answers, {sum(self.dropped.values())} of them "
                 f"dropped, make {expected} rows, but the files hold {num_rows}"
             )
-        told = found.to_dict(pipeline.judge_rates)
+        of_all = found.to_dict(pipeline.judge_rates)
         stats: dict[str, Any] = {
             "pipeline": pipeline.name,
             "format": self.name,
-            "fingerprint": made_from,
             "samples": inputs.samples,
             "missing_shards": inputs.missing,
-            **{name: told[name] for name in ("answers", "given_pairs", "judge")},
+            **{name: of_all[name] for name in ("answers", "given_pairs", "judge")},
+            **told,
             "ranked": {
                 "answers": found.num_answers,
                 "written": written,
@@ -155,7 +167,7 @@ class RankingOutput(Output):
                 ranking=type(self.ranking),
                 example=self.example,
                 picture=picture,
-                resolved_sampling=resolved_sampling(run_dir),
+                resolved_sampling=resolved_sampling(run_dir, inputs.number),
             ),
         )
 

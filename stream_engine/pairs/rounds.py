@@ -28,13 +28,15 @@ def told_of_rounds(configs: Mapping[int, RunConfig], inputs: MergeInputs) -> lis
     for number, config in configs.items():
         if inputs.number in (None, number):
             path = config.sampler or config.instruct_model_path
-            samples = inputs.of_round(number).samples
+            of_round = inputs if inputs.number else inputs.of_round(number)
+            samples = of_round.samples
             told.append(
                 {
                     "round": number,
                     "instruct_model": model_name(path) if path else "",
                     "samples": samples["total"],
                     "scored": samples["scored"],
+                    "rejected": samples["rejected"],
                 }
             )
     return told

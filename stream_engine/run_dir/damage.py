@@ -37,7 +37,7 @@ def open_state(work_dir: str | Location) -> RunState:
     run_file = read_run_file(run_dir)
     retries = run_file.config().max_shard_retries
     state = RunState(run_dir, run_file.fingerprints, max_shard_retries=retries).refresh()
-    num_listed = len(state.shards)
+    num_listed = len(state.manifest.shards)
     if state.highest_result >= num_listed or files.exists(run_dir.shard(num_listed + 1)):
         whole_manifest(run_dir)
         state.refresh()

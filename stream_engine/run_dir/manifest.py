@@ -79,6 +79,8 @@ class InputInfo(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     """What was done to rows that were read; see inputs.ingest.NOTES."""
     quarantine: str = ""
     """The name of the file of its rejected records, if there are any."""
+    first_shard: int = 0
+    """Of the round that read it."""
     unreadable: dict[str, RowCounts] = {}
     """Files that could not be read to their ends, and what of the counts is theirs."""
 
@@ -190,6 +192,7 @@ class Manifest:
         self._input_offsets: dict[str, int] = {}
         self._whole_readings: dict[str, list[InputInfo]] = {}
         self._unfinished: dict[str, list[int]] = {}
+        self.num_rejected: dict[str, dict[int, int]] = {}  # by source and its round's first shard
         self._last = b""
         self.end = 0
 
@@ -265,6 +268,8 @@ class Manifest:
 
     def _add_input(self, info: InputInfo) -> None:
         self.inputs[info.source] = info
+        of_source = self.num_rejected.setdefault(info.source, {})
+        of_source[info.first_shard] = sum(info.rejected.values())
         if not info.fingerprint:
             self._whole_readings.pop(info.source, None)
             return

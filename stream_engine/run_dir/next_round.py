@@ -7,13 +7,14 @@ or failed for good (and may be retried later, with that round's models).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from stream_engine.config import STAGES, RunConfig, Stage
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, RoundOverError
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.rounds import Round, StageInputs, fingerprints_of
 from stream_engine.run_dir.run_json import (
@@ -21,9 +22,9 @@ from stream_engine.run_dir.run_json import (
     change,
     kept_settings,
     read_run_file,
-    versions,
 )
 from stream_engine.run_dir.state import RunState
+from stream_engine.run_dir.versions import versions
 from stream_engine.store.leases import Lease
 
 OF_ALL_ROUNDS = ("pipeline_name", "pipeline_options", "seed")
@@ -48,8 +49,10 @@ def next_round(
         ConfigError: when the round at hand is not finished, or the number is of another one.
     """
     folder, timeout_s = state.run_dir.leases_dir, config.lease_timeout_s
-    # That of whoever reads, so that no shard is cut while a round begins.
-    with Lease.wait_for(folder, "ingest", worker_id=worker, timeout_s=timeout_s):
+    # Those of whoever reads and of whoever merges, so that no shard is cut while a round begins,
+    # and no merge of the round before finds shards that it does not know.
+    wait_for = functools.partial(Lease.wait_for, folder, worker_id=worker, timeout_s=timeout_s)
+    with wait_for("ingest"), wait_for("merge"):
 
         def begun(run_file: RunFile | None) -> RunFile:
             assert run_file is not None, "the run was opened before"
@@ -72,7 +75,8 @@ def is_begun(run_file: RunFile, stages: Mapping[Stage, StageInputs], number: int
     if number is None:
         return fingerprints_of(run_file.stages) == fingerprints_of(stages)
     if number not in (at_hand, at_hand + 1):
-        raise ConfigError(
+        error = RoundOverError if number < at_hand else ConfigError
+        raise error(
             f"--round {number}: the run is at round {at_hand}, the next one is {at_hand + 1}"
         )
     return number == at_hand
@@ -127,7 +131,9 @@ def with_next(
 
 
 def refuse_old_round(state: RunState) -> None:
-    """Raise ConfigError when the run has gone on to another round than `state` knows."""
+    """Raise RoundOverError when the run has gone on to another round than `state` knows."""
     now = read_run_file(state.run_dir).fingerprints
     if now.firsts != state.fingerprints.firsts:
-        raise ConfigError(f"the run has gone on to round {now.at_hand}; start this command again")
+        raise RoundOverError(
+            f"the run has gone on to round {now.at_hand}; start this command again"
+        )

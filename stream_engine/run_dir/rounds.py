@@ -20,7 +20,8 @@ shards: where it begins is all that must be kept of it beside its settings.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -99,6 +100,11 @@ class Fingerprints(dict[Stage, str]):
         ends = [*self.firsts[1:], num_shards]
         return range(self.firsts[number - 1], ends[number - 1])
 
+    def first_of_next(self, firsts: Sequence[int]) -> int | None:
+        """The first shard of the round after the one at hand, if these first shards, one of each
+        round, have one."""
+        return firsts[self.at_hand] if len(firsts) > self.at_hand else None
+
     @property
     def at_hand(self) -> int:
         """The number of the round at hand, which is how many there are."""
@@ -133,13 +139,45 @@ def config_of_round(rounds: Sequence[Round], number: int, config: RunConfig) -> 
     return RunConfig.create(theirs | {name: getattr(config, name) for name in OF_THIS_CALL})
 
 
+def num_rejected_in(readings: Iterable[Mapping[int, int]], firsts: Sequence[int]) -> list[int]:
+    """How many records came to no sample, by the round whose reading met them first.
+
+    A later round reads an input from its start again: what it rejects beyond those of before is its
+    own. One that was mended since counts no more.
+
+    Args:
+        readings: of each input, how many were rejected, by the first shard of the reading's round.
+        firsts: the first shard of each round.
+    """
+    up_to = [0] * len(firsts)
+    for of_source in readings:
+        counts = [0]
+        for first in firsts:
+            counts.append(of_source.get(first, counts[-1]))
+        least = list(accumulate(reversed(counts[1:]), min))[::-1]
+        up_to = [total + count for total, count in zip(up_to, least)]
+    return [count - before for before, count in zip((0, *up_to), up_to)]
+
+
 def resolved_sampling(run_dir: RunDir, number: int | None = None) -> dict[str, Any] | None:
     """The sampling values that the instruct model's engine noted in a round, without a number the
     one at hand; None where there are none."""
-    try:
-        run_file = msgspec.json.decode(files.read_bytes(run_dir.run_json) or b"")
-    except msgspec.DecodeError:
-        return None
+    run_file = run_file_as_read(run_dir)
     if number is not None and number <= len(run_file.get("rounds", [])):
         run_file = run_file["rounds"][number - 1]
     return run_file.get("engines", {}).get("instruct", {}).get("sampling")
+
+
+def firsts_on_file(run_dir: RunDir) -> list[int]:
+    """The first shard of each round that run.json tells of now; empty where it cannot be read."""
+    run_file = run_file_as_read(run_dir)
+    earlier = [one["first_shard"] for one in run_file.get("rounds", [])]
+    return [*earlier, run_file.get("first_shard", 0)] if run_file else []
+
+
+def run_file_as_read(run_dir: RunDir) -> dict[str, Any]:
+    """run.json as plain values, for a look at one of them; empty where it cannot be read."""
+    try:
+        return msgspec.json.decode(files.read_bytes(run_dir.run_json) or b"", type=dict[str, Any])
+    except msgspec.DecodeError:
+        return {}

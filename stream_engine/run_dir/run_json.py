@@ -12,17 +12,14 @@ process was faster the change is made again, from what that one wrote.
 from __future__ import annotations
 
 import os
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
 
-from stream_engine import __version__
 from stream_engine.config import (
     STAGES,
     OutputConfig,
@@ -31,19 +28,25 @@ from stream_engine.config import (
     Stage,
     names_of,
 )
-from stream_engine.errors import ChangedError, ConfigError, SettingsChangedError, ShardReadError
+from stream_engine.errors import (
+    ChangedError,
+    ConfigError,
+    RoundOverError,
+    SettingsChangedError,
+    ShardReadError,
+)
 from stream_engine.records import SCHEMA_VERSION
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_header
 from stream_engine.run_dir.rounds import Fingerprints, Round, StageInputs, fingerprints_of
 from stream_engine.run_dir.sealed import is_broken, sealed
 from stream_engine.run_dir.state import SHARD_LEASE, numbered
+from stream_engine.run_dir.versions import versions
 from stream_engine.store import files
 from stream_engine.store.base import Version
 from stream_engine.store.leases import list_leases
 from stream_engine.store.locations import canonical_source, is_hub_model
 
-VERSIONED_PACKAGES = ("torch", "transformers", "tokenizers", "webdataset", "pyarrow", "pillow")
 PATH_SETTINGS = (
     "work_dir",
     "image_root",
@@ -122,13 +125,18 @@ def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
 
 
 def open_run(
-    run_dir: RunDir, config: RunConfig, stages: Mapping[Stage, StageInputs]
+    run_dir: RunDir,
+    config: RunConfig,
+    stages: Mapping[Stage, StageInputs],
+    number: int | None = None,
 ) -> tuple[RunFile, list[str]]:
     """Make run.json, or hold these settings against it; returns it with notes for the user.
 
-    `stages` is what shapes each stage's results under these settings.
+    `stages` is what shapes each stage's results under these settings, which are those of the round
+    `number` if that is told.
 
     Raises:
+        RoundOverError: when the run has gone on from that round.
         SettingsChangedError: when results on hand were made by other settings.
     """
     settings = kept_settings(config)
@@ -143,6 +151,8 @@ def open_run(
                 stages=dict(stages.items()),
                 versions=versions(),
             )
+        if number is not None and number < run_file.fingerprints.at_hand:
+            raise RoundOverError(f"the run has gone on from round {number}")
         notes.extend(_settle_changes(run_dir, run_file, stages, overwrite=config.overwrite))
         if files.exists(run_dir.stats_json):
             notes.extend(ranking_changes(run_file, config))
@@ -376,17 +386,6 @@ def as_read_back(values: dict[str, Any]) -> dict[str, Any]:
 def merged_sources(before: Sequence[str], now: Sequence[str]) -> list[str]:
     """All datasets that a run was given, in the order in which they came."""
     return list(dict.fromkeys((*before, *now)))
-
-
-def versions() -> dict[str, str]:
-    """Versions of python, this package, and what shapes results beneath it."""
-    found = {"python": platform.python_version(), "stream_engine": __version__}
-    for name in VERSIONED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def shown(value: Any) -> str:

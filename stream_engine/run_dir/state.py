@@ -19,7 +19,7 @@ from stream_engine.run_dir.headers import FEW, MANY, KeptHeaders, Seen
 from stream_engine.run_dir.manifest import Manifest, Shard
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import ResultHeader, read_header
-from stream_engine.run_dir.rounds import Fingerprints
+from stream_engine.run_dir.rounds import Fingerprints, firsts_on_file
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.leases import Holder, LeaseInfo, list_leases
@@ -203,8 +203,14 @@ class RunState:
         return sum(sum(info.rejected.values()) for info in self.manifest.inputs.values())
 
     def _refresh_manifest(self) -> None:
+        """Take up new shards, but for those of a round that has begun since: they have settings
+        that this state does not know, and whoever holds it is through with its own."""
         self.manifest.refresh()
-        for shard in self.manifest.slim[len(self.shards) :]:
+        new = self.manifest.slim[len(self.shards) :]
+        # A round is in run.json before a shard of it is cut.
+        if new and (begun := self.fingerprints.first_of_next(firsts_on_file(self.run_dir))):
+            new = new[: max(0, begun - len(self.shards))]
+        for shard in new:
             self.shards.append(shard)
             for stage in STAGES:
                 self._missing[stage][self.run_dir.result_name(shard.index)] = shard

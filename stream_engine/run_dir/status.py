@@ -19,7 +19,7 @@ from stream_engine.records import Failure
 from stream_engine.run_dir.manifest import count_pictures
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_quarantine
-from stream_engine.run_dir.rounds import answering_model
+from stream_engine.run_dir.rounds import answering_model, num_rejected_in
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.run_dir.served import ServerUse, servers_of
@@ -95,6 +95,8 @@ class RoundStatus(msgspec.Struct, frozen=True):
     failed_shards: int = 0
     pairs: int = 0
     """Of the last merge."""
+    rejected: int = 0
+    """Records that came to no sample when this round read the inputs."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -181,6 +183,7 @@ def rounds_of(state: RunState) -> Iterator[RoundStatus]:
     if len(numbers) < 2:
         return
     told = {one["round"]: one["pairs"] for one in read_stats(state.run_dir).get("rounds", [])}
+    rejected = num_rejected_in(state.manifest.num_rejected.values(), state.fingerprints.firsts)
     for number, one in zip(numbers, read_run_file(state.run_dir).every_round):
         shards = [state.shards[i] for i in state.fingerprints.shards_of(number, len(state.shards))]
         headers = [h for stage in STAGES for shard in shards if (h := state.header(stage, shard))]
@@ -193,6 +196,7 @@ def rounds_of(state: RunState) -> Iterator[RoundStatus]:
             samples=SampleCounts(total, done, aside, total - done - aside),
             failed_shards=sum(map(state.is_failed, shards)),
             pairs=told.get(number, 0),
+            rejected=rejected[number - 1],
         )
 
 

@@ -83,21 +83,27 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(
-    config: RunConfig, *, steps: Sequence[Step] = ALL_STEPS, show_progress: bool = True
+    config: RunConfig,
+    *,
+    steps: Sequence[Step] = ALL_STEPS,
+    show_progress: bool = True,
+    number: int | None = None,
 ) -> RunReport:
     """Build the dataset, or what is left to build of it, and return how it went.
 
     Resumes what an earlier call with the same settings began; a finished run is a no-op. `steps`
     leaves parts out: "shard" reads the input, "work" runs the models, "merge" writes the dataset.
+    `number` is that of the round these settings are of, where workers may be at different ones.
 
     Raises:
+        RoundOverError: when the run has gone on from that round.
         ConfigError: for wrong settings, or settings that contradict results on hand.
         CheckpointError: when a model cannot be loaded.
         MissingStageError: when `run_stage` builds upon a stage that was not run.
     """
     pipeline = checked_pipeline(config)
     with view_of(config, show_progress=show_progress) as view:
-        return run_steps(config, pipeline, steps, view)
+        return run_steps(config, pipeline, steps, view, number)
 
 
 def checked_pipeline(config: RunConfig) -> Pipeline:
@@ -127,13 +133,17 @@ def view_of(config: RunConfig, *, show_progress: bool) -> Iterator[ProgressView]
 
 
 def run_steps(
-    config: RunConfig, pipeline: Pipeline, steps: Sequence[Step], view: ProgressView
+    config: RunConfig,
+    pipeline: Pipeline,
+    steps: Sequence[Step],
+    view: ProgressView,
+    number: int | None = None,
 ) -> RunReport:
     """`run`, shown by a view that several calls may share."""
     runs_models = "work" in steps and config.run_stage != 2
     rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
     run_dir = RunDir(config.work_dir)
-    work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view)
+    work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view, number)
     report = with_team(run_dir, config, pipeline, rank, work)
     if report is None:
         report = report_of(state_of(config), config)
@@ -154,11 +164,12 @@ def run_as_worker(
     steps: Sequence[Step],
     rank: Rank,
     view: ProgressView,
+    number: int | None,
     team: Team | None,
 ) -> RunReport:
     """`run` as one worker: a rank by itself, or the one that leads a team."""
     elsewhere = find_python(config.reward_model_python_path) if "work" in steps else None
-    run_file = begin(run_dir, config, pipeline, rank)
+    run_file = begin(run_dir, config, pipeline, rank, number)
     fingerprints = run_file.fingerprints
     state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
     here = config
@@ -282,14 +293,24 @@ def require_rollouts(state: RunState, config: RunConfig) -> None:
             )
 
 
-def begin(run_dir: RunDir, config: RunConfig, pipeline: Pipeline, rank: Rank) -> RunFile:
-    """Set up this worker's log file and open the run's settings."""
+def begin(
+    run_dir: RunDir,
+    config: RunConfig,
+    pipeline: Pipeline,
+    rank: Rank,
+    number: int | None = None,
+) -> RunFile:
+    """Set up this worker's log file and open the run's settings, those of a round if one is told.
+
+    Raises:
+        RoundOverError: when the run has gone on from that round.
+    """
     check_formats(config)
     inputs = stage_inputs(pipeline)
     refuse_no_input(run_dir, config)
     check_inputs(config, known=whole_manifest(run_dir).inputs)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)
-    run_file, notes = open_run(run_dir, config, inputs)
+    run_file, notes = open_run(run_dir, config, inputs, number)
     for note in notes:
         logger.info("%s", note)
     return run_file

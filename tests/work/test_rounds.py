@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from stream_engine import api
 from stream_engine.cli.main import main
 from stream_engine.config import InputConfig, RunConfig
-from stream_engine.errors import ConfigError, SettingsChangedError
+from stream_engine.errors import ConfigError, RoundOverError, SettingsChangedError
 from stream_engine.inputs.ingest import IngestReport, ingest
+from stream_engine.pairs.merge_step import merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.report.overview import settings_tables
@@ -202,6 +204,68 @@ def test_a_worker_leaves_the_shards_of_other_rounds_alone(tmp_path: Path) -> Non
     assert worker(view=ProgressView(silent=True), number=1).work(read_input=False) == 1
     header = read_header(run_dir.result("rollouts", 0))
     assert header.fingerprint == fingerprints.of_round(1)["rollouts"]
+
+
+def test_a_worker_that_is_late_knows_nothing_of_the_next_round(tmp_path: Path) -> None:
+    """One that had not left round 1 yet took the first shards of round 2 for its own."""
+    first = config_of(tmp_path)
+    play(first, 1)
+    run_dir = RunDir(tmp_path / "run")
+    pipeline, rank = pipeline_class("echo")(first), Rank.from_environment()
+    fingerprints = read_run_file(run_dir).fingerprints
+    late = Worker(run_dir, first, pipeline, fingerprints, rank=rank, view=ProgressView(silent=True))
+    late.state.refresh()
+    second = dataclasses.replace(first, temperature=0.1)
+    begin_round(second, 2)
+    run(second, steps=("shard",), show_progress=False)
+    before = file_states(tmp_path / "run/results")
+    assert late.work() == 0 and late.is_settled()
+    assert len(late.state.shards) == 2 and len(late.state.manifest.shards) == 4
+    assert merge_when_due(late.state, first, pipeline, "late", works=True) == "current"
+    assert file_states(tmp_path / "run/results") == before
+    with pytest.raises(RoundOverError, match="gone on from round 1"):
+        run(first, number=1, show_progress=False)
+    with pytest.raises(RoundOverError, match="the run is at round 2"):
+        begin_round(first, 1)
+    assert read_run_file(run_dir).settings["temperature"] == 0.1
+
+
+def test_records_that_were_rejected_are_told_of_the_round_that_read_them(tmp_path: Path) -> None:
+    dataset = write_questions(tmp_path / "questions.jsonl", TWENTY)
+    lines = dataset.read_text().splitlines()
+    lines.insert(2, '{"question_id": 70}')
+    lines[10:10] = ['{"question_id": 71}', '{"question_id": 72}']
+    dataset.write_text("\n".join(lines) + "\n")
+    second = two_rounds(tmp_path)
+
+    def told() -> tuple[list[int], list[int]]:
+        stats = [
+            json.loads((tmp_path / "run" / folder / "stats.json").read_text())["samples"]
+            for folder in ("dataset", "rounds/1/dataset", "rounds/2/dataset")
+        ]
+        of_rounds = api.status(tmp_path / "run").rounds
+        return [one["rejected"] for one in stats], [one.rejected for one in of_rounds]
+
+    assert told() == ([3, 1, 2], [1, 2])
+    lines[2] = json.dumps(json.loads(lines[0]) | {"question_id": 70, "question": "what is it now"})
+    dataset.write_text("\n".join(lines) + "\n")
+    play(dataclasses.replace(second, temperature=0.2), 3)
+    assert told() == ([2, 1, 1], [1, 1, 0])  # of the sum, whichever was mended
+
+
+def test_the_answers_of_one_round_are_ranked_by_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_rounds(tmp_path)
+    assert main(["rank", str(tmp_path / "run"), "--round", "2"]) == 0
+    folder = tmp_path / "run/rounds/2/dataset_ranked"
+    told = capsys.readouterr().out
+    assert told == f"ranked: 6 questions with all their answers in {folder}\n"
+    assert {row["idx"] for row in rows_of(folder)} == {str(i) for i in range(6, 12)}
+    stats = json.loads((folder / "stats.json").read_text())
+    assert [(one["round"], one["samples"]) for one in stats["rounds"]] == [(2, 6)]
+    assert main(["rank", str(tmp_path / "run"), "--round", "3"]) == 1
+    assert "no round 3: the run has 2" in capsys.readouterr().err
 
 
 def test_an_earlier_round_whose_model_has_changed_is_refused_by_name(
