@@ -9,7 +9,7 @@ import pytest
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import EXPORTS
 from stream_engine.outputs.reading import read_pairs
-from tests.outputs.test_formats import export, pair_rows
+from tests.outputs.exported import export, pair_rows
 
 
 @pytest.mark.parametrize("name", list(EXPORTS))

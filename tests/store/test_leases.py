@@ -1,20 +1,18 @@
-import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
 
 from stream_engine.errors import LeaseLostError
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.store import files, leases, local
+from stream_engine.store import files, leases
 from stream_engine.store.leases import Lease, list_leases, this_process
+from tests.store.leasing import acquire, foreign_lease
 
 HOLD = """
 import sys, time
@@ -31,11 +29,6 @@ for line in sys.stdin:
     except Exception as error:
         print(type(error).__name__, flush=True)
 """
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path)
 
 
 @pytest.fixture
@@ -60,38 +53,8 @@ def start_holder(run_dir: RunDir):
         process.communicate()
 
 
-def acquire(run_dir: RunDir, worker_id: str = "me", timeout_s: float = 60.0) -> Lease | None:
-    return Lease.acquire(
-        run_dir.leases_dir, "shard-000000", worker_id=worker_id, timeout_s=timeout_s
-    )
-
-
 def answer(process: subprocess.Popen) -> str:
     return process.stdout.readline().strip()
-
-
-def fail_once_after(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let a call of `os` do its work, and say once that it failed."""
-    call, failures = getattr(os, name), [OSError(errno.EIO, "Input/output error")]
-
-    def failing(source: str, target: str) -> None:
-        call(source, target)
-        if failures:
-            raise failures.pop()
-
-    monkeypatch.setattr(os, name, failing)
-
-
-def foreign_lease(run_dir: RunDir, *, age_s: float, timeout_s: float = 60.0, **changes) -> Path:
-    """The lease of a worker on another machine, last touched so long ago."""
-    path = run_dir.lease("shard-000000")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    foreign = {"worker_id": "far", "host": "elsewhere", "system": "other-boot/pid:[1]", **changes}
-    mine = this_process("far", timeout_s, number=1, now=time.time() - age_s)
-    holder = msgspec.structs.replace(mine, **foreign)
-    path.write_bytes(msgspec.json.encode(holder))
-    os.utime(path, (time.time() - age_s, time.time() - age_s))
-    return path
 
 
 def test_a_held_lease_is_refused_to_others_and_free_after_release(run_dir: RunDir):
@@ -249,27 +212,6 @@ def test_a_heartbeat_does_not_refresh_the_successors_lease(run_dir: RunDir):
     old.release()
 
 
-def test_a_damaged_lease_file_goes_stale_like_any_other(run_dir: RunDir):
-    path = foreign_lease(run_dir, age_s=0)
-    path.write_bytes(b"\0" * 100)
-    assert acquire(run_dir) is None
-    os.utime(path, (1, 1))
-    assert acquire(run_dir) is not None
-
-
-def test_a_lease_file_replaced_while_it_is_read_counts_as_gone(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-):
-    """A network file system says ESTALE then, which ended the worker that looked."""
-    path = foreign_lease(run_dir, age_s=0)
-
-    def stale(*args: object):
-        raise OSError(errno.ESTALE, "Stale file handle", str(path))
-
-    monkeypatch.setattr(local, "open", stale, raising=False)
-    assert list_leases(run_dir.leases_dir) == []
-
-
 def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
     foreign_lease(run_dir, age_s=100)
     with Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=60):
@@ -317,22 +259,6 @@ def test_no_leases_folder_means_no_leases(run_dir: RunDir):
     assert list_leases(run_dir.leases_dir) == []
 
 
-def test_a_lease_whose_taking_failed_half_way_falls_silent(run_dir: RunDir, monkeypatch):
-    """One I/O error after the link: the lease's heart beat on, and all workers waited."""
-    fail_once_after(monkeypatch, "link")
-    before = threading.active_count()
-    with pytest.raises(OSError, match="Input/output"):
-        Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
-    assert threading.active_count() == before
-    deadline = time.monotonic() + 30
-    lease = None
-    while lease is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-        lease = Lease.acquire(run_dir.leases_dir, "ingest", worker_id="me", timeout_s=0.3)
-    assert lease is not None, "nobody got the lease again"
-    lease.release()
-
-
 def test_numbers_grow_with_each_holder(run_dir: RunDir):
     numbers = []
     for _ in range(4):
@@ -344,68 +270,3 @@ def test_numbers_grow_with_each_holder(run_dir: RunDir):
         numbers.append(lease.holder.number)
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == numbers[-2] + 10**9 + 1
-
-
-def test_a_clock_that_is_wrong_by_an_hour_judges_no_lease(run_dir: RunDir, monkeypatch):
-    """Times are the file system's own, whatever this machine believes."""
-    lease = acquire(run_dir, timeout_s=5)
-    real = time.time
-    for wrong_s in (3600, -3600):
-        monkeypatch.setattr(time, "time", lambda wrong_s=wrong_s: real() + wrong_s)
-        assert acquire(run_dir, "other", timeout_s=5) is None
-        (info,) = list_leases(run_dir.leases_dir)
-        assert not info.is_stale and info.age_s < 60 and info.held_s < 60
-    lease.release()
-
-
-def test_a_failed_beat_that_came_through_after_all_keeps_the_lease(run_dir: RunDir, monkeypatch):
-    lease = acquire(run_dir)
-    fail_once_after(monkeypatch, "rename")
-    with pytest.raises(OSError, match="Input/output"):
-        lease.verify()
-    lease.verify()
-    assert acquire(run_dir, "other") is None
-    lease.release()
-    assert list_leases(run_dir.leases_dir) == []
-
-
-@pytest.mark.parametrize("call", ["open", "utime", "symlink", "rename"])
-def test_a_lease_that_could_not_be_given_back_is_free_for_its_own_process(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, call: str
-):
-    """A worker whose disk failed once waited a minute for the lease that it had held itself."""
-    lease = acquire(run_dir)
-    module = local if call == "open" else os
-    function, failures = getattr(module, call, open), [OSError(errno.EIO, "Input/output error")]
-
-    def failing(path, *arguments, **options):
-        if failures and arguments[:1] != ("rb",):
-            raise failures.pop()
-        return function(path, *arguments, **options)
-
-    monkeypatch.setattr(module, call, failing, raising=False)
-    lease.release()
-    assert not failures
-    again = acquire(run_dir) or acquire(run_dir)  # the first may finish what had begun
-    assert again is not None and again.taken_from is None
-    again.verify()
-
-
-def test_a_lease_that_failed_half_way_is_free_for_its_own_process(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-):
-    """Whoever came next finished it: the file then named a holder that held nothing."""
-    with acquire(run_dir):
-        pass  # its file is there, and empty
-    rename, failures = os.rename, [OSError(errno.ENOSPC, "No space left on device")]
-
-    def failing(*arguments):
-        if failures:
-            raise failures.pop()
-        return rename(*arguments)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="No space"):
-        acquire(run_dir)
-    again = acquire(run_dir)
-    assert again is not None and again.taken_from is None
