@@ -3,7 +3,8 @@
 Trains a vision-language model of transformers on a dataset in format trl, by TRL's DPOTrainer, and
 writes the checkpoint to OUT: what launch/train_in_rounds.sh runs between two rounds. An example, of
 which to make your own: it needs `pip install trl`, and for several GPUs `accelerate launch` before
-it. Started again with the same OUT it goes on from the last checkpoint in OUT/checkpoints.
+it. Started again with the same OUT it goes on from the last whole checkpoint in OUT/checkpoints;
+a finished training is left as it is.
 
 The loss is DPO's and the likelihood of the chosen answer (RPO), as the dataset's card advises.
 """
@@ -11,13 +12,14 @@ The loss is DPO's and the likelihood of the chosen answer (RPO), as the dataset'
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from transformers import AutoProcessor
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 
@@ -33,6 +35,8 @@ def main() -> None:
     parser.add_argument("--save_steps", type=int, default=100)
     args = parser.parse_args()
     kept = args.out / "checkpoints"
+    if (args.out / "config.json").exists() and not kept.exists():
+        return
     trainer = DPOTrainer(
         model=args.model,
         args=DPOConfig(
@@ -52,12 +56,30 @@ def main() -> None:
         ),
         train_dataset=load_dataset(args.dataset)["train"],
     )
-    last = get_last_checkpoint(str(kept)) if kept.is_dir() else None
+    step, last = last_checkpoint(kept)
+    if last:
+        print(f"{args.out}: going on from step {step}", file=sys.stderr, flush=True)
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(args.out))
     AutoProcessor.from_pretrained(args.model).save_pretrained(args.out)
     if trainer.is_world_process_zero():
-        shutil.rmtree(kept)
+        done = kept.rename(
+            args.out / "checkpoints.done"
+        )  # at once: what is left is not gone on from
+        shutil.rmtree(done)
+
+
+def last_checkpoint(folder: Path) -> tuple[int, str | None]:
+    """The newest whole checkpoint and its step: a kill may leave one without its state, which is
+    written last, and transformers would not go on from that."""
+    found: list[tuple[int, str | None]] = [(0, None)]
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        found.append((int(state["global_step"]), str(path)))
+    return max(found, key=lambda one: one[0])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@
 #     train              train DATASET MODEL OUT                   ──▶ models/round-2
 #
 # `train` is a program, or a file of python, that trains MODEL on DATASET and writes the checkpoint to
-# OUT; launch/train_dpo.py is one, by TRL. OUT is the same folder when it is started again.
+# OUT; launch/train_dpo.py is one, by TRL. OUT is the same folder when it is started again, so that
+# a training that was killed goes on from its last checkpoint.
 #
 # Killed anywhere and started again it goes on where it was: a round's answers, pairs and model are
 # made once. A model is complete when it bears its name: it is trained as round-2.partial.
@@ -22,6 +23,7 @@ set -euo pipefail
 rounds="${rounds:-4}"
 questions="${questions:-}"   # of each round; empty: 75 in the demo, else 4000
 train="${train:-}"           # empty: launch/train_dpo.py, in the demo `stream-engine demo loop`
+train_flags="${train_flags:-}" # more of its words, as "--epochs 2 --learning_rate 1e-6"
 train_python="${train_python:-}" # runs a `train` that ends in .py; empty: this repository's own
 train_on="${train_on:-newest}" # the pairs of the newest round | those of all
 train_from="${train_from:-newest}" # the newest model | the first one, each time anew
@@ -95,15 +97,17 @@ answer() {
 
 # train_model DATASET MODEL OUT: by the user's program, or the one that fits.
 train_model() {
+    local more
+    read -r -a more <<<"$train_flags"
     if [ -z "$train" ] && [ "$demo" = true ]; then
         rm -rf "$3"
-        "$python" -m stream_engine demo loop "$1" --model "$2" --out "$3" --steps 40
+        "$python" -m stream_engine demo loop "$1" --model "$2" --out "$3" --steps 40 "${more[@]}"
     elif [ -z "$train" ]; then
-        "${train_python:-$python}" "$root/launch/train_dpo.py" "$@"
+        "${train_python:-$python}" "$root/launch/train_dpo.py" "$@" "${more[@]}"
     elif [[ "$train" == *.py ]]; then
-        "${train_python:-$python}" "$train" "$@"
+        "${train_python:-$python}" "$train" "$@" "${more[@]}"
     else
-        "$train" "$@"
+        "$train" "$@" "${more[@]}"
     fi
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stream_engine.cli.command import work_dir_of
 from stream_engine.cli.flags import read_settings
-from stream_engine.cli.run_file import entries_of
+from stream_engine.cli.run_file import entries_of, settings_in_file
 from stream_engine.config import RunConfig
 from stream_engine.demo import DEMO_COUNT, DEMO_SEED, demo_models
 from stream_engine.errors import ChangedError, ConfigError
@@ -108,12 +108,14 @@ def is_missing(path: str) -> bool:
 def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunConfig:
     """The settings kept in a run, with those of the command line over them."""
     args.work_dir = work_dir_of(args)
-    given = read_settings(args)
-    work_dir = given.get("work_dir", RunConfig().work_dir)
+    in_file = settings_in_file(args.config)
+    work_dir = args.work_dir or in_file.get("work_dir", RunConfig().work_dir)
     run_dir = RunDir(work_dir)
     if may_be_new and not files.exists(run_dir.run_json):
-        return RunConfig.create(with_demo(args, given, make_demo_data=True))
+        return config_from(args)
     base = read_run_file(run_dir).settings
+    if args.pipeline_name is None and "pipeline_name" not in in_file:
+        args.pipeline_name = base["pipeline_name"]  # whose options the line may have
     settings = read_settings(args, base | {"work_dir": work_dir})
     settings["dataset_path"] = merged_sources(base["dataset_path"], settings["dataset_path"])
     return RunConfig.create(settings)

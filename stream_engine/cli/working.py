@@ -13,6 +13,7 @@ from stream_engine.cli.flags import convert_flag, read_settings
 from stream_engine.cli.launchers import add_launcher, launched_arguments, run_by_launcher
 from stream_engine.cli.looking import status_lines
 from stream_engine.cli.reports import report_after
+from stream_engine.cli.run_file import settings_in_file
 from stream_engine.cli.settings import (
     Planned,
     config_from,
@@ -127,12 +128,12 @@ def append(args: argparse.Namespace) -> int:
 def next_round(args: argparse.Namespace) -> int:
     args.work_dir = work_dir_of(args)
     number = None if args.round is None else convert_flag("round", args.round, int)
-    given = read_settings(args)
-    if not files.exists(RunDir(given.get("work_dir", RunConfig().work_dir)).run_json):
+    work_dir = args.work_dir or settings_in_file(args.config).get("work_dir")
+    if not files.exists(RunDir(work_dir or RunConfig().work_dir).run_json):
         if number not in (None, 1):
             raise ConfigError(f"--round {number}: there is no run yet, so this is round 1")
         return finish(args, config_from(args))
-    config = config_of_run(args)
+    config, given = config_of_run(args), read_settings(args)
     config = dataclasses.replace(config, max_samples=given.get("max_samples"))
     begin_round(config, number)
     return finish(args, config)

@@ -25,7 +25,7 @@ from stream_engine.pipelines.asking import Ask, Replies, Reply, ask, ask_server,
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.pipelines.bullets import parse_bullets, without_last_line
 from stream_engine.pipelines.prompts import rewrite_prompt, split_prompt, yes_no_prompt
-from stream_engine.pipelines.ranking import rank_by_denied_facts
+from stream_engine.pipelines.ranking import rank_by_denied_facts, rank_by_wins
 from stream_engine.pipelines.yes_no import YesNo, yes_no_of_texts, yes_no_tokens
 from stream_engine.records import (
     AnswerScore,
@@ -55,6 +55,10 @@ class DivideAndConquerOptions(
     """top_p of the split and question models."""
     text_max_new_tokens: int = 256
     """Longest list of facts or questions, in tokens."""
+    fact_pairs: Literal["drawn", "ranked"] = "drawn"
+    """drawn: two of the pairs that are a denied fact apart, by lot; ranked: as llava_critic pairs,
+    any of the best --rank with any of the worst, the widest margins first, or those of equal place
+    with --strict_follow_rank. Models trained on these say less that is wrong."""
 
 
 @dataclass
@@ -178,7 +182,9 @@ class DivideAndConquerPipeline(Pipeline):
         )
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        return msgspec.to_builtins(self.options) if stage == "rewards" else {}
+        if stage != "rewards":
+            return {}
+        return {k: v for k, v in msgspec.to_builtins(self.options).items() if k != "fact_pairs"}
 
     def rewards(
         self,
@@ -195,7 +201,10 @@ class DivideAndConquerPipeline(Pipeline):
     def candidate_pairs(
         self, sample: SampleRollouts, rewards: SampleRewards
     ) -> list[PreferencePair]:
-        return rank_by_denied_facts(rewards, seed=self.config.seed)
+        config = self.config
+        if self.options.fact_pairs == "drawn" or config.compat:
+            return rank_by_denied_facts(rewards, seed=config.seed)
+        return rank_by_wins(rewards, rank=config.rank, strict_follow_rank=config.strict_follow_rank)
 
 
 def split_answers(engine: Engine, cases: Sequence[Case], *, seed: int) -> None:

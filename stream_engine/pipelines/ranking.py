@@ -2,7 +2,8 @@
 
     rank_by_reward         dpo_reward: answers that are best (worst) by `sum` and by `avg` alike
     rank_by_denied_facts   divide_and_conquer: any two answers at least one denied fact apart
-    rank_by_wins           llava_critic: any of the top against any of the bottom
+    rank_by_wins           llava_critic: any of the top against any of the bottom; and
+                           divide_and_conquer with `fact_pairs ranked`
     rank_as_given          a pair that the input had made: as it stands, or in the scorer's order
 
 Answers are found by their index and samples by their key, never by a position in a list: an

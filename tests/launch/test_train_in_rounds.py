@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def start(tmp_path: Path, demo_questions: Path) -> subprocess.Popen[str]:
         "HOLD": str(tmp_path / "hold"),
         "NUDGED": str(tmp_path / "nudged"),
     }
-    words = [*DEMO_FLAGS, "--dataset_path", demo_questions, "--work_dir", tmp_path / "run"]
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"work_dir: {tmp_path / 'run'}\ndataset_path: {demo_questions}\n")
+    words = [*DEMO_FLAGS, "--config", run_file]
     return subprocess.Popen(
         ["bash", "launch/train_in_rounds.sh", *map(str, words)],
         cwd=ROOT,
@@ -133,7 +136,10 @@ def test_the_example_trains_by_trl_and_goes_on_after_a_kill(tmp_path: Path) -> N
         )
     first = out / "checkpoints/checkpoint-1/trainer_state.json"
     kill_when(training, first.exists, log)
+    (out / "checkpoints/checkpoint-9").mkdir()  # as a kill leaves one that was being written
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    going_on = re.search(r"going on from step (\d)", done.stderr)
+    assert going_on and int(going_on[1]) >= 1
     assert {"config.json", "model.safetensors", "processor_config.json"} <= set(os.listdir(out))
     assert not (out / "checkpoints").exists()
