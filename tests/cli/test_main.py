@@ -29,7 +29,7 @@ def test_the_steps_alone_make_a_run(
     assert main(["status", run_dir, "--check"]) == 1  # work is left
     assert main(["work", run_dir]) == 0
     assert not (tmp_path / "w/dataset").exists()
-    assert main(["merge", run_dir]) == 0
+    assert main(["merge", run_dir, "--echo_twice"]) == 0  # an option of the run's own pipeline
     assert main(["status", run_dir, "--check"]) == 0
     more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)
     assert main(["append", run_dir, "--dataset_path", str(more)]) == 0

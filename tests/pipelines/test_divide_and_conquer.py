@@ -10,7 +10,7 @@ from stream_engine.config import SamplingConfig
 from stream_engine.errors import ConfigError
 from stream_engine.pipelines import prompts
 from stream_engine.pipelines.judge import COUNTERS
-from stream_engine.records import Failure
+from stream_engine.records import AnswerScore, Failure, Sample, SampleRewards
 from tests.pipelines.conftest import (
     judged,
     load_engines,
@@ -254,3 +254,17 @@ def test_text_models_write_with_their_own_sampling(make_pipeline):
     assert engines["instruct"].sampling.temperature == 1.5
     assert pipeline.settings("rewards")["text_max_new_tokens"] == 33
     assert isinstance(pipeline.roles()[1].sampling, SamplingConfig)
+
+
+def test_pairs_are_drawn_or_of_equal_place_and_the_choice_shapes_no_score(make_pipeline):
+    sample = Sample(key="k", idx="0", question="what")
+    rollouts = rollouts_of(sample, [f"answer {i}" for i in range(6)])
+    scores = [AnswerScore(index=i, score=float(-i), scores={}) for i in range(6)]
+    rewards = SampleRewards(key="k", scores=scores)
+    given = {"strict_follow_rank": True, "sample_k": 6, "rank": 3}
+    ranked = make_pipeline("divide_and_conquer", pipeline_options={"fact_pairs": "ranked"}, **given)
+    pairs = [(pair.chosen, pair.rejected) for pair in ranked.candidate_pairs(rollouts, rewards)]
+    assert sorted(pairs) == [(0, 3), (1, 4), (2, 5)]
+    drawn = make_pipeline("divide_and_conquer", **given)
+    assert len(drawn.candidate_pairs(rollouts, rewards)) == 2
+    assert drawn.settings("rewards") == ranked.settings("rewards")
