@@ -14,6 +14,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,8 +40,12 @@ RUNS = {
     "divide_and_conquer": ("divide_and_conquer",),
     "llava_critic": ("llava_critic",),
     "llava_critic, strict": ("llava_critic", "--strict_follow_rank"),
+    "divide_and_conquer, ranked": (
+        *("divide_and_conquer", "--fact_pairs", "ranked", "--strict_follow_rank"),
+    ),
+    "dpo_reward, strict": ("dpo_reward", "--strict_follow_rank"),
 }
-"""By name, the pipeline and the flags of a run."""
+"""By name, the pipeline of a run, and the flags by which the pairs of its answers are chosen."""
 RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 
@@ -49,6 +54,7 @@ class Way(msgspec.Struct, frozen=True):
     """How a row differs from plain DPO over all pairs."""
 
     loss: str = "sigmoid"
+    beta: float = 0.1
     sft: float = 0.0
     """Weight of the chosen answers' likelihood."""
     label_smoothing: float = 0.0
@@ -67,6 +73,7 @@ WAYS = {
     "robust 0.1": Way("robust", label_smoothing=0.1),
     "nca_pair + sft": Way("nca_pair", sft=1.0),
     "apo_zero + sft": Way("apo_zero", sft=1.0),
+    "beta 0.5": Way(beta=0.5),
     "stop at 0.02": Way(stop_drop=0.02),
     "half: chosen likelier": Way(selection="likelier"),
     "half: equally likely": Way(selection="near"),
@@ -128,6 +135,8 @@ def plan() -> list[Row]:
             *rows(["dpo_reward"], FINE, SEEDS),
             *rows(["llava_critic, strict"], FINE, [0]),
             *rows(pipelines, FINE, SEEDS),
+            *rows(["divide_and_conquer, ranked"], FINE, SEEDS),
+            *rows(["dpo_reward, strict"], FINE[:2], SEEDS),
             *rows(["dpo_reward"], WAYS, [0]),
             *rows(["dpo_reward"], MORE_WAYS, [0]),
         ])
@@ -171,6 +180,7 @@ def measured(row: Row, run: Path) -> dict[str, Any]:
     started = time.process_time()
     settings = LoopSettings(
         loss=way.loss,
+        beta=way.beta,
         label_smoothing=way.label_smoothing,
         rpo_alpha=way.sft,
         stop_drop=way.stop_drop,
@@ -206,14 +216,20 @@ def counted(model: TinyLlava, settings: LoopSettings) -> dict[str, float]:
 # -- what several processes share -----------------------------------------------------------------
 
 
-def run_of(runs: Path, pipeline: str) -> Path:
-    """The finished run of a pipeline, made now if it is missing."""
-    run = runs / pipeline
-    with locked(runs / f"{pipeline}.lock"):
-        if not (run / "dataset" / "README.md").exists():
-            command = [sys.executable, "-m", "stream_engine", "run", "--demo"]
-            command += ["--work_dir", str(run), "--pipeline_name", *RUNS[pipeline]]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+def run_of(runs: Path, name: str) -> Path:
+    """A finished run, made now if it is missing; with flags of its own, from the pipeline's run."""
+    pipeline, *flags = RUNS[name]
+    run = runs / name
+    done = runs / f"{name}.done"
+    with locked(runs / f"{name}.lock"):
+        if not done.exists():
+            command = ["run", "--demo", "--pipeline_name", pipeline, "--work_dir", str(run)]
+            if flags:
+                shutil.copytree(run_of(runs, pipeline), run, dirs_exist_ok=True)
+                command = ["merge", str(run), *flags]
+            words = [sys.executable, "-m", "stream_engine", *command]
+            subprocess.run(words, check=True, stdout=sys.stderr)
+            done.touch()
     return run
 
 
