@@ -1,7 +1,8 @@
 """Kernels for decoding many answers to one question: attention, sampling, log-probs.
 
-The functions choose their form by the device of their inputs; `stream_kernels.reference` has the
-same signatures in plain torch and is their contract. The package knows no model and no engine.
+The functions choose their form by the device of their inputs, on CPU by the processor too;
+`stream_kernels.reference` has the same signatures in plain torch and is their contract. The package
+knows no model and no engine.
 """
 
 from stream_kernels.attention import attention_with_lse, merge_by_lse

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stream_kernels.cpu.tile_product import takes, tile_product
+
 # oneDNN is kept unless it is clearly slower: where both tie, every worker must choose alike,
 # because the two round differently.
 _CLEARLY_SLOWER = 1.3
@@ -40,14 +42,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in float32, of bfloat16 x [N, D] and weight [V, D], packed or not.
 
-    Two products: oneDNN rounds the first to bfloat16, and the second is what that has lost,
-    computed in float32 before it is rounded in turn. Together they are within 2**-17 of the truth.
+    One product in AMX tiles where `takes` says so, else two: oneDNN rounds the first to bfloat16,
+    and the second is what that has lost, computed in float32 before it is rounded in turn. Together
+    they are within 2**-17 of the truth.
     """
+    if takes(weight):
+        result = tile_product(x, weight)
+        return result if bias is None else result.add_(bias)
     operator = torch.ops.mkldnn._linear_pointwise
     rounded = operator(x, weight, None, "none", [], "")
     lost = operator.binary(x, rounded, weight, None, "sub")
     result = rounded.float().add_(lost)
     return result if bias is None else result.add_(bias)
+
+
+def pack_for_float32(weight: Tensor) -> Tensor:
+    """What `linear_float32` reads fastest of a bfloat16 weight, or a float32 one for `linear`."""
+    if weight.dtype == torch.bfloat16 and takes(weight):
+        return weight
+    keeps_format = weight.dtype == torch.bfloat16 and two_products_pay()
+    return pack(weight if keeps_format else weight.float())
 
 
 @cache

@@ -1,7 +1,8 @@
 """Decode attention of many rows that share prefixes: each prefix is read once, not once a row.
 
-On CPU: two torch flash calls (a group's rows over its prefix; each slot over its suffix) merged by
-their log-sum-exps, as Hydragen does (Juravsky et al. 2024). On CUDA: `gpu/prefix_attention.py`.
+On CPU: `cpu/decode_attention.py` where that runs, else two torch flash calls (a group's rows over
+its prefix; each slot over its suffix) merged by their log-sum-exps, as Hydragen does (Juravsky et
+al. 2024). On CUDA: `gpu/prefix_attention.py`.
 Legend: R rows, Hq/Hkv query/key heads, D head size, k rows of one group.
 """
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stream_kernels.attention import attention_with_lse, merge_by_lse
+from stream_kernels.cpu.decode_attention import decode_attention, serves
 from stream_kernels.forms import takes_triton
 from stream_kernels.layout import HostLayout
 
@@ -26,6 +28,7 @@ def prefix_attention(
     *,
     scale: float,
     host: HostLayout | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Decode attention of rows, each over its group's prefix and its own suffix: [R, Hq, D].
 
@@ -37,12 +40,16 @@ def prefix_attention(
     of the slab must be finite numbers (allocate it with zeros).
     `host` says the same as the int32 tensors and saves the CPU form from reading them: make one a
     step, for all layers.
+    `new`, the current tokens' key and value [R, Hkv, D], where they are not in the slabs yet: they
+    are written to their places first.
     """
     heads, kv_heads = query.shape[1], suffix_key.shape[1]
     assert heads % kv_heads == 0, f"{heads} query heads over {kv_heads} key heads"
     if takes_triton(query.device):
         from stream_kernels.gpu.prefix_attention import prefix_attention_cuda
 
+        if new is not None:
+            _write(new, suffix_key, suffix_value, row_slots, suffix_lengths)
         return prefix_attention_cuda(
             query,
             prefix_key,
@@ -55,13 +62,30 @@ def prefix_attention(
             suffix_lengths,
             scale=scale,
         )
-    if host is None:
-        host = HostLayout.from_tensors(prefix_spans, group_rows, row_slots, suffix_lengths)
     if query.shape[0] == 0:
         return torch.empty_like(query)
+    prefix, suffix = (prefix_key, prefix_value), (suffix_key, suffix_value)
+    if serves(query, prefix, suffix):
+        layout = (prefix_spans, group_rows, row_slots, suffix_lengths)
+        return decode_attention(query, prefix, suffix, layout, scale=scale, new=new)
+    if new is not None:
+        _write(new, suffix_key, suffix_value, row_slots, suffix_lengths)
+    if host is None:
+        host = HostLayout.from_tensors(prefix_spans, group_rows, row_slots, suffix_lengths)
     prefix_out, prefix_lse = _attend_prefixes(query, prefix_key, prefix_value, host, scale)
     suffix_out, suffix_lse = _attend_suffixes(query, suffix_key, suffix_value, host, scale)
     return merge_by_lse(prefix_out, prefix_lse, suffix_out, suffix_lse)
+
+
+def _write(
+    new: tuple[Tensor, Tensor],
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    row_slots: Tensor,
+    suffix_lengths: Tensor,
+) -> None:
+    slots, last = row_slots.long(), suffix_lengths.long() - 1
+    suffix_key[slots, :, last], suffix_value[slots, :, last] = new
 
 
 def _attend_prefixes(

@@ -148,6 +148,7 @@ def prefix_attention(
     *,
     scale: float,
     host: HostLayout | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Decode attention of rows, each over its group's prefix and its own suffix: [R, Hq, D].
 
@@ -157,7 +158,11 @@ def prefix_attention(
     suffix_key, suffix_value [S, Hkv, C, D]: row r owns slot row_slots[r] (int32 [R], any order),
     of which the first suffix_lengths[r] >= 1 tokens are valid, the current one included.
     `host` says the same as the int32 tensors and saves the CPU form from reading them.
+    `new`, the current tokens' key and value [R, Hkv, D], are written to their places first.
     """
+    if new is not None:
+        for slab, part in zip((suffix_key, suffix_value), new):
+            slab[row_slots.long(), :, suffix_lengths.long() - 1] = part
     layout = host or HostLayout.from_tensors(prefix_spans, group_rows, row_slots, suffix_lengths)
     out = torch.empty_like(query)
     for (start, length), rows in zip(layout.spans, layout.groups, strict=True):

@@ -167,8 +167,11 @@ class DecodeStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         store = self.cache.store(layer, key)
-        store.suffix_key[self._slots, :, self._last] = key[0].transpose(0, 1)
-        store.suffix_value[self._slots, :, self._last] = value[0].transpose(0, 1)
+        new: tuple[Tensor, Tensor] | None = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+        if query.device.type != "cpu":  # on a GPU, the places are worked out once for all layers
+            for slab, part in zip((store.suffix_key, store.suffix_value), (key, value)):
+                slab[self._slots, :, self._last] = part[0].transpose(0, 1)
+            new = None
         out = prefix_attention(
             query[0].transpose(0, 1),
             store.prefix_key,
@@ -181,6 +184,7 @@ class DecodeStep:
             self.suffix_lengths,
             scale=scale,
             host=self.host,
+            new=new,
         )
         return out[None]
 

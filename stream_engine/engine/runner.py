@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from stream_kernels.gemm import linear, linear_float32, pack, two_products_pay
+from stream_kernels.gemm import linear, linear_float32, pack_for_float32
 from torch import Tensor
 
 from stream_engine.engine.attention_steps import ExtendStep, PrefillStep, active
@@ -70,6 +70,7 @@ class ModelRunner:
         """Lets the memory plan be made anew. Set by who plans."""
         self._prepare_device()
         self.head_weight = self._head_weight()
+        self.head_is_exact = model.offload is None and self.head_weight.dtype == torch.bfloat16
 
     def _prepare_device(self) -> None:
         model = self.model
@@ -91,7 +92,7 @@ class ModelRunner:
         """The head's weight as decoding reads it; scoring reads slices of the plain one.
 
         On CPU a float32 copy of a shorter format, so that the log-probs that fall out of generation
-        are as exact as those of scoring, and in oneDNN's layout where that is in use. Where two
+        are as exact as those of scoring, and in oneDNN's layout where that is in use. Where
         products in bfloat16 are as exact and faster, the weight keeps its format.
         """
         weight = self.model.lm_head.weight
@@ -99,8 +100,7 @@ class ModelRunner:
             return weight
         if not self.model.shares_prefix:
             return weight.float()
-        keeps_format = weight.dtype == torch.bfloat16 and two_products_pay()
-        return pack(weight if keeps_format else weight.float())
+        return pack_for_float32(weight)
 
     def prefill(self, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
         """Encode the images and prefill the prompts into their spans; last hidden states [P, D]."""
@@ -146,7 +146,7 @@ class ModelRunner:
             logits = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
             if head.bias is not None:
                 logits += head.bias
-        elif self.head_weight.is_mkldnn and self.head_weight.dtype == torch.bfloat16:
+        elif self.head_is_exact and not hidden.is_cuda:
             logits = linear_float32(hidden, self.head_weight, head.bias)
         else:
             dtype = self.head_weight.dtype

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from stream_kernels import gemm
+from stream_kernels.cpu.tile_product import takes
 from torch.nn import functional
 
 
@@ -60,8 +61,26 @@ def test_a_missing_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None
         assert gemm.onednn_pays.__wrapped__(dtype) is False
 
 
+@pytest.mark.parametrize("num_rows", [1, 16, 40])
+def test_a_product_in_tiles_is_as_exact_as_a_float32_one(num_rows: int) -> None:
+    """And each row's is the same whatever rows stand beside it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(num_rows, 256).bfloat16(), torch.randn(501, 256).bfloat16()
+    if not takes(weight):
+        pytest.skip("this processor has no AMX, or there is no compiler")
+    bias = torch.randn(501).bfloat16()
+    truth = functional.linear(x.double(), weight.double(), bias.double())
+    got = gemm.linear_float32(x, weight, bias)
+    assert got.dtype == torch.float32
+    assert (got - truth).abs().max() <= 2**-21 * truth.abs().max()
+    assert torch.equal(gemm.linear_float32(x[-1:], weight, bias)[0], got[-1])
+    assert gemm.pack_for_float32(weight) is weight
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_two_bfloat16_products_are_as_exact_as_a_float32_one(packed: bool) -> None:
+def test_two_bfloat16_products_are_as_exact_as_a_float32_one(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One alone is off by up to 2**-9 of a logit, which is where the log-probs would be lost."""
     if not (torch.cpu._is_amx_tile_supported() and gemm.onednn_pays(torch.bfloat16)):
         pytest.skip("this processor has no AMX: one float32 product is used")
@@ -70,6 +89,7 @@ def test_two_bfloat16_products_are_as_exact_as_a_float32_one(packed: bool) -> No
     x, weight = torch.randn(40, 256).bfloat16(), torch.randn(500, 256).bfloat16()
     bias = torch.randn(500).bfloat16()
     truth = functional.linear(x.double(), weight.double(), bias.double())
+    monkeypatch.setattr(gemm, "takes", lambda weight: False)
     with torch.no_grad():
         got = gemm.linear_float32(x, gemm.pack(weight) if packed else weight, bias)
     assert got.dtype == torch.float32

@@ -1,8 +1,10 @@
+import sys
 from typing import Any
 
 import pytest
 import torch
 from stream_kernels import HostLayout, prefix_attention, reference
+from stream_kernels.cpu import compiled
 
 from tests.kernels.cases import PrefixCase, Recorder, prefix_case, prefix_truth
 
@@ -12,6 +14,16 @@ UNEQUAL: dict[str, Any] = {
     "suffix_lengths": [1, 64, 65, 3, 200, 7, 8, 2, 63, *range(1, 17)],
 }
 HEADS = pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)], ids=["mha", "gqa", "mqa"])
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def compiled_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the compiled form and, without it, for torch's."""
+    if request.param == "torch":
+        module = sys.modules["stream_kernels.prefix_attention"]
+        monkeypatch.setattr(module, "serves", lambda *arguments: False)
+    elif compiled.library() is None:
+        pytest.skip("needs AVX-512 and a C compiler")
 
 
 def host_of(case: PrefixCase) -> HostLayout:
@@ -84,6 +96,24 @@ def test_what_lies_beyond_a_suffix_is_not_seen() -> None:
     for slab in (case.suffix_key, case.suffix_value):
         slab.masked_fill_(stale[:, None, :, None], 1e4)
     assert torch.equal(out, prefix_attention(*case, scale=0.25))
+
+
+@pytest.mark.parametrize(
+    "form", [prefix_attention, reference.prefix_attention], ids=["fast", "ref"]
+)
+def test_new_keys_and_values_are_written_before_they_are_read(form: Any) -> None:
+    case = prefix_case(**UNEQUAL, heads=6, kv_heads=2)
+    expected = prefix_attention(*case, scale=0.25)
+    slots, last = case.row_slots.long(), case.suffix_lengths.long() - 1
+    slabs = [case.suffix_key.clone(), case.suffix_value.clone()]
+    new = [slab[slots, :, last].transpose(0, 1).contiguous().transpose(0, 1) for slab in slabs]
+    for slab in slabs:
+        slab[slots, :, last] = 7.0
+    given = case._replace(suffix_key=slabs[0], suffix_value=slabs[1])
+    out = form(*given, scale=0.25, new=tuple(new))
+    assert (out - expected).abs().max() < 1e-6
+    assert torch.equal(slabs[0], case.suffix_key)
+    assert torch.equal(slabs[1], case.suffix_value)
 
 
 def test_no_rows_give_no_output() -> None:
