@@ -194,6 +194,11 @@ class RunState:
         is_missing = any(name in self._missing[stage] for stage in stages)
         return is_missing and not self.is_failed(self.shards[index])
 
+    @property
+    def most_missing(self) -> int:
+        """Results that are missing, of the stage that lacks most."""
+        return max(len(missing) for missing in self._missing.values())
+
     def asks_by_name(self, num_files: int) -> bool:
         """Whether so many files of a folder are few of many: asked for one by one, not listed."""
         return num_files <= min(FEW_LEFT, len(self.shards) // SHARDS_PER_FEW)

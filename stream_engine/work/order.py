@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from stream_engine.config import STAGES, Stage
+from stream_engine.config import Stage
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.state import RunState, Shard
 
@@ -30,7 +30,7 @@ def is_own(index: int, rank: Rank) -> bool:
 def looks_apart_s(state: RunState, rank: Rank) -> float:
     """Seconds between two looks of a worker that finds nothing to do."""
     longer = rank.num_workers / MANY_WORKERS
-    if not state.asks_by_name(len(state.missing(STAGES))):
+    if not state.asks_by_name(state.most_missing):
         longer *= max(1.0, len(state.shards) / MANY_SHARDS)
     return IDLE_S * max(1.0, longer)
 

@@ -68,7 +68,7 @@ def measure(arguments: argparse.Namespace, keep: Keep) -> Figures:
             {"work_dir": folder, "pipeline_name": "echo", "sample_k": 2, "rank": 1, "device": "cpu"}
         )
         make_shards(RunDir(folder), arguments.shards)
-        cluster = Cluster(config, arguments)
+        cluster = Cluster(config, arguments, keep)
         cluster.run()
         return cluster.figures()
 
@@ -111,9 +111,10 @@ def drawn_s(idx: str, mean_s: float) -> float:
 class Cluster:
     """The hosts, and what they have in common."""
 
-    def __init__(self, config: RunConfig, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: RunConfig, arguments: argparse.Namespace, keep: Keep) -> None:
         self.config = config
         self.arguments = arguments
+        self.keep = keep
         self.run_dir = RunDir(config.work_dir)
         size = len(CALLS) * arguments.workers  # each worker counts for itself, without a lock
         self.counts: Array[c_uint64] = context.Array(c_uint64, size, lock=False)
@@ -129,7 +130,7 @@ class Cluster:
     def run(self) -> None:
         """Start all, kill one now and then, and wait for the end."""
         rng, arguments = random.Random("deaths"), self.arguments
-        self.started, begun_at = time.monotonic(), time.time()
+        self.started, self.started_at = time.monotonic(), time.time()
         for number in range(arguments.hosts):
             self.start(number)
         next_death = time.monotonic() + (arguments.death_every_s or float("inf"))
@@ -139,6 +140,7 @@ class Cluster:
             if time.monotonic() > next_memory:
                 held = sum(memory_of(host.pid)[1] for host in self.hosts.values())
                 self.peak_mib = max(self.peak_mib, held // 2**20)
+                self.keep(self.so_far())
                 next_memory = time.monotonic() + MEMORY_S
             for number in [n for n, host in self.hosts.items() if not host.is_alive()]:
                 self.leave(number)
@@ -149,13 +151,15 @@ class Cluster:
                 self.leave(number)
                 self.start(number)
                 next_death = time.monotonic() + arguments.death_every_s
-        self.wall_s = time.monotonic() - self.started
-        results = Path(str(self.run_dir.results_dir("rewards"))).glob("*.msgpack")
-        self.last_result_s = max(path.stat().st_mtime for path in results) - begun_at
 
     def is_work_left(self) -> bool:
         """Whether a shard was not answered yet: nobody is killed who only waits for the others."""
-        return len(set(SleepPipeline.finished.read_text().split())) < self.arguments.shards
+        return len(self.finished()) < self.arguments.shards
+
+    def finished(self) -> Counter[str]:
+        """How often each shard was answered to the end."""
+        path = SleepPipeline.finished
+        return Counter(path.read_text().split() if path.exists() else [])
 
     def start(self, number: int) -> None:
         self.hosts[number] = context.Process(target=self.host, args=(number,))
@@ -203,35 +207,50 @@ class Cluster:
         )
         worker.work(read_input=False)
 
-    def figures(self) -> Figures:
-        """What came of it."""
-        arguments = self.arguments
-        status = collect(RunState(self.run_dir, FINGERPRINTS, max_shard_retries=2).refresh())
-        finished = Counter(SleepPipeline.finished.read_text().split())
-        SleepPipeline.finished.unlink()
-        useful_s = sum(drawn_s(f"idx-{i}", arguments.seconds) for i in range(arguments.shards))
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        keys = [key for stage in STAGES for key in result_keys(self.run_dir, stage)]
+    def so_far(self) -> Figures:
+        """What can be told at any time, without a look at the run."""
+        arguments, finished = self.arguments, self.finished()
+        wall_s = time.monotonic() - self.started
+        running_s = sum(time.monotonic() - self.begun[number] for number in self.hosts)
+        alive_s = self.alive_s + self.num_threads * running_s
+        useful_s = sum(drawn_s(idx, arguments.seconds) for idx in finished)
         counts = {name: sum(self.counts[i :: len(CALLS)]) for i, name in enumerate(CALLS)}
         return {
             "workers": arguments.workers,
             "hosts": arguments.hosts,
             "hosts_killed": self.num_killed,
             "workers_killed": self.num_killed * self.num_threads,
-            "shards": {"total": status.shards.total, "done": status.shards.done},
-            "samples_lost": arguments.shards - status.samples.done,
-            "samples_twice_in_results": len(keys) - len(set(keys)),
-            "shards_sampled_more_than_once_to_the_end": sum(n > 1 for n in finished.values()),
+            "hosts_at_work": len(self.hosts),
             "seconds_of_a_shard": arguments.seconds,
-            "last_result_s": round(self.last_result_s, 1),
-            "wall_s": round(self.wall_s, 1),
+            "shards_answered": len(finished),
+            "shards_answered_more_than_once_to_the_end": sum(n > 1 for n in finished.values()),
+            "last_answer_s": round(self.last_answer_s(), 1),
+            "wall_s": round(wall_s, 1),
             "least_wall_s": round(useful_s / arguments.workers, 1),
-            "share_of_worker_time_in_shards": round(useful_s / self.alive_s, 3),
-            "cpu_s": round(used.ru_utime + used.ru_stime, 1),
+            "share_of_worker_time_in_shards": round(useful_s / alive_s, 3),
             "peak_mib_of_all": self.peak_mib,
             "calls": counts,
-            "calls_a_second": {name: round(n / self.wall_s, 1) for name, n in counts.items()},
+            "calls_a_second": {name: round(n / wall_s, 1) for name, n in counts.items()},
             "calls_a_shard": {name: round(n / arguments.shards, 1) for name, n in counts.items()},
+        }
+
+    def last_answer_s(self) -> float:
+        """Seconds from the start to the answer that was finished last."""
+        path = SleepPipeline.finished
+        return path.stat().st_mtime - self.started_at if path.exists() else 0.0
+
+    def figures(self) -> Figures:
+        """What came of it."""
+        found = self.so_far()
+        SleepPipeline.finished.unlink()
+        status = collect(RunState(self.run_dir, FINGERPRINTS, max_shard_retries=2).refresh())
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        keys = [key for stage in STAGES for key in result_keys(self.run_dir, stage)]
+        return found | {
+            "shards": {"total": status.shards.total, "done": status.shards.done},
+            "samples_lost": self.arguments.shards - status.samples.done,
+            "samples_twice_in_results": len(keys) - len(set(keys)),
+            "cpu_s": round(used.ru_utime + used.ru_stime, 1),
         }
 
 
