@@ -81,10 +81,11 @@ models_dir="${models_dir:-$work_dir-models}"
 cores_each=$(($(num_cores) / nproc_per_node))
 omp_num_threads="${OMP_NUM_THREADS:-$((cores_each > 0 ? cores_each : 1))}"
 
-# Two of these at once would train one model twice. What this script starts holds the lock, too.
+# Two of these at once would train one model twice. What this script starts holds the lock, too; what
+# was killed a moment ago may still be on its way out.
 mkdir -p "$models_dir"
 exec 9>"$models_dir/lock"
-flock --nonblock 9 || fail "another is at work in $models_dir, or what it started still is"
+flock --wait 3 9 || fail "another is at work in $models_dir, or what it started still is"
 
 # answer ROUND MODEL: the round's questions answered and paired; nothing to do where they are.
 answer() {

@@ -42,7 +42,8 @@ how pairs are chosen:
   its reason. Flags and defaults are those of RLAIF-V's data engine, and so are the rules but for
   its corner cases and for whom a critic's best answers are paired with (there the i-th best with
   the i-th of the worst, as --strict_follow_rank); --compat rlaifv follows those too, where they
-  are well defined.
+  are well defined. divide_and_conquer draws two pairs of a question by lot, as RLAIF-V does, unless
+  --fact_pairs ranked is given; with --strict_follow_rank each answer is then in one pair at most.
   A word is a run without white space, in Chinese and Japanese a character. RLAIF-V counts those of
   nltk.word_tokenize (punctuation and the halves of "don't" are words, a run of Chinese is one) and
   takes 10-grams of jieba.cut (spaces and punctuation are tokens: ten are about five English

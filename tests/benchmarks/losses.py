@@ -74,6 +74,7 @@ WAYS = {
     "nca_pair + sft": Way("nca_pair", sft=1.0),
     "apo_zero + sft": Way("apo_zero", sft=1.0),
     "beta 0.5": Way(beta=0.5),
+    "beta 0.5 + sft": Way(beta=0.5, sft=1.0),
     "stop at 0.02": Way(stop_drop=0.02),
     "half: chosen likelier": Way(selection="likelier"),
     "half: equally likely": Way(selection="near"),
@@ -97,7 +98,9 @@ MORE_WAYS = {
 }
 """What is left, last."""
 FINE = ("nca_pair", "sigmoid + sft", "sigmoid")
-"""Ways that are measured with three seeds on the pairs of all pipelines."""
+STRICT = ("beta 0.5", "beta 0.5 + sft")
+"""Ways that are measured with three seeds on the pairs of all pipelines; STRICT hold to the model
+as it was."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -135,6 +138,7 @@ def plan() -> list[Row]:
             *rows(["dpo_reward"], FINE, SEEDS),
             *rows(["llava_critic, strict"], FINE, [0]),
             *rows(pipelines, FINE, SEEDS),
+            *rows([*pipelines, "divide_and_conquer, ranked"], STRICT, SEEDS),
             *rows(["divide_and_conquer, ranked"], FINE, SEEDS),
             *rows(["dpo_reward, strict"], FINE[:2], SEEDS),
             *rows(["dpo_reward"], WAYS, [0]),

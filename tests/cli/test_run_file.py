@@ -49,8 +49,6 @@ def test_the_same_line_goes_on_with_the_next_round_that_is_not_finished(
         f"{{instruct_model_path: {tmp_path / 'second'}, questions: 2}}",
     ]
     path = run_file(tmp_path, *rounds)
-    assert main(["plan", "--config", path]) == 0
-    assert "round 1 of 3:" in capsys.readouterr().out
     assert main(["run", "--config", path]) == 0
     told = capsys.readouterr().out
     assert "round 3 of 3 waits for its model" in told
