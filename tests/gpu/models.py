@@ -43,6 +43,8 @@ class Sizes:
     scored: int = 8
 
 
+LEFT_OUT = (("nrs_best", "continuous"), ("ancestor", "nrs", "continuous"))
+"""Other engines that a whole question is not measured with, each time."""
 SMALL = Sizes(k=2, tokens=3, rows=(2,), steps=(2, 3), prefilled=2, scored=1)
 
 
@@ -51,7 +53,7 @@ def run(kit: Kit) -> None:
     limits = known_limits(kit)
     for name in names:
         kit.part(name, lambda name=name: alone(kit, name, sizes, limits), needs_s=20)
-    for others in (("nrs_best", "continuous"), ("ancestor", "nrs", "continuous")):
+    for others in LEFT_OUT[: 1 if kit.rehearse else 2]:
         for name in names:
             title = f"{name}, a question{', best form' if 'nrs' in others else ''}"
             kit.part(
