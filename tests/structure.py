@@ -28,7 +28,7 @@ KERNELS = "stream_kernels"
 FRONT_DOOR = ("stream_engine", "stream_engine.__main__")
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "text", "timing", KERNELS}),
+    frozenset({"errors", "extensions", "text", "timing", KERNELS}),
     frozenset({"config_file", "servers"}),
     frozenset({"config", "device_errors", "ranks", "records"}),
     frozenset({"pictures"}),

@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from stream_engine import config as config_module
 from stream_engine.cli.run_file import ALIASES, settings_in_file
 from stream_engine.config import (
     InputConfig,
@@ -182,14 +181,17 @@ def boolean_flags() -> frozenset[str]:
     return frozenset(field.name for field in fields if field.type is bool)
 
 
-@cache
 def field_docs(part: type) -> dict[str, str]:
     """The string that stands below each field in the source: its documentation."""
-    module = config_module if part.__module__ == config_module.__name__ else None
-    source = inspect.getsource(module or sys.modules[part.__module__])
-    docs: dict[str, str] = {}
-    for node in ast.walk(ast.parse(source)):
-        if not (isinstance(node, ast.ClassDef) and node.name == part.__name__):
+    return _docs_in(part.__module__).get(part.__name__, {})
+
+
+@cache
+def _docs_in(module: str) -> dict[str, dict[str, str]]:
+    """The documentation of the fields of each class of a module."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:]):
             if (
@@ -199,7 +201,8 @@ def field_docs(part: type) -> dict[str, str]:
                 and isinstance(text.value, ast.Constant)
                 and isinstance(text.value.value, str)
             ):
-                docs[field.target.id] = " ".join(text.value.value.split())
+                doc = " ".join(text.value.value.split())
+                docs.setdefault(node.name, {})[field.target.id] = doc
     return docs
 
 

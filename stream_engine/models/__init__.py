@@ -13,12 +13,12 @@ Importing this module does not import torch; `load_model` does.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stream_engine.config import ModelConfig
 from stream_engine.errors import CheckpointError, ConfigError
+from stream_engine.extensions import installed
 from stream_engine.models.fingerprint import checkpoint_fingerprint
 from stream_engine.models.formats import FORMATS
 from stream_engine.models.intact import read_json, refuse_broken_files
@@ -82,9 +82,7 @@ def detect_family(checkpoint: str | Path, *, name_hint: str | None = None) -> st
     """
     checkpoint = Path(checkpoint)
     config = read_checkpoint_config(checkpoint)
-    families = dict(MODEL_FAMILIES)
-    for entry in entry_points(group="stream_engine.models"):
-        families = {entry.name: entry.value} | families
+    families = installed("stream_engine.models") | MODEL_FAMILIES
     for name, module in families.items():
         matches = FORMATS.get(name) or importlib.import_module(module).matches
         if matches(config):
@@ -111,9 +109,7 @@ def load_model(
         CheckpointError: with the file or tensor at fault.
     """
     name = detect_family(checkpoint, name_hint=name_hint)
-    families = MODEL_FAMILIES | {
-        entry.name: entry.value for entry in entry_points(group="stream_engine.models")
-    }
+    families = installed("stream_engine.models") | MODEL_FAMILIES
     return importlib.import_module(families[name]).load(Path(checkpoint), config)
 
 

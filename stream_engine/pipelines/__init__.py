@@ -9,10 +9,10 @@ Third parties add theirs, a `stream_engine.pipelines.base.Pipeline`, through an 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from stream_engine.errors import ConfigError
+from stream_engine.extensions import installed
 from stream_engine.text import nearest
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ PIPELINES = {
 
 def known_pipelines() -> dict[str, str]:
     """Name -> "module:class" of every pipeline, third parties' included."""
-    known = dict(PIPELINES)
-    for entry in entry_points(group="stream_engine.pipelines"):
-        known.setdefault(entry.name, entry.value)
-    return known
+    return PIPELINES | installed("stream_engine.pipelines") | PIPELINES
 
 
 def pipeline_class(name: str) -> type[Pipeline]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 
-from stream_engine import models, pipelines
-from stream_engine.cli import flags
+from stream_engine import pipelines
 
 NAMES = (
     "pandas",  # pyarrow imports it when it makes a table
@@ -28,7 +26,4 @@ NAMES = (
 
 for name in NAMES:
     importlib.import_module(name)
-for module in (models, pipelines):  # reading the metadata of every package takes 20 ms a time
-    module.entry_points = functools.cache(module.entry_points)
 pipelines.known_pipelines()
-flags.field_docs = functools.cache(flags.field_docs)
