@@ -108,7 +108,8 @@ def test_a_round_that_is_over_is_not_rewritten_and_other_commands_refuse_the_fil
 ) -> None:
     start, first = (f"instruct_model_path: {tmp_path / name}" for name in ("start", "first"))
     assert main(["run", "--config", run_file(tmp_path, start, first)]) == 0
-    capsys.readouterr()
+    assert main(["plan", "--config", run_file(tmp_path, start, first), "--device=cpu"]) == 0
+    assert "\nround 2 of 2:\n" in capsys.readouterr().out
     assert main(["run", "--config", run_file(tmp_path, first, first)]) == 1
     assert "round 1 is over, and had instruct_model_path" in capsys.readouterr().err
     assert main(["run", "--config", run_file(tmp_path, start)]) == 1
