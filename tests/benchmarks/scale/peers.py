@@ -27,7 +27,8 @@ def ray_data(source: Path, target: Path) -> None:
 
     ray.init(num_cpus=NUM_CORES, include_dashboard=False, log_to_driver=False)
     rows = ray.data.read_parquet(str(source)).map(as_members)
-    rows.repartition(target_num_rows_per_block=SHARD).write_webdataset(str(target))
+    blocks = rows.repartition(target_num_rows_per_block=SHARD)
+    blocks.write_webdataset(str(target), encoder=None)  # members are bytes already
     ray.shutdown()
 
 

@@ -10,6 +10,7 @@ too, and is taken from their time here.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ FINGERPRINTS: dict[Stage, str] = {"rollouts": "f" * 16, "rewards": "e" * 16}
 WATCH_S = 0.2
 MEMORY_S = 10.0
 """To add up the pages of twenty large processes takes a good part of a second."""
+M_ARENA_MAX = -8  # malloc.h
 context = multiprocessing.get_context("fork")
 
 
@@ -178,7 +180,7 @@ class Cluster:
         """Some workers, each a thread."""
         logging.basicConfig(level=logging.ERROR)
         count_calls(self.add)
-        share_headers()
+        share_memory()
         first = number * self.num_threads
         threads = [
             threading.Thread(target=self.work, args=(first + i,)) for i in range(self.num_threads)
@@ -254,19 +256,27 @@ class Cluster:
         }
 
 
-def share_headers() -> None:
-    """Keep what a host's workers read of a result once: the memory of one worker, not of fifty.
+def share_memory() -> None:
+    """Keep what a host's workers read alike once: the memory of one worker, not of fifty.
 
     Each of them reads the files all the same.
     """
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # or each thread has a heap, half of it empty
     headers.decoded = lru_cache(4)(headers.decoded)
     read, known = state.read_header, {}
+    add, shards = Manifest._add, {}
 
     def read_header(entry: Entry) -> ResultHeader:
         header = read(entry)
         return known.setdefault((entry.path, entry.version), header)
 
-    state.read_header = read_header
+    def add_shared(self: Manifest, line: bytes) -> bool:
+        is_whole = add(self, line)
+        if self.slim:
+            self.slim[-1] = shards.setdefault(self.slim[-1].index, self.slim[-1])
+        return is_whole
+
+    state.read_header, Manifest._add = read_header, add_shared
 
 
 def result_keys(run_dir: RunDir, stage: Stage) -> Iterator[str]:
