@@ -116,9 +116,9 @@ def config_of_run(args: argparse.Namespace, *, may_be_new: bool = False) -> RunC
     base = read_run_file(run_dir).settings
     if args.pipeline_name is None and "pipeline_name" not in in_file:
         args.pipeline_name = base["pipeline_name"]  # whose options the line may have
-    settings = read_settings(args, base | {"work_dir": work_dir})
-    settings["dataset_path"] = merged_sources(base["dataset_path"], settings["dataset_path"])
-    return RunConfig.create(settings)
+    config = RunConfig.create(read_settings(args, base | {"work_dir": work_dir}))
+    sources = merged_sources(base["dataset_path"], config.dataset_path)
+    return replace(config, dataset_path=tuple(sources))
 
 
 def with_demo(

@@ -206,13 +206,14 @@ def local_files(folder: str) -> Iterator[str]:
     """All files below a folder on disk; linked folders are followed, but not in a circle."""
     above: dict[str, frozenset[str]] = {folder: frozenset((os.path.realpath(folder),))}
     for here, folders, names in os.walk(folder, followlinks=True):
-        yield from (f"{here}/{name}" for name in names)
+        yield from (os.path.join(here, name) for name in names)
         for name in list(folders):
-            real = os.path.realpath(f"{here}/{name}")
+            path = os.path.join(here, name)
+            real = os.path.realpath(path)
             if real in above[here]:
                 folders.remove(name)
             else:
-                above[f"{here}/{name}"] = above[here] | {real}
+                above[path] = above[here] | {real}
         del above[here]
 
 

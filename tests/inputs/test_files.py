@@ -13,7 +13,7 @@ import pytest
 
 from stream_engine.errors import ConfigError
 from stream_engine.inputs.readers import read_rows
-from stream_engine.inputs.sources import find_inputs
+from stream_engine.inputs.sources import find_inputs, local_files
 from stream_engine.inputs.unread import Unread
 from stream_engine.records import Failure, Sample
 from tests.inputs.formats import read, write_webdataset
@@ -154,6 +154,7 @@ def test_linked_folders_are_followed_and_circles_are_cut(tmp_path: Path):
     (tmp_path / "disk1/back").symlink_to(tmp_path / "all")
     (tmp_path / "all/gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     found = find_inputs(str(tmp_path / "all"))
+    assert [*local_files(f"{tmp_path}/")] == [*local_files(str(tmp_path))]
     assert {os.path.basename(file.path) for file in found.files} == {"a.jsonl", "b.jsonl"}
     assert [what for _, what in found.others] == ["broken links"]
 
