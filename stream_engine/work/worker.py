@@ -145,19 +145,21 @@ class Worker:
                 if is_ingested and (self.is_settled() or not do_shards):
                     return num_mine
                 self.show("waiting for other workers")
-                time.sleep(min(looks_apart_s(self.state, self.rank), LONGEST_IDLE_S))
+                time.sleep(self.idle_s())
+
+    def idle_s(self) -> float:
+        """Seconds that a worker waits which finds nothing to do."""
+        return min(looks_apart_s(self.state, self.rank), LONGEST_IDLE_S)
 
     def look(self, num_idle: int) -> None:
         """See how the run stands; at everything, before it is believed that nothing is left."""
         was_settled = num_idle > 1 and self.is_settled()
-        apart_s = looks_apart_s(self.state, self.rank)
         if num_idle == 0:
-            self.state.refresh(max_age_s=max(REFRESH_S, apart_s))
+            self.state.refresh(max_age_s=max(REFRESH_S, looks_apart_s(self.state, self.rank)))
         elif num_idle == 1:
             self.state.refresh(only_missing=True)
         else:
-            age_s = min(apart_s, LONGEST_IDLE_S)
-            self.state.refresh(max_age_s=age_s, longest_age_s=LONGEST_IDLE_S)
+            self.state.refresh(max_age_s=self.idle_s(), longest_age_s=LONGEST_IDLE_S)
         if num_idle and not was_settled and self.is_settled():
             self.state.refresh()
 
@@ -207,11 +209,12 @@ class Worker:
                     continue
                 if not is_own(shard.index, self.rank):  # its worker may have done it meanwhile
                     self.state.refresh_shard(shard)
-                is_left = is_takeable(self.state, stages, shard)
-                num_done += not is_left
-                if num_done == MANY_DONE:  # so much has changed that to look at all is less work
-                    self.state.refresh(only_missing=True)
-                lease = self.lease(shard_lease(shard.index)) if is_left else None
+                if not is_takeable(self.state, stages, shard):
+                    num_done += 1
+                    if num_done == MANY_DONE:  # so much has changed: to look at all is less work
+                        self.state.refresh(only_missing=True)
+                    continue
+                lease = self.lease(shard_lease(shard.index))
                 if lease is None:
                     continue
                 if lease.taken_from is None:

@@ -385,8 +385,6 @@ int64_t runs_here(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-int64_t most_elements_of_a_head(void) { return MOST_SIZE; }
-
 /* `parallel` is GOMP_parallel, or null for one thread. */
 void decode_attention(const Arguments *a,
                       void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {

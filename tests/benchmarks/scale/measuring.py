@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from stream_engine.run_dir.versions import versions_of
 
 Figures = dict[str, Any]
 Keep = Callable[[Figures], None]
@@ -43,13 +44,7 @@ def machine() -> Figures:
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Python's, the commit's, and those of packages that a step leans on."""
-    found = {"python": platform.python_version(), "commit": commit()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), "commit": commit()} | versions_of(packages)
 
 
 def commit() -> str:
