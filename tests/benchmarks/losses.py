@@ -97,10 +97,8 @@ MORE_WAYS = {
     "ipo + sft": Way("ipo", sft=1.0),
 }
 """What is left, last."""
-FINE = ("nca_pair", "sigmoid + sft", "sigmoid")
-STRICT = ("beta 0.5", "beta 0.5 + sft")
-"""Ways that are measured with three seeds on the pairs of all pipelines; STRICT hold to the model
-as it was."""
+ADVISED = ("sigmoid", "sigmoid + sft", "beta 0.5", "beta 0.5 + sft")
+"""Ways that are measured with three seeds and both rates on the pairs of all pipelines."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -122,25 +120,19 @@ def plan() -> list[Row]:
     def rows(runs: Sequence[str], ways: Iterable[str], seeds: Sequence[int]) -> list[Row]:
         return [
             Row(run, way, rate, seed)
-            for seed in seeds
             for rate in RATES
+            for seed in seeds
             for run in runs
             for way in ways
         ]
 
-    pipelines = list(RUNS)[:3]
+    pipelines = [*list(RUNS)[:3], "divide_and_conquer, ranked"]
     return list(
         dict.fromkeys([
-            *rows(["dpo_reward"], ["sigmoid"], [0]),
-            *rows(["llava_critic, strict", "llava_critic"], FINE[:2], [0]),
-            *rows(pipelines, FINE[:2], [0]),
-            *rows(pipelines, FINE, [0]),
-            *rows(["dpo_reward"], FINE, SEEDS),
-            *rows(["llava_critic, strict"], FINE, [0]),
-            *rows(pipelines, FINE, SEEDS),
-            *rows([*pipelines, "divide_and_conquer, ranked"], STRICT, SEEDS),
-            *rows(["divide_and_conquer, ranked"], FINE, SEEDS),
-            *rows(["dpo_reward, strict"], FINE[:2], SEEDS),
+            *rows(pipelines, ADVISED, SEEDS),
+            *rows(["llava_critic, strict", "dpo_reward, strict"], ADVISED, [0]),
+            *rows(pipelines, ["nca_pair"], [0]),
+            *rows(["llava_critic, strict"], ["nca_pair"], [0]),
             *rows(["dpo_reward"], WAYS, [0]),
             *rows(["dpo_reward"], MORE_WAYS, [0]),
         ])

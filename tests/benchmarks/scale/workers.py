@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -259,8 +260,10 @@ class Cluster:
 def share_memory() -> None:
     """Keep what a host's workers read alike once: the memory of one worker, not of fifty.
 
-    Each of them reads the files all the same.
+    Each of them reads the files all the same. Nor do fifty threads that wait for the interpreter
+    wake two hundred times a second, each, to ask for it: that took most of the cores.
     """
+    sys.setswitchinterval(1.0)
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # or each thread has a heap, half of it empty
     headers.decoded = lru_cache(4)(headers.decoded)
     read, known = state.read_header, {}
