@@ -28,19 +28,20 @@ def read_image_file(
     """The bytes of the image that a row in `folder` names.
 
     A relative path is looked up in `image_root` first, when there is one, then in `folder`; as it
-    is written, then with its accents and slashes as other systems write them. The file that is
-    found must lie in `image_root`, after all links and `..` are followed; with `follow_links`, only
-    `..` is, so that links inside may lead anywhere.
+    is written, then as other systems write it (see `spellings`). The file that is found must lie in
+    `image_root`, after all links and `..` are followed; with `follow_links`, only `..` is, so that
+    links inside may lead anywhere.
     """
     if is_url(folder):
         return read_remote_image(path, folder, image_root)
-    if is_url(path):
+    if "://" in path:
         raise remote(path)
     if "\0" in path:
         raise RecordError("missing_image_file", "the path holds a null character")
     bases = [base for base in (image_root, folder) if base is not None]
-    candidates = [os.path.join(base, name) for name in spellings(path) for base in bases]
-    found = next((name for name in candidates if os.path.lexists(name)), candidates[0])
+    candidates = (os.path.join(base, name) for name in spellings(path) for base in bases)
+    as_written = os.path.join(bases[0], path)
+    found = next((name for name in candidates if os.path.lexists(name)), as_written)
     if image_root is not None:
         check_fence(found, path, image_root, follow_links=follow_links)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from stream_engine.errors import RecordError
@@ -33,12 +33,27 @@ def jsonl_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RecordError]]:
 def parse_json(text: bytes | str) -> Row | RecordError:
     """A JSON object, or the error that says why it is none. NaN is read as pandas writes it."""
     try:
-        return as_row(json.loads(text))
+        return as_row(json.loads(text, object_pairs_hook=as_object))
+    except UnicodeDecodeError as error:
+        return RecordError("invalid_text", str(error))
     except (ValueError, RecursionError) as error:
         return RecordError("malformed_json", str(error))
 
 
+class Doubled(dict[str, Any]):
+    """An object that gives a name two values, of which the last is kept."""
+
+
+def as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its names and values, which remembers whether some were lost."""
+    content = dict(pairs)
+    is_whole = len(content) == len(pairs) or all(content[name] == v for name, v in pairs)
+    return content if is_whole else Doubled(content)
+
+
 def as_row(value: Any) -> Row | RecordError:
+    if isinstance(value, Doubled):
+        return RecordError("doubled_column", "a name stands twice in the row, with two values")
     if isinstance(value, dict):
         return value
     return RecordError("malformed_json", f"{type(value).__name__} instead of an object")
@@ -82,8 +97,8 @@ class TextWindow:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.parser = json.JSONDecoder()
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
+        self.parser = json.JSONDecoder(object_pairs_hook=as_object)
         self.text = ""
         self.start = 0
         self.at_end = False
@@ -94,10 +109,7 @@ class TextWindow:
             return False
         data = self.stream.read(CHUNK_BYTES)
         self.at_end = not data
-        try:
-            added = self.decoder.decode(data, final=self.at_end)
-        except UnicodeDecodeError as error:
-            raise Unreadable(f"not UTF-8: {error}") from error
+        added = self.decoder.decode(data, final=self.at_end)
         self.text = self.text[self.start :] + added
         self.start = 0
         return True

@@ -19,8 +19,16 @@ from stream_engine.records import IMAGE_MARK
 
 Row = dict[str, Any]
 
+ID_COLUMNS = ("idx", "question_id", "id")
 CHAT_COLUMNS = ("conversations", "messages", "prompt")
 """Read in this order where a row has no question."""
+PICTURE_COLUMNS = ("image", "images")
+HIDDEN_BY = (
+    (ID_COLUMNS, ID_COLUMNS),
+    (PICTURE_COLUMNS, PICTURE_COLUMNS),
+    (CHAT_COLUMNS, ("question",)),
+)
+"""Where --columns names one of the first, the second are not asked, as they would be else."""
 USERS = frozenset(("user", "human"))
 LATER_TURNS = "later_turns"
 PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "source")
@@ -45,7 +53,7 @@ def with_question(row: Row, *, pairs: bool = False) -> tuple[Row, list[str]]:
             question, pictures, notes = first_question(turns, name)
             row = {**row, "question": question}
             if pictures:
-                row["images"] = pictures
+                row |= {"images": pictures, "image": row.get("images") or row.get("image")}
             return row, notes
     return row, []
 
@@ -54,7 +62,10 @@ def mapped(row: Row, columns: Mapping[str, str]) -> Row:
     """A row with the user's columns under our names; what these hid is gone."""
     if not columns:
         return row
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    hidden = set(columns.values())
+    for named, others in HIDDEN_BY:
+        hidden |= set() if columns.keys().isdisjoint(named) else set(others)
+    kept = {name: value for name, value in row.items() if name not in hidden}
     return kept | {ours: row.get(theirs) for ours, theirs in columns.items()}
 
 

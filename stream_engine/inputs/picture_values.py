@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import unicodedata
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stream_engine.errors import RecordError
@@ -24,6 +26,7 @@ NESTED_KEYS = ("image", "image_url", "url")
 MAX_PATH = 4096
 NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=_\-\s]")
 REMOTE = re.compile(r"(https?|ftp)://", re.IGNORECASE)
+URL = re.compile(r"file:|data:|\w+://", re.IGNORECASE)
 MAX_BARE_PATH = 100
 """Of a text that may be either: what is longer and decodes as base64 was meant as such."""
 
@@ -72,6 +75,14 @@ def parse_picture(value: Any) -> PictureValue:
     return found
 
 
+def is_encoded(value: Any) -> bool:
+    """Whether a value holds a picture's bytes, in whatever form, and does not only name one."""
+    try:
+        return parse_form(value).data is not None
+    except RecordError:
+        return False
+
+
 def parse_form(value: Any) -> PictureValue:
     """The same, of whatever path."""
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -98,7 +109,7 @@ def parse_dict(value: dict[str, Any]) -> PictureValue:
             found = parse_form(value[key])
             return found._replace(path=found.path or path)
     if path:
-        return parse_text(path) if "://" in path else PictureValue(None, path)
+        return parse_text(path) if URL.match(path) else PictureValue(None, path)
     raise RecordError("unknown_image_form", f"a dict of {', '.join(map(repr, value)) or 'nothing'}")
 
 
@@ -149,17 +160,27 @@ def path_of_url(text: str) -> str:
     """The path of a `file:` URL of this machine."""
     parsed = urllib.parse.urlsplit(text)
     if parsed.netloc not in ("", "localhost"):
-        raise RecordError("remote_image", f"{text} lies on the host {parsed.netloc}")
+        raise RecordError(
+            "remote_image",
+            f"{text} lies on the host {parsed.netloc}; a file of this machine is a path, or "
+            "file:///path",
+        )
     return urllib.parse.unquote(text.partition(":")[2].removeprefix("//" + parsed.netloc))
 
 
-def spellings(path: str) -> list[str]:
-    """A path as written, and as other systems write it: composed or decomposed, slashes turned.
+def spellings(path: str) -> Iterator[str]:
+    """A path as written, and as other systems write it: composed or decomposed, slashes turned,
+    percent-encoded, its suffix in capitals or not, `~` for the home folder.
 
     White space at its ends, which a list of paths may leave, is tried without."""
+    yield path
     names = list(dict.fromkeys((path, path.strip())))
+    names += [urllib.parse.unquote(name) for name in names]
+    names += [os.path.expanduser(name) for name in names]
     if "\\" in path:
         names += [re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/") for name in names]
     for form in ("NFC", "NFD"):
         names += [unicodedata.normalize(form, name) for name in names]  # type: ignore[arg-type]
-    return list(dict.fromkeys(names))
+    for stem, suffix in map(os.path.splitext, list(names)):
+        names += [stem + suffix.lower(), stem + suffix.upper()]
+    yield from dict.fromkeys(names)

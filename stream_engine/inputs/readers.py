@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.inputs.compression import codec_of, decompressed
+from stream_engine.inputs.compression import decompressed
+from stream_engine.inputs.encodings import as_utf8
 from stream_engine.inputs.json_files import json_rows, jsonl_rows
 from stream_engine.inputs.layouts import Row, mapped
 from stream_engine.inputs.rows import idx_of, to_sample
-from stream_engine.inputs.sources import InputFile, find_inputs
+from stream_engine.inputs.sources import STREAMED, InputFile, find_inputs
 from stream_engine.inputs.tables import arrow_rows, csv_rows, parquet_rows, tsv_rows
 from stream_engine.inputs.tars import webdataset_rows
 from stream_engine.inputs.unread import Unread, Unreadable
@@ -121,7 +122,8 @@ def rows_of(
     fs, path = fsspec.core.url_to_fs(file.path)
 
     def opened() -> BinaryIO:
-        return decompressed(fs.open(path, "rb"), codec_of(path) or gzip_if_tgz(path))
+        stream = fs.open(path, "rb")
+        return decompressed(stream, path) if file.format in STREAMED else stream
 
     if file.format == "tar":
         yield from webdataset_rows(opened, unread)
@@ -130,12 +132,8 @@ def rows_of(
         if file.format == "parquet":
             yield from parquet_rows(stream, frozenset(config.columns.values()))
         else:
-            yield from STREAM_READERS[file.format](stream)
-
-
-def gzip_if_tgz(path: str) -> str | None:
-    """A .tgz says its codec in one suffix."""
-    return "gzip" if path.lower().endswith(".tgz") else None
+            text = stream if file.format == "arrow" else as_utf8(stream)
+            yield from STREAM_READERS[file.format](text)
 
 
 def convert(

@@ -15,6 +15,7 @@ A row is a dict with the columns of any of the formats (others by --columns, see
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stream_engine.config import InputConfig
@@ -22,14 +23,15 @@ from stream_engine.errors import RecordError
 from stream_engine.inputs.answers import ANSWER_COLUMNS, answers_of
 from stream_engine.inputs.cells import is_missing, text_of
 from stream_engine.inputs.images import read_image_file
-from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, with_question
+from stream_engine.inputs.layouts import CHAT_COLUMNS, ID_COLUMNS, Row, with_question
 from stream_engine.inputs.picture_values import parse_picture, pictures_in
 from stream_engine.inputs.questions import question_of, with_pictures_placed
 from stream_engine.pictures import read_picture
 from stream_engine.records import EncodedImage, Sample, sample_key
 
-ID_COLUMNS = ("idx", "question_id", "id")
 IMAGE_COLUMNS = ("image", "images", "image_path")
+NAMES_ALONE = ("missing_image_file", "remote_image", "path_outside_root", "unknown_image_form")
+"""Of what `image` is where `images` holds the pictures, and `image` tells whence they came."""
 CARRIED_COLUMNS = ("ds_name", "origin_dataset", "origin_split", "metainfos", "ds_question_id")
 COLUMNS = frozenset(
     (
@@ -108,17 +110,30 @@ def images_of(
     default_path = row.get("image_path")
     if is_missing(default_path) or default_path == "":
         default_path = metainfos_path(row)
-    values = pictures_in(row.get("images")) or pictures_in(row.get("image"))
-    values = values or pictures_in(default_path)
+    values, others = pictures_in(row.get("images")), pictures_in(row.get("image"))
+    if not values:
+        values, others = others, []
+    contents = [image_content(v, folder, config) for v in values or pictures_in(default_path)]
+    if others and not set(contents_there(others, folder, config)) <= {d for d, _ in contents}:
+        raise RecordError("two_pictures", "image holds a picture that images does not")
     images = []
-    for value in values:
-        data, path = image_content(value, folder, config)
+    for data, path in contents:
         if not path and isinstance(default_path, str):
             path = default_path
         picture = read_picture(data, config.max_image_pixels)
         notes += picture.changes
         images.append(EncodedImage(picture.data, path))
     return tuple(images)
+
+
+def contents_there(values: list[Any], folder: str, config: InputConfig) -> Iterator[bytes]:
+    """The encoded bytes of those values that are pictures at hand; the others are names."""
+    for value in values:
+        try:
+            yield image_content(value, folder, config)[0]
+        except RecordError as error:
+            if error.reason not in NAMES_ALONE:
+                raise
 
 
 def image_content(value: Any, folder: str, config: InputConfig) -> tuple[bytes, str]:

@@ -40,7 +40,7 @@ FORMATS: dict[str, Format] = {
     ".tsv": "tsv",
     ".arrow": "arrow",
     ".tar": "tar",
-    ".tgz": "tar",
+    **dict.fromkeys((".tgz", ".tbz2", ".txz", ".tzst"), "tar"),
 }
 STREAMED: frozenset[Format] = frozenset(("jsonl", "json", "csv", "tsv", "tar"))
 """Formats that may be compressed besides: their suffix and one of compression.CODECS."""

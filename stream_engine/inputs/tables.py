@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_engine.errors import RecordError
+from stream_engine.inputs.json_files import as_object, as_row
 from stream_engine.inputs.layouts import Row
 from stream_engine.inputs.rows import COLUMNS
 from stream_engine.inputs.unread import Unreadable
@@ -33,6 +34,7 @@ def parquet_rows(stream: BinaryIO, mapped: frozenset[str] = frozenset()) -> Rows
     """
     file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     names = file.schema_arrow.names
+    check_names(names)
     columns = [name for name in names if name in COLUMNS or name in mapped]
     unread = dict.fromkeys(name for name in names if name not in columns)
     position = 0
@@ -56,7 +58,7 @@ def arrow_rows(stream: BinaryIO) -> Rows:
     """Rows of an arrow file as `datasets` saves it, in the stream or the random access format."""
     slices = (
         batch.slice(start, ROWS_PER_BATCH)
-        for batch in arrow_batches(stream)
+        for batch in named_once(arrow_batches(stream))
         for start in range(0, batch.num_rows, ROWS_PER_BATCH)
     )
     yield from enumerate(row for batch in slices for row in batch_rows(batch))
@@ -83,6 +85,19 @@ def arrow_batches(stream: BinaryIO) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(stream)
 
 
+def named_once(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        check_names(batch.schema.names)
+        yield batch
+
+
+def check_names(names: list[str]) -> None:
+    """Raise Unreadable for a table two of whose columns have one name: a row could hold but one."""
+    for name in COLUMNS.intersection(names):
+        if names.count(name) > 1:
+            raise Unreadable(f"two columns are called {name!r}; rename one")
+
+
 def csv_rows(stream: BinaryIO) -> Rows:
     """Rows of a csv file with names in its first line; empty cells are missing."""
     yield from separated_rows(stream, ",")
@@ -104,7 +119,8 @@ def separated_rows(stream: BinaryIO, delimiter: str) -> Rows:
                 detail = f"{len(cells)} cells, the first line names {len(names)} columns"
                 yield position, RecordError("malformed_csv", detail)
             else:
-                yield position, {name: cell or None for name, cell in zip(names, cells)}
+                filled = [(name, cell or None) for name, cell in zip(names, cells)]
+                yield position, as_row(as_object(filled))
     except csv.Error as error:
         raise Unreadable(str(error)) from error
     finally:

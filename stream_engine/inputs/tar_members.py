@@ -10,6 +10,8 @@ from stream_engine.inputs.unread import Unreadable
 
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
+MAGIC = b"ustar"
+MAGIC_OFFSET = 257
 
 
 class Member(NamedTuple):
@@ -28,9 +30,19 @@ class Member(NamedTuple):
     def is_link(self) -> bool:
         return self.header is not None and (self.header.issym() or self.header.islnk())
 
+    @property
+    def is_side_file(self) -> bool:
+        """Whether macOS's tar put it there: "._a.jpg" beside "a.jpg", and the like."""
+        folder, _, base = self.name.rpartition("/")
+        return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in folder.split("/")
+
 
 class CutError(Unreadable):
     """The tar ends before its end mark."""
+
+
+class RestError(CutError):
+    """What follows an archive's end mark cannot be read; all before it is whole."""
 
 
 def tar_members(stream: BinaryIO) -> Iterator[Member]:
@@ -38,7 +50,7 @@ def tar_members(stream: BinaryIO) -> Iterator[Member]:
 
     Raises:
         Unreadable: when the stream is no tar.
-        CutError: when the last archive has no end mark.
+        CutError: when the last archive has no end mark; RestError: when it has one.
     """
     archive, is_first = 0, True
     while True:
@@ -58,7 +70,12 @@ def tar_members(stream: BinaryIO) -> Iterator[Member]:
         if len(block) < BLOCK:
             raise CutError("the tar has no end mark: it is cut")
         is_damaged = block != ZEROS
-        found = next_header(stream, block)
+        try:
+            found = next_header(stream, block)
+        except Unreadable as error:
+            if is_damaged:
+                raise CutError(str(error)) from error
+            raise RestError(f"behind the end of an archive: {error}") from error
         if found is None:
             if is_damaged:
                 yield Member(archive, "", None)
@@ -72,13 +89,23 @@ def tar_members(stream: BinaryIO) -> Iterator[Member]:
 
 
 def next_header(stream: BinaryIO, block: bytes) -> int | None:
-    """Where the next header begins, from the block that was just read; None: nowhere."""
-    position = stream.tell() - BLOCK
-    while len(block) == BLOCK:
-        if block != ZEROS and is_header(block):
+    """Where the next header begins, from the block that was just read; None: nowhere.
+
+    An archive that was joined to another may begin anywhere; its header is told by its magic.
+    """
+    position, before = stream.tell() - BLOCK, b""
+    while block:
+        if len(block) == BLOCK and block != ZEROS and is_header(block):
             return position
-        block = stream.read(BLOCK)
-        position += BLOCK
+        window = before + block
+        magic = window.find(MAGIC)
+        while magic >= 0:
+            start = magic - MAGIC_OFFSET
+            if start >= 0 and is_header(window[start : start + BLOCK]):
+                return position - len(before) + start
+            magic = window.find(MAGIC, magic + 1)
+        position += len(block)
+        before, block = block, stream.read(BLOCK)
     return None
 
 

@@ -14,12 +14,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from stream_engine.errors import RecordError
+from stream_engine.inputs.cells import is_missing
+from stream_engine.inputs.encodings import text_in_utf8
 from stream_engine.inputs.json_files import parse_json
-from stream_engine.inputs.layouts import Row
-from stream_engine.inputs.tar_members import CutError, Member, tar_members
+from stream_engine.inputs.layouts import CHAT_COLUMNS, PICTURE_COLUMNS, Row
+from stream_engine.inputs.picture_values import is_encoded, pictures_in
+from stream_engine.inputs.tar_members import CutError, Member, RestError, tar_members
 from stream_engine.inputs.unread import Unread, Unreadable
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 
@@ -49,7 +52,11 @@ class TarScan:
     faults: dict[Key, RecordError] = field(default_factory=dict)
     stray: dict[Key, str] = field(default_factory=dict)
     """Keys without text and picture: members that belong to no sample."""
-    cut: Unreadable | None = None
+    cut: CutError | None = None
+
+    @property
+    def cuts_a_sample(self) -> bool:
+        return self.cut is not None and not isinstance(self.cut, RestError)
 
 
 def webdataset_rows(
@@ -64,7 +71,7 @@ def webdataset_rows(
         scan = scan_tar(stream)
     with open_stream() as stream:
         position = 0
-        files = files_of(stream)
+        files = files_of(stream, unread)
         for key, members in groupby(files, lambda file: scan.key_of(file.archive, file.name)):
             if key in scan.stray and key not in scan.faults:
                 unread.note_left_out(scan.stray[key], next(members).name)
@@ -75,14 +82,17 @@ def webdataset_rows(
             yield position, row
             position += 1
     if scan.cut is not None:
-        raise Unreadable(f"{scan.cut}; its last sample is left out") from scan.cut
+        left_out = "; its last sample is left out" if scan.cuts_a_sample else ""
+        raise Unreadable(f"{scan.cut}{left_out}") from scan.cut
 
 
-def files_of(stream: BinaryIO) -> Iterator[Member]:
+def files_of(stream: BinaryIO, unread: Unread) -> Iterator[Member]:
     """The members that hold or name something; stops where the tar is cut."""
     try:
         for member in tar_members(stream):
-            if member.is_file or member.is_link:
+            if member.is_side_file:
+                unread.note_left_out("members that macOS adds", member.name)
+            elif member.is_file or member.is_link:
                 yield member
     except CutError:
         return
@@ -92,12 +102,12 @@ def scan_tar(stream: BinaryIO) -> TarScan:
     """Read the headers of a tar; its keys are in memory meanwhile."""
     stems: set[Key] = set()
     headers: list[tuple[int, str | None]] = []  # archive and name; None: a damaged header
-    cut: Unreadable | None = None
+    cut: CutError | None = None
     try:
         for member in tar_members(stream):
             if member.header is None:
                 headers.append((member.archive, None))
-            elif member.is_file or member.is_link:
+            elif (member.is_file or member.is_link) and not member.is_side_file:
                 stem, suffix = split_suffix(member.name)
                 if suffix in TEXT_SUFFIXES:
                     stems.add((member.archive, stem))
@@ -154,12 +164,13 @@ def note_groups(scan: TarScan, headers: list[tuple[int, str | None]]) -> None:
     note_missing_halves(scan, suffixes)
     rows = [key for key in groups if key not in scan.stray or key in scan.faults]
     scan.num_whole = len(rows)
-    if scan.cut is not None and rows and rows[-1] == groups[-1]:
+    if scan.cuts_a_sample and rows and rows[-1] == groups[-1]:
         scan.num_whole -= 1
 
 
 def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
-    """Find texts whose pictures lie in another folder of the tar, and members of no sample."""
+    """Find texts whose pictures have another key, by their folder or by WebDataset's rule, and
+    members of no sample."""
     has_picture = {key: bool(found & IMAGE_SUFFIXES) for key, found in suffixes.items()}
     has_text = {key: bool(found.intersection(TEXT_SUFFIXES)) for key, found in suffixes.items()}
     alone = {
@@ -170,8 +181,17 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
     for key, found in suffixes.items():
         if not has_text[key] and not has_picture[key]:
             scan.stray[key] = f"members .{min(found)} without a text"
+        if not has_text[key] or has_picture[key]:
+            continue
         elsewhere = alone.get((key[0], posixpath.basename(key[1])))
-        if has_text[key] and not has_picture[key] and elsewhere is not None:
+        of_first_dot = (key[0], webdataset_key(key[1]))
+        if has_picture.get(of_first_dot) and not has_text[of_first_dot]:
+            scan.faults[key] = RecordError(
+                "unread_member",
+                f"its picture {of_first_dot[1]}.{min(suffixes[of_first_dot] & IMAGE_SUFFIXES)} has "
+                f"another key; name the text {of_first_dot[1]}.json or .txt",
+            )
+        elif elsewhere is not None:
             scan.faults[key] = RecordError(
                 "unread_member",
                 f"its picture is in another folder of the tar, {elsewhere}.*: WebDataset takes "
@@ -192,6 +212,7 @@ def webdataset_row(
     for member in members:
         assert member.header is not None, member.name
         name = member.name[len(key) + 1 :]
+        name = name.lower() if name.lower() in TEXT_SUFFIXES else name
         if member.is_link:
             links.append(f"{member.name} -> {member.header.linkname}")
             continue
@@ -201,7 +222,7 @@ def webdataset_row(
         content[name] = stream.read(member.header.size)
     if links:
         return RecordError("unread_member", f"{links[0]} is a link; store the file itself")
-    row = text_row(content)
+    row = text_row(key, content, unread)
     if isinstance(row, RecordError):
         return row
     images = [name for name in content if is_picture(name, content[name])]
@@ -209,12 +230,11 @@ def webdataset_row(
     for name in others:
         unread.note_left_out(f"members .{split_suffix(name)[1] or name}", f"{key}.{name}")
     if images:
-        return row | {
-            "images": [
-                {"bytes": content[name], "path": f"{key}.{name}"}
-                for name in sorted(images, key=natural_order)
-            ]
-        }
+        pictures = [
+            {"bytes": content[name], "path": f"{key}.{name}"}
+            for name in sorted(images, key=natural_order)
+        ]
+        return with_members(row, pictures)
     if others and not any(row.get(name) for name in ("image", "images", "image_path")):
         return RecordError(
             "unread_member",
@@ -223,14 +243,33 @@ def webdataset_row(
     return row
 
 
-def text_row(content: dict[str, bytes]) -> Row | RecordError:
+def with_members(row: Row, pictures: list[dict[str, Any]]) -> Row | RecordError:
+    """A sample's row with the pictures beside it, which its json may name and may hold once more.
+
+    One that it names or holds and that is no member would be lost.
+    """
+    named = [pictures_in(row.get(name)) for name in PICTURE_COLUMNS]
+    if (most := max(map(len, named))) > len(pictures):
+        detail = f"the json tells of {most} pictures, the tar holds {len(pictures)}"
+        return RecordError("unread_member", detail)
+    held = [value for values in named for value in values if is_encoded(value)]
+    return row | {"images": pictures, "image": held}
+
+
+def text_row(key: str, content: dict[str, bytes], unread: Unread) -> Row | RecordError:
     """The columns of a sample's json, with its txt as the question where that has none."""
+    if not content.keys() & set(TEXT_SUFFIXES):
+        members = ", ".join(f"{key}.{name}" for name in content)
+        return RecordError(
+            "missing_question", f"a question is in {key}.json or {key}.txt; there is {members}"
+        )
     row = parse_json(content["json"].removeprefix(b"\xef\xbb\xbf")) if "json" in content else {}
     if isinstance(row, RecordError):
         return row
-    has_question = any(name in row for name in ("question", "conversations", "messages"))
-    if "txt" in content and not has_question:
-        row = row | {"question": content["txt"]}
+    if "txt" in content:
+        if all(is_missing(row.get(name)) for name in ("question", *CHAT_COLUMNS)):
+            return row | {"question": text_in_utf8(content["txt"])}
+        unread.note_left_out("members .txt beside a question in .json", f"{key}.txt")
     return row
 
 

@@ -20,7 +20,9 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w-]*(\.\w+)*(:[\w.-]+)?")
 
 HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
-FILE = re.compile(r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow|tar|tgz|gz|bz2|xz|zst|lz4)$")
+FILE = re.compile(
+    r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow|tar|t(?:gz|bz2|xz|zst)|gz|bz2|xz|zst|lz4)$"
+)
 """What ends so was meant as a file of this machine."""
 
 

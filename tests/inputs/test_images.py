@@ -56,6 +56,22 @@ def test_paths_inside_the_root_are_read(folders):
         assert read(path, folder, root) == b"inside"
 
 
+@pytest.mark.parametrize("path", ["a%20b.jpg", "a b.JPG", " a%20b.JPG\n", "~/rows/images/a b.jpg"])
+def test_paths_are_found_as_other_systems_write_them(folders, monkeypatch, path: str):
+    folder, root = folders
+    monkeypatch.setenv("HOME", os.path.dirname(folder))
+    Path(root, "a b.jpg").write_bytes(b"spaced")
+    assert read(path, folder, root) == b"spaced"
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/secret.png", "~/rows/secret.png", "../SECRET.PNG"])
+def test_no_way_of_writing_a_path_leaves_the_root(folders, monkeypatch, path: str):
+    folder, root = folders
+    monkeypatch.setenv("HOME", os.path.dirname(folder))
+    with pytest.raises(RecordError, match=r"path_outside_root|missing_image_file"):
+        read(path, folder, root)
+
+
 @pytest.mark.parametrize(
     "path",
     [

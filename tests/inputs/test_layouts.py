@@ -100,6 +100,44 @@ def test_columns_under_other_names_are_mapped(tmp_path: Path, name: str):
     assert (sample.idx, sample.question, len(sample.images)) == ("7", "Why?", 1)
 
 
+OTHER = picture(2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "image": BASE64, "images": [{"bytes": OTHER}]},
+        {"messages": chat(("user", [{**IMAGE, "image": BASE64}, TEXT])), "images": ["other.png"]},
+    ],
+)
+def test_of_two_columns_with_different_pictures_none_is_lost(tmp_path: Path, row: dict):
+    (tmp_path / "other.png").write_bytes(OTHER)
+    (failure,) = read(write_parquet(tmp_path / "q.parquet", [row]))
+    assert failure.reason == "two_pictures"
+
+
+@pytest.mark.parametrize("image", [BASE64, "where/it/came/from.png", "https://a.b/c.png", 7])
+def test_a_picture_that_is_told_twice_is_one(tmp_path: Path, image: object):
+    row = {"question": "Why?", "image": image, "images": [BASE64]}
+    (sample,) = read(write_jsonl(tmp_path / "q.jsonl", [row]))
+    assert len(sample.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"image": "photo"}, {"question": "Why?", "photo": BASE64, "images": [{"bytes": OTHER}]}),
+        ({"images": "photo"}, {"question": "Why?", "photo": BASE64, "image": {"bytes": OTHER}}),
+        ({"id": "uid"}, {"question": "Why?", "image": BASE64, "uid": "7", "idx": "8"}),
+        ({"prompt": "ask"}, {"question": "no", "ask": "Why?", "image": BASE64}),
+    ],
+)
+def test_a_column_that_is_named_goes_before_others(tmp_path: Path, columns: dict, row: dict):
+    (sample,) = read(write_parquet(tmp_path / "q.parquet", [row]), columns=columns)
+    assert sample.question == "Why?" and sample.images[0].data == base64.b64decode(BASE64)
+    assert "uid" not in row or sample.idx == "7"
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

@@ -147,11 +147,50 @@ def test_lines_that_are_no_object_are_malformed(tmp_path: Path, line: str):
     assert failure.reason == "malformed_json"
 
 
-def test_bytes_that_are_not_utf8_are_malformed(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n{"question": "ok"}')
-    failure, sample = read(tmp_path / "a.jsonl")
-    assert failure.reason == "malformed_json"
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"question": "caf\xe9"}\n{"question": "ok"}'),
+        ("a.json", b'[{"question": "caf\xe9"}, {"question": "ok"}]'),
+        ("a.csv", b"question\ncaf\xe9\nok\n"),
+    ],
+)
+def test_bytes_that_are_not_utf8_cost_their_row_alone(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    failure, sample = read(tmp_path / name)
+    assert failure.reason == "invalid_text"
     assert sample.question == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"question": "?", "image": "a", "image": "b"}', "doubled_column"),
+        ("a.json", b'[{"question": "?", "image": "a", "image": "b"}]', "doubled_column"),
+        ("a.csv", b"question,image,image\n?,a,b\n", "doubled_column"),
+        ("a.jsonl", b'{"question": "?", "question": "?", "metainfos": {"a": 1, "a": 2}}', ""),
+    ],
+)
+def test_a_name_that_stands_twice_hides_no_value(
+    tmp_path: Path, name: str, content: bytes, reason: str
+):
+    """The last one was taken without a word, and the first picture was lost."""
+    (tmp_path / name).write_bytes(content)
+    (item,) = read(tmp_path / name)
+    assert getattr(item, "reason", "") == reason
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, name: str):
+    arrays = [pa.array([text]) for text in ("?", "a", "b")]
+    table = pa.Table.from_arrays(arrays, names=["question", "image", "image"])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    (failure,) = read(tmp_path / name)
+    assert failure.reason == "unreadable_file" and "'image'" in failure.detail
 
 
 def test_a_byte_order_mark_and_nan_are_read(tmp_path: Path):

@@ -1,5 +1,6 @@
 """WebDataset tars: keys, members that are pictures, archives that are joined, cut or damaged."""
 
+import base64
 import gzip
 import io
 import json
@@ -192,3 +193,58 @@ def test_what_lies_behind_a_tar_is_no_harm(tmp_path: Path):
     path = write_webdataset(tmp_path / "a.tar", [make_row(1)])
     path.write_bytes(path.read_bytes() + b"signature" * 200)
     assert reasons(path) == ["sample"]
+
+
+def test_suffixes_in_capitals_are_read(tmp_path: Path):
+    members = {"a.JPG": picture(1, "JPEG"), "a.JSON": question("a"), "b.Png": picture(2)}
+    samples = read(write_tar(tmp_path / "a.tar", {**members, "b.TXT": b"b"}))
+    assert [(one.question, len(one.images)) for one in samples] == [("a", 1), ("b", 1)]
+
+
+def test_a_text_with_a_name_of_its_own_is_not_asked_without_its_picture(tmp_path: Path):
+    members = {"a.jpg": picture(1), "a.question.txt": b"?", "b.jpg": picture(2), "b.cls": b"3"}
+    items = read(write_tar(tmp_path / "a.tar", members), text_only="allow")
+    assert [(item.reason, item.detail) for item in items] == [
+        ("missing_question", "a question is in a.json or a.txt; there is a.jpg"),
+        ("unread_member", "its picture a.jpg has another key; name the text a.json or .txt"),
+        ("missing_question", "a question is in b.json or b.txt; there is b.jpg, b.cls"),
+    ]
+
+
+def test_what_macos_adds_is_passed_over_and_told(tmp_path: Path):
+    """Its "._a.jpg" stands between "a.jpg" and "a.json", which looked scattered then."""
+    members = {"._a.png": b"mac", "a.png": picture(1), "._a.json": b"mac", "a.json": question("a")}
+    path = write_tar(tmp_path / "a.tar", {**members, "__MACOSX/a.png": picture(2)})
+    unread = Unread()
+    (row,) = read_rows(str(path), input_config(), unread=unread)
+    assert isinstance(row.item, Sample) and row.item.images[0].data == picture(1)
+    assert unread.left_out == {"members that macOS adds": 3}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": "where/it/came/from.png"}, "sample"),
+        ({"image": base64.b64encode(picture(1)).decode()}, "sample"),
+        ({"image": base64.b64encode(picture(2)).decode()}, "two_pictures"),
+        ({"images": ["one.png", "two.png"]}, "unread_member"),
+    ],
+)
+def test_a_picture_that_the_json_holds_or_names_besides_is_not_lost(
+    tmp_path: Path, row: dict, reason: str
+):
+    members = {"a.json": json.dumps({"question": "?", **row}).encode(), "a.png": picture(1)}
+    assert reasons(write_tar(tmp_path / "a.tar", members)) == [reason]
+
+
+def test_a_prompt_in_the_json_goes_before_a_txt(tmp_path: Path):
+    members = {"a.json": b'{"prompt": "asked"}', "a.png": picture(1), "a.txt": b"a caption"}
+    (sample,) = read(write_tar(tmp_path / "a.tar", members))
+    assert sample.question == "asked"
+
+
+def test_an_archive_behind_padding_of_any_length_is_read(tmp_path: Path):
+    paths = [write_webdataset(tmp_path / f"{i}.tar", [make_row(i)]) for i in (0, 1)]
+    joined = tmp_path / "all.tar"
+    joined.write_bytes((b"\0" * 100).join(path.read_bytes() for path in paths))
+    assert [sample.idx for sample in read(joined)] == ["0", "1"]
