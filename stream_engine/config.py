@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
@@ -269,6 +270,8 @@ class RunConfig(
                 object.__setattr__(self, name, msgspec.convert(as_plain(value), kind))
             except msgspec.ValidationError as error:
                 raise ConfigError(f"bad setting: {name} {value!r}: {error}") from error
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be a number, it is {value}")
 
     def validate(self) -> None:
         """Check every rule that needs no file."""
@@ -310,16 +313,23 @@ class RunConfig(
                 )
         if self.offload == "nvme" and not self.offload_path:
             raise ConfigError("offload nvme needs --offload_path, a folder on a local drive")
-        positive = ("samples_per_shard", "tensor_parallel", "distance", "max_pairs_per_sample")
-        for name in (*positive, "max_part_bytes", "best", "questions"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, it is {value}")
+        self.validate_numbers()
         if not 0 <= self.test_fraction < 1:
             raise ConfigError(f"test_fraction must be in [0, 1), it is {self.test_fraction}")
-        if self.min_margin < 0:
-            raise ConfigError(f"min_margin must be 0 or more, it is {self.min_margin}")
-        if self.beta <= 0:
-            raise ConfigError(f"beta must be positive, it is {self.beta}")
+
+    def validate_numbers(self) -> None:
+        """Check the numbers that have but a lower bound."""
+        bounds = (
+            (AT_LEAST_ONE, "at least 1"),
+            (AT_LEAST_ZERO, "0 or more"),
+            (ABOVE_ZERO, "positive"),
+        )
+        for names, rule in bounds:
+            for name in names:
+                value = getattr(self, name)
+                is_below = value is not None and value < (names is AT_LEAST_ONE)
+                if is_below or (value == 0 and names is ABOVE_ZERO):
+                    raise ConfigError(f"{name} must be {rule}, it is {value}")
 
     def part(self, kind: type[PartT]) -> PartT:
         """The settings of one part, as that part's type."""
@@ -329,6 +339,13 @@ class RunConfig(
         """Plain builtins, as stored in run.json; `RunConfig.create` reads them back."""
         return msgspec.to_builtins(self)
 
+
+AT_LEAST_ONE = (
+    *("samples_per_shard", "tensor_parallel", "distance", "max_pairs_per_sample", "questions"),
+    *("max_part_bytes", "best", "max_samples", "max_image_pixels", "max_batch_tokens", "max_rows"),
+)
+AT_LEAST_ZERO = ("min_margin", "max_shard_retries", "retry_backoff_s", "max_bad_fraction")
+ABOVE_ZERO = ("beta", "repetition_penalty", "lease_timeout_s")
 
 COLUMN_NAMES = (
     *("question", "image", "images", "image_path", "idx", "conversations", "messages"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shlex
 from collections.abc import Sequence
 
 from stream_engine.cli import notes
@@ -148,7 +149,10 @@ def work(args: argparse.Namespace) -> int:
     if args.shard is None:
         return finish(args, config, steps=("work",))
     retry_shard(config, args.shard)
-    print(f"shard {args.shard} is done; `stream-engine merge {config.work_dir}` takes it up")
+    print(
+        f"shard {args.shard} is done; `stream-engine merge {shlex.quote(config.work_dir)}` "
+        "takes it up"
+    )
     return 0
 
 
@@ -239,7 +243,7 @@ def remedies(report: RunReport) -> list[str]:
         where = ", ".join(report.rejects_files)
         lines.append(f"{rejected} rejected at reading: first correct the input (see {where})")
         lines += [f"  {line}" for line in remedy_lines(report.rejected)]
-    lines.append(f"to try these again: stream-engine retry-failed {report.work_dir}")
+    lines.append(f"to try these again: stream-engine retry-failed {shlex.quote(report.work_dir)}")
     return lines
 
 

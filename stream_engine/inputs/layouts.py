@@ -19,12 +19,10 @@ from stream_engine.records import IMAGE_MARK
 
 Row = dict[str, Any]
 
-ID_COLUMNS = ("idx", "question_id", "id")
 CHAT_COLUMNS = ("conversations", "messages", "prompt")
 """Read in this order where a row has no question."""
 PICTURE_COLUMNS = ("image", "images")
 HIDDEN_BY = (
-    (ID_COLUMNS, ID_COLUMNS),
     (PICTURE_COLUMNS, PICTURE_COLUMNS),
     (CHAT_COLUMNS, ("question",)),
 )

@@ -23,12 +23,13 @@ from stream_engine.errors import RecordError
 from stream_engine.inputs.answers import ANSWER_COLUMNS, answers_of
 from stream_engine.inputs.cells import is_missing, text_of
 from stream_engine.inputs.images import read_image_file
-from stream_engine.inputs.layouts import CHAT_COLUMNS, ID_COLUMNS, Row, with_question
+from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, with_question
 from stream_engine.inputs.picture_values import parse_picture, pictures_in
 from stream_engine.inputs.questions import question_of, with_pictures_placed
 from stream_engine.pictures import read_picture
 from stream_engine.records import EncodedImage, Sample, sample_key
 
+ID_COLUMNS = ("idx", "question_id", "id")
 IMAGE_COLUMNS = ("image", "images", "image_path")
 NAMES_ALONE = ("missing_image_file", "remote_image", "path_outside_root", "unknown_image_form")
 """Of what `image` is where `images` holds the pictures, and `image` tells whence they came."""

@@ -8,6 +8,7 @@ results stay where they are, but no pairs are built from them while the tar is d
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -70,18 +71,16 @@ def note_damage(state: RunState, config: RunConfig, worker: str, error: ShardRea
     if lease is None:
         raise error
     with lease:
+        again = f"`stream-engine retry-failed {shlex.quote(str(run_dir.root))}`"
         if stage is None:
             remedy = (
                 "a shard's tar cannot be computed again: put back a copy of it, then "
-                f"`stream-engine retry-failed {run_dir.root}`; without a copy its "
-                f"{state.shards[index].num_samples} samples are lost to this run, so give their "
-                "input to another --work_dir"
+                f"{again}; without a copy its {state.shards[index].num_samples} samples "
+                "are lost to this run, so give their input to another --work_dir"
             )
         else:
             kept = set_aside(run_dir, stage, index)
-            remedy = (
-                f"kept as {kept}; `stream-engine retry-failed {run_dir.root}` computes it again"
-            )
+            remedy = f"kept as {kept}; {again} computes it again"
         failure = record_failure(
             run_dir,
             error,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,7 +143,7 @@ class Attempts:
             raise StreamEngineError(
                 f"no record of {self.num_hopeless} shards in a row could be processed here; the "
                 f"last error was {describe(self.last_error)}. When it is mended, "
-                f"`stream-engine retry-failed {self.run_dir.root}` goes on"
+                f"`stream-engine retry-failed {shlex.quote(str(self.run_dir.root))}` goes on"
             ) from self.last_error
 
     def record_death(self, stages: tuple[Stage, ...], shard: Shard, dead: Holder) -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from stream_engine.cli.main import main
+from stream_engine.config import RunConfig
+from stream_engine.config_file import load_config_file
 from stream_engine.demo import checkpoint_path
+from stream_engine.errors import ConfigError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.work.runner import run
@@ -216,3 +219,41 @@ def test_an_input_that_is_refused_as_a_whole_is_not_kept(
     assert settings["dataset_path"] == [str(right)]
     kept = (tmp_path / "w/quarantine").glob("input-*")
     assert not any(path.stat().st_size for path in kept)  # an erased file may leave its name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("temperature=nan", "beta=inf", "min_margin=nan", "beta=0", "lease_timeout_s=0"),
+        *("max_samples=-1", "max_rows=0", "retry_backoff_s=-1", "repetition_penalty=0"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused(setting: str) -> None:
+    """NaN was written to run.json as null, and no later command could read that run."""
+    name, _, value = setting.partition("=")
+    with pytest.raises(ConfigError, match=f"{name} must be "):
+        RunConfig.create({name: value})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"sample_k: 4\nsample-k: 6\n", "'sample_k' stands twice, the second time in line 2"),
+        (b"rounds:\n  - {seed: 1, seed: 2}\n", "'seed' stands twice"),
+        (b"a: &x\n  - *x\n", ""),
+        (b"pipeline_name: caf\xe9\n", "is not UTF-8"),
+        (b"a: [\n", "is not YAML"),
+    ],
+)
+def test_a_run_file_that_says_two_things_or_none_is_refused(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
+    """Of a name that stood twice the last one was taken without a word."""
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    if not words:
+        assert "a" in load_config_file(path)
+        return
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config_file(path)
+    assert "\n" not in str(caught.value)

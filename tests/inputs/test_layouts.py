@@ -128,14 +128,12 @@ def test_a_picture_that_is_told_twice_is_one(tmp_path: Path, image: object):
     [
         ({"image": "photo"}, {"question": "Why?", "photo": BASE64, "images": [{"bytes": OTHER}]}),
         ({"images": "photo"}, {"question": "Why?", "photo": BASE64, "image": {"bytes": OTHER}}),
-        ({"id": "uid"}, {"question": "Why?", "image": BASE64, "uid": "7", "idx": "8"}),
-        ({"prompt": "ask"}, {"question": "no", "ask": "Why?", "image": BASE64}),
+        ({"messages": "ask"}, {"question": "no", "ask": chat(("user", "Why?")), "image": BASE64}),
     ],
 )
 def test_a_column_that_is_named_goes_before_others(tmp_path: Path, columns: dict, row: dict):
     (sample,) = read(write_parquet(tmp_path / "q.parquet", [row]), columns=columns)
     assert sample.question == "Why?" and sample.images[0].data == base64.b64decode(BASE64)
-    assert "uid" not in row or sample.idx == "7"
 
 
 @pytest.mark.parametrize(
