@@ -60,14 +60,13 @@ def as_row(value: Any) -> Row | RecordError:
 
 
 def json_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RecordError]]:
-    """The elements of a JSON list, or the objects of a file, one after the other.
+    """The elements of a JSON list, or of several that follow each other, or the objects of a file.
 
     A file that is one object around a single list of objects ({"data": [...]}) is that list.
     """
     text = TextWindow(stream)
     if text.peek() == "[":
-        text.skip(1)
-        yield from enumerate(text.elements())
+        yield from enumerate(text.lists())
         return
     values = text.values()
     first = next(values, None)
@@ -127,9 +126,18 @@ class TextWindow:
     def skip(self, count: int) -> None:
         self.start += count
 
+    def lists(self) -> Iterator[Row | RecordError]:
+        """The elements of one list after the other, to the end of the file."""
+        while mark := self.peek():
+            if mark != "[":
+                raise Unreadable(f"{mark!r} behind the end of a list")
+            self.skip(1)
+            yield from self.elements()
+
     def elements(self) -> Iterator[Row | RecordError]:
         """What follows the "[" of a list."""
         if self.peek() == "]":
+            self.skip(1)
             return
         while True:
             if not self.peek():

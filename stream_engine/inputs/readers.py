@@ -146,7 +146,10 @@ def convert(
             raise row
         row = mapped(row, config.columns)
         idx = idx_of(row)
-        sample, notes = to_sample(row, folder, config)
+        try:
+            sample, notes = to_sample(row, folder, config)
+        except RecursionError as error:
+            raise RecordError("nested_too_deep", str(error)) from error
         return InputRow(file.path, position, sample, notes)
     except RecordError as error:
         failure = Failure(

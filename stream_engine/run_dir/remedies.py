@@ -12,6 +12,7 @@ REMEDIES = {
     "invalid_question": "questions are text; name their column by --columns question=NAME",
     "invalid_text": "store texts as UTF-8",
     "malformed_json": "one JSON object a line (.jsonl), or one list of objects (.json)",
+    "nested_too_deep": "flatten the lists and objects that the row holds in each other",
     "doubled_column": "give each column a name of its own",
     "two_pictures": "keep one of the columns, or name the right one by --columns images=NAME",
     "malformed_csv": "quote cells that hold the delimiter",

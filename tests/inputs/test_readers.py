@@ -180,6 +180,28 @@ def test_a_name_that_stands_twice_hides_no_value(
     assert getattr(item, "reason", "") == reason
 
 
+@pytest.mark.parametrize("column", ["image", "images", "messages", "metainfos", "id", "answers"])
+@pytest.mark.parametrize("deep", ['{"image": ', "[", '{"a": ['])
+def test_a_row_nested_beyond_reason_costs_no_other(tmp_path: Path, column: str, deep: str):
+    """Depths that the parser takes and our own code does not ended the run, at each start again."""
+    depth = 900 // deep.count("[") if "[" in deep else 900
+    end = "".join("]" if letter == "[" else "}" for letter in reversed(deep) if letter in "[{")
+    value = deep * depth + '"x"' + end * depth
+    line = f'{{"question": "?", "{column}": {value}}}'
+    *items, last = read(write_jsonl(tmp_path / "a.jsonl", [line, {"question": "ok"}]))
+    assert last.question == "ok" and len(items) == 1
+
+
+def test_lists_that_follow_each_other_in_a_file_are_all_read(tmp_path: Path):
+    """The second was lost without a word."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"question": "a"}]\n[]\n[{"question": "b"}]\n')
+    assert [item.question for item in read(path)] == ["a", "b"]
+    path.write_text('[{"question": "a"}] {"question": "b"}')
+    sample, failure = read(path)
+    assert (sample.question, failure.reason) == ("a", "unreadable_file")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path, name: str):
     arrays = [pa.array([text]) for text in ("?", "a", "b")]
