@@ -24,8 +24,6 @@ from stream_engine.cli.settings import (
 )
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, RoundOverError
-from stream_engine.models.hub import with_checkpoints
-from stream_engine.pipelines import pipeline_class
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.remedies import remedy_lines
@@ -36,7 +34,14 @@ from stream_engine.store import files
 from stream_engine.store.locations import canonical_source
 from stream_engine.text import printable
 from stream_engine.work.rounds import begin_round
-from stream_engine.work.runner import ALL_STEPS, RunReport, Step, begin, retry_shard
+from stream_engine.work.runner import (
+    ALL_STEPS,
+    RunReport,
+    Step,
+    begin,
+    checked_pipeline,
+    retry_shard,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +174,9 @@ def retry_failed(args: argparse.Namespace) -> int:
             "the run itself with its launcher"
         )
     run_dir = RunDir(config.work_dir)
-    pipeline = pipeline_class(config.pipeline_name)(with_checkpoints(config))
-    run_file = begin(run_dir, config, pipeline, rank)
+    needs_models = not args.requeue_only
+    pipeline = checked_pipeline(config, needs_models=needs_models)
+    run_file = begin(run_dir, config, pipeline, rank, needs_models=needs_models)
     state = RunState(run_dir, run_file.fingerprints, max_shard_retries=config.max_shard_retries)
     put_back = requeue(state, worker=rank.worker_id, timeout_s=config.lease_timeout_s)
     print(f"put back {put_back.shards} shards and {put_back.records} records")

@@ -40,7 +40,7 @@ from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.work.progress import ProgressView, set_up_logging
 from stream_engine.work.rounds import pipeline_of_round, rounds_left
 from stream_engine.work.signals import exit_on_sigterm
-from stream_engine.work.stage_inputs import check_inputs, stage_inputs
+from stream_engine.work.stage_inputs import check_inputs, kept_models, stage_inputs
 from stream_engine.work.team import Team
 from stream_engine.work.tracking import Tracker
 from stream_engine.work.worker import Worker
@@ -101,12 +101,17 @@ def run(
         CheckpointError: when a model cannot be loaded.
         MissingStageError: when `run_stage` builds upon a stage that was not run.
     """
-    pipeline = checked_pipeline(config)
+    pipeline = checked_pipeline(config, needs_models=runs_models(config, steps))
     with view_of(config, show_progress=show_progress) as view:
         return run_steps(config, pipeline, steps, view, number)
 
 
-def checked_pipeline(config: RunConfig) -> Pipeline:
+def runs_models(config: RunConfig, steps: Sequence[Step]) -> bool:
+    """Whether these steps of a run need its models."""
+    return "work" in steps and config.run_stage != 2
+
+
+def checked_pipeline(config: RunConfig, *, needs_models: bool = True) -> Pipeline:
     """The pipeline of a run, whose work directory can be written to.
 
     Raises:
@@ -115,7 +120,9 @@ def checked_pipeline(config: RunConfig) -> Pipeline:
     run_dir = RunDir(config.work_dir)
     refuse_foreign(run_dir)
     refuse_unwritable(run_dir)
-    return pipeline_class(config.pipeline_name)(with_checkpoints(config))
+    if needs_models or kept_models(config) is None:
+        config = with_checkpoints(config)
+    return pipeline_class(config.pipeline_name)(config)
 
 
 @contextmanager
@@ -140,8 +147,8 @@ def run_steps(
     number: int | None = None,
 ) -> RunReport:
     """`run`, shown by a view that several calls may share."""
-    runs_models = "work" in steps and config.run_stage != 2
-    rank = Rank.from_environment(tensor_parallel=config.tensor_parallel if runs_models else 1)
+    size = config.tensor_parallel if runs_models(config, steps) else 1
+    rank = Rank.from_environment(tensor_parallel=size)
     run_dir = RunDir(config.work_dir)
     work = functools.partial(run_as_worker, run_dir, config, pipeline, steps, rank, view, number)
     report = with_team(run_dir, config, pipeline, rank, work)
@@ -169,7 +176,8 @@ def run_as_worker(
 ) -> RunReport:
     """`run` as one worker: a rank by itself, or the one that leads a team."""
     elsewhere = find_python(config.reward_model_python_path) if "work" in steps else None
-    run_file = begin(run_dir, config, pipeline, rank, number)
+    works = runs_models(config, steps)
+    run_file = begin(run_dir, config, pipeline, rank, number, needs_models=works)
     fingerprints = run_file.fingerprints
     state = RunState(run_dir, fingerprints, max_shard_retries=config.max_shard_retries).refresh()
     here = config
@@ -177,7 +185,6 @@ def run_as_worker(
         here = dataclasses.replace(config, run_stage=0)
     workers = functools.partial(Worker, run_dir, rank=rank, view=view, team=team)
     worker = workers(here, pipeline, fingerprints)
-    works = "work" in steps and config.run_stage != 2
     do_shards = works and not (elsewhere and config.run_stage == 1)
     num_done = 0
     outcome: Outcome | None = None
@@ -299,14 +306,18 @@ def begin(
     pipeline: Pipeline,
     rank: Rank,
     number: int | None = None,
+    *,
+    needs_models: bool = True,
 ) -> RunFile:
     """Set up this worker's log file and open the run's settings, those of a round if one is told.
+
+    Where no model is needed, those of the run may be elsewhere.
 
     Raises:
         RoundOverError: when the run has gone on from that round.
     """
     check_formats(config)
-    inputs = stage_inputs(pipeline)
+    inputs = stage_inputs(pipeline, None if needs_models else kept_models(config))
     refuse_no_input(run_dir, config)
     check_inputs(config, known=whole_manifest(run_dir).inputs)
     set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=rank.rank == 0)

@@ -3,7 +3,8 @@ whether the inputs can be read."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,14 +15,25 @@ from stream_engine.inputs.sources import list_inputs
 from stream_engine.models import checkpoint_fingerprint
 from stream_engine.pipelines.base import SAMPLER, Pipeline
 from stream_engine.records import SCHEMA_VERSION
+from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rounds import StageInputs
-from stream_engine.run_dir.run_json import as_read_back
+from stream_engine.run_dir.run_json import as_read_back, kept_settings, read_with_version
 from stream_engine.servers import PREFIX, served
 from stream_engine.store.locations import canonical_source
 
+MODEL_SETTINGS = (
+    *("pipeline_name", "instruct_model_path", "reward_model_path", "base_model_path"),
+    *("vision_tower_path", "sampler"),
+)
 
-def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
+
+def stage_inputs(
+    pipeline: Pipeline, kept: Mapping[Stage, StageInputs] | None = None
+) -> dict[Stage, StageInputs]:
     """What shapes each stage's results under these settings.
+
+    Args:
+        kept: what a run has kept of these same models, for those that are not on this machine.
 
     Raises:
         CheckpointError: when a model's folder is no checkpoint.
@@ -33,13 +45,16 @@ def stage_inputs(pipeline: Pipeline) -> dict[Stage, StageInputs]:
     if config.base_model_path and not pipeline.has_base:
         raise ConfigError(f"{pipeline.name} scores without a base model: no --base_model_path")
     shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
-    if config.vision_tower_path:
-        shared["vision_tower_path"] = checkpoint_fingerprint(config.vision_tower_path)
     known: dict[str, str] = {}
+    if config.vision_tower_path:
+        before = kept["rollouts"].inputs.get("vision_tower_path") if kept else None
+        shared["vision_tower_path"] = model_fingerprint(config.vision_tower_path, before)
     inputs: dict[Stage, dict[str, Any]] = {stage: dict(shared) for stage in STAGES}
     for role in pipeline.roles():
         if role.path not in known:
-            known[role.path] = model_fingerprint(role.path)
+            name = f"{role.name} checkpoint"
+            before = kept[role.stage].inputs.get(name) if kept else None
+            known[role.path] = model_fingerprint(role.path, before)
         inputs[role.stage][f"{role.name} checkpoint"] = known[role.path]
     pipeline.check_models({role.name: known[role.path] for role in pipeline.roles()})
     inputs["rollouts"] |= msgspec.to_builtins(config.part(SamplingConfig))
@@ -61,7 +76,28 @@ def check_inputs(config: RunConfig, *, known: Container[str]) -> None:
                 list_inputs(source)
 
 
-def model_fingerprint(path: str) -> str:
-    """What stands for a model among the inputs; of one on a server its name, wherever it runs."""
+def model_fingerprint(path: str, before: str | None = None) -> str:
+    """What stands for a model among the inputs; of one on a server its name, wherever it runs.
+
+    `before` is what stood for it, where that will do when it is not here.
+    """
     on_server = served(path)
-    return checkpoint_fingerprint(path) if on_server is None else f"{PREFIX}{on_server.name}"
+    if on_server is not None:
+        return f"{PREFIX}{on_server.name}"
+    if before and not Path(path).exists():
+        return before
+    return checkpoint_fingerprint(path)
+
+
+def kept_models(config: RunConfig) -> dict[Stage, StageInputs] | None:
+    """What a run has kept of its models, if these settings name the same; for what runs none.
+
+    Pairs are built and shards put back where the models may never have been.
+    """
+    run_file, _ = read_with_version(RunDir(config.work_dir))
+    settings = kept_settings(config)
+    if run_file is None or any(
+        settings[name] != run_file.settings.get(name) for name in MODEL_SETTINGS
+    ):
+        return None
+    return run_file.stages

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from stream_engine.cli.main import main
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.run_json import change, read_run_file
 from tests.conftest import DEMO_FLAGS, ROOT, file_states
 
 
@@ -30,3 +37,27 @@ sys.exit(77 if "torch" in sys.modules else status)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing to do" in done.stdout
     assert {folder: file_states(demo_run / folder) for folder in folders} == before
+
+
+def test_pairs_are_built_where_the_models_are_not(
+    demo_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merge on another machine asked for checkpoints that it never opens."""
+    work_dir = tmp_path / "run"
+    shutil.copytree(demo_run, work_dir)
+
+    def moved(run_file: Any) -> Any:
+        for name in ("instruct", "reward"):
+            run_file.settings[f"{name}_model_path"] = f"/local/disk/{name}"
+        return run_file
+
+    before = read_run_file(RunDir(work_dir)).stages
+    change(RunDir(work_dir), lambda _: moved(read_run_file(RunDir(work_dir))))
+    assert main(["merge", str(work_dir), "--min_margin", "0.05"]) == 0
+    assert "pairs" in capsys.readouterr().out
+    assert main(["retry-failed", str(work_dir), "--requeue_only"]) == 0
+    assert read_run_file(RunDir(work_dir)).stages == before
+    assert main(["merge", str(work_dir), "--instruct_model_path", "/another"]) == 1
+    assert "/another is not a directory" in capsys.readouterr().err
+    assert main(["work", str(work_dir)]) == 1
+    assert "/local/disk/instruct is not a directory" in capsys.readouterr().err
