@@ -45,7 +45,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def validate(args: argparse.Namespace) -> int:
     config = RunConfig.create(read_settings(args)).part(InputConfig)
     path = args.path
-    if not is_dataset(path):
+    is_meant_as_input = args.given_answers is not None or args.columns is not None
+    if not is_dataset(path) or (is_meant_as_input and not is_run(location(path))):
         check = InputCheck(path, config)
         num_found = 0
         for problem in check.problems():
@@ -63,6 +64,8 @@ def validate(args: argparse.Namespace) -> int:
         for problem in found:
             print(printable(problem))
         num_found = len(found)
+        if found and not is_run(location(path)):
+            print("checked as a dataset that was written; as an input by --given_answers pairs")
     print(f"{printable(path)}: {num_found} problems" if num_found else f"{printable(path)}: ok")
     return 2 if num_found else 0
 

@@ -5,7 +5,7 @@
                                  of texts, turns ({"role", "content"} or {"from", "value"}), or the
                                  conversation that ends with the answer; models from chosen_model
                                  and rejected_model
-    messages, rejected_response  the same as ms-swift writes it
+    messages, rejected_response  the same as ms-swift writes it; also messages, rejected_messages
 
 A row that has none of these, or null, has no answers. What cannot be read rejects its row.
 """
@@ -13,7 +13,7 @@ A row that has none of these, or null, has no answers. What cannot be read rejec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -24,15 +24,16 @@ from stream_engine.inputs.cells import as_text, is_missing, text_of
 from stream_engine.inputs.layouts import USERS, Row, content_of, turn_of
 from stream_engine.records import IMAGE_MARK, GivenAnswer
 
-ANSWER_COLUMNS = (
-    *("answers", "chosen", "rejected", "rejected_response", "chosen_model", "rejected_model"),
-)
+REJECTED_COLUMNS = ("rejected", "rejected_response", "rejected_messages")
+"""The later ones stand beside `messages`, which then end with the chosen answer."""
+ANSWER_COLUMNS = ("answers", "chosen", *REJECTED_COLUMNS, "chosen_model", "rejected_model")
 MAX_ANSWERS = 256
 """Of one question: their scores are held together, and a critic compares each with each."""
 ASSISTANTS = frozenset(("assistant", "gpt", "model"))
 
 WITH_ANSWERS = "with_answers"
 ONE_ANSWER = "one_answer"
+UNREAD_PAIR = "unread_pair"
 
 
 def answers_of(row: Row, config: InputConfig, notes: list[str]) -> tuple[GivenAnswer, ...]:
@@ -40,7 +41,8 @@ def answers_of(row: Row, config: InputConfig, notes: list[str]) -> tuple[GivenAn
 
     Raises:
         RecordError: no_answers, too_many_answers, invalid_answers, invalid_answer, invalid_text,
-            incomplete_pair, unknown_turns, turns_before_question or unsupported_content.
+            incomplete_pair, different_questions, unknown_turns, turns_before_question or
+            unsupported_content.
     """
     if config.given_answers == "ignore":
         return ()
@@ -50,11 +52,17 @@ def answers_of(row: Row, config: InputConfig, notes: list[str]) -> tuple[GivenAn
         found = paired(row)
     else:
         found = ()
+        notes += [UNREAD_PAIR] if all(not is_missing(side) for side in sides_of(row)) else []
     if len(found) > MAX_ANSWERS:
         raise RecordError("too_many_answers", f"{len(found)} answers, at most {MAX_ANSWERS} count")
     if found:
-        notes += [WITH_ANSWERS, *([ONE_ANSWER] if len({one.text for one in found}) == 1 else [])]
+        notes += [WITH_ANSWERS, *([ONE_ANSWER] if is_one([one.text for one in found]) else [])]
     return found
+
+
+def is_one(texts: Iterable[str]) -> bool:
+    """Whether these are one text; white space makes no other."""
+    return len({" ".join(text.split()) for text in texts}) == 1
 
 
 def listed(value: Any) -> tuple[GivenAnswer, ...]:
@@ -99,18 +107,34 @@ def text_in(value: Any, name: str) -> str:
 
 
 def paired(row: Row) -> tuple[GivenAnswer, ...]:
-    """The columns `chosen` and `rejected`, or what stands for them."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if is_missing(rejected):
-        rejected = row.get("rejected_response")
-        if not is_missing(rejected) and is_missing(chosen):
-            chosen = row.get("messages")
+    """The answers of a pair, the chosen one first."""
+    chosen, rejected = sides_of(row)
     if is_missing(chosen) and is_missing(rejected):
         return ()
     if is_missing(chosen) or is_missing(rejected):
         has, lacks = ("chosen", "rejected") if is_missing(rejected) else ("rejected", "chosen")
         raise RecordError("incomplete_pair", f"the row has {has}, but no {lacks}")
+    asked = [text for text in map(question_in, (chosen, rejected)) if text is not None]
+    if len(asked) == 2 and not is_one(asked):
+        raise RecordError("different_questions", "chosen and rejected answer different questions")
     return (*side_of(chosen, "chosen", row), *side_of(rejected, "rejected", row))
+
+
+def sides_of(row: Row) -> tuple[Any, Any]:
+    """What a row has for chosen and rejected: these columns, or what stands for them."""
+    chosen = row.get("chosen")
+    name = next((one for one in REJECTED_COLUMNS if not is_missing(row.get(one))), "rejected")
+    if name != "rejected" and is_missing(chosen):
+        chosen = row.get("messages")
+    return chosen, row.get(name)
+
+
+def question_in(side: Any) -> str | None:
+    """The question that a conversation of one question and its answer begins with."""
+    if not (isinstance(side, list) and len(side) == 2 and isinstance(side[0], dict)):
+        return None
+    text, _ = content_of(turn_of(side[0], "conversation")[1], "conversation")
+    return text.replace(IMAGE_MARK, "") if isinstance(text, str) else None
 
 
 def side_of(value: Any, side: Literal["chosen", "rejected"], row: Row) -> Iterator[GivenAnswer]:

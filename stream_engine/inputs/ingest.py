@@ -26,7 +26,7 @@ from stream_engine.errors import (
     NoPicturesError,
     ShardReadError,
 )
-from stream_engine.inputs.answers import ONE_ANSWER, WITH_ANSWERS
+from stream_engine.inputs.answers import ONE_ANSWER, UNREAD_PAIR, WITH_ANSWERS
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.layouts import LATER_TURNS
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
@@ -63,6 +63,8 @@ NOTES = {
     LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
     WITH_ANSWERS: "rows with answers of their own: these are scored, and none is sampled",
     ONE_ANSWER: "rows whose answers are one: it is scored, but a pair needs two that differ",
+    UNREAD_PAIR: "rows with chosen and rejected, which are left out: answers are sampled; "
+    "--given_answers pairs scores these in their place",
     GONE: "samples of an earlier reading that the input no longer holds: they stay in the run",
 }
 """What is told at the end of a reading, with its number."""

@@ -52,8 +52,9 @@ def image_tag(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig
 
 
 def same_text(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig) -> str | None:
-    """Chosen and rejected are two samplings of one text."""
-    return "same_text" if candidate.chosen.text == candidate.rejected.text else None
+    """Chosen and rejected are two samplings of one text; white space makes no other."""
+    same = candidate.chosen.text.split() == candidate.rejected.text.split()
+    return "same_text" if same else None
 
 
 def disagreement(

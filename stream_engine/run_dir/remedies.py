@@ -45,6 +45,7 @@ REMEDIES = {
     "invalid_answer": "an answer is text, or {text, model, finish_reason}; --given_answers ignore "
     "samples answers in their place",
     "incomplete_pair": "give both chosen and rejected, or leave --given_answers pairs out",
+    "different_questions": "both conversations of a pair begin with the same question",
     "too_many_images": "choose a model that takes as many pictures",
     "prompt_too_long": "shorten the question, or choose a model with a longer context",
 }

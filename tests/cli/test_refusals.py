@@ -19,6 +19,7 @@ from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.work.runner import run
 from tests.conftest import write_questions
 from tests.echo_pipeline import echo_config
+from tests.samples import picture, write_parquet
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,18 @@ def test_a_misnamed_column_is_named_by_validate_and_by_the_run(
     main([*words, "--text_only", "allow"])
     shown = capsys.readouterr()
     assert shown.out.count(line) == shown.err.count(line) == 1
+
+
+def test_pairs_of_others_are_checked_as_the_input_that_they_are_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the columns of an output they were held against that format alone."""
+    row = {"prompt": "what is this for", "chosen": "a", "rejected": "b", "images": [picture(0)]}
+    path = str(write_parquet(tmp_path / "pairs.parquet", [row]))
+    assert main(["validate", path]) == 2
+    assert "as an input by --given_answers pairs" in capsys.readouterr().out
+    assert main(["validate", path, "--given_answers", "pairs"]) == 0
+    assert "1 rows with answers of their own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from stream_engine.inputs.answers import MAX_ANSWERS
 from stream_engine.inputs.ingest import ingest
+from stream_engine.inputs.validate import InputCheck
 from stream_engine.records import Failure, GivenAnswer, Sample, sample_key
 from stream_engine.run_dir.manifest import Manifest
 from stream_engine.run_dir.paths import RunDir
@@ -103,6 +104,10 @@ PAIRS: dict[str, dict[str, Any]] = {
         "messages": [turn("Is it?", "user"), turn("Yes.")],
         "rejected_response": "No.",
     },
+    "ms-swift-messages": {
+        "messages": [turn("Is it?", "user"), turn("Yes.")],
+        "rejected_messages": [turn("Is it?", "user"), turn("No.")],
+    },
 }
 
 
@@ -147,11 +152,33 @@ def test_a_pair_says_its_models_and_may_have_several_worse_answers(tmp_path: Pat
             "turns_before_question",
             id="system-prompt",
         ),
+        pytest.param(
+            {"chosen": [turn("q", "user"), turn("a")], "rejected": [turn("r", "user"), turn("b")]},
+            "different_questions",
+            id="questions",
+        ),
     ],
 )
 def test_bad_pairs_are_named_rejects(tmp_path: Path, row: dict[str, Any], reason: str):
     found = one(tmp_path, row, given_answers="pairs")
     assert isinstance(found, Failure) and found.reason == reason
+
+
+def test_what_is_read_of_pairs_is_told_and_so_is_what_is_left_out(tmp_path: Path):
+    """A dataset of pairs had its answers sampled anew without a word."""
+    rows = [
+        {"idx": 1, "question": "?", "chosen": "a", "rejected": "b"},
+        {"idx": 2, "question": "?", "chosen": "a", "rejected": " a\n"},
+        {"idx": 3, "question": "?", "chosen": None, "rejected": None},
+    ]
+    source = str(write_jsonl(tmp_path / "q.jsonl", rows))
+    told = {}
+    for reads in ("pairs", "answers", "ignore"):
+        check = InputCheck(source, input_config(given_answers=reads))
+        assert list(check.problems()) == []
+        told[reads] = dict(check.notes)
+    assert told["pairs"] == {"with_answers": 2, "one_answer": 1}
+    assert told["answers"] == {"unread_pair": 2} and told["ignore"] == {}
 
 
 def test_pairs_of_one_question_may_share_its_id_and_are_read_once(tmp_path: Path):

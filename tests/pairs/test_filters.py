@@ -27,6 +27,7 @@ def candidate(chosen: str, rejected: str, *, key: str = "k") -> Candidate:
         pytest.param("", "a dog", "empty_answer", id="empty-chosen"),
         pytest.param("a cat", " \n ", "empty_answer", id="blank-rejected"),
         pytest.param("a cat", "a cat", "same_text", id="same-text"),
+        pytest.param("a cat", "a\ncat ", "same_text", id="white-space"),
         pytest.param("<image> a cat", "a dog", "image_tag", id="tag-in-chosen"),
         pytest.param("a cat", "a dog <image>", "image_tag", id="tag-in-rejected"),
     ],
