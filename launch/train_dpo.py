@@ -59,6 +59,7 @@ def main() -> None:
     step, last = last_checkpoint(kept)
     if last:
         print(f"{args.out}: going on from step {step}", file=sys.stderr, flush=True)
+        restore(trainer, last)
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(args.out))
     AutoProcessor.from_pretrained(args.model).save_pretrained(args.out)
@@ -67,6 +68,20 @@ def main() -> None:
             args.out / "checkpoints.done"
         )  # at once: what is left is not gone on from
         shutil.rmtree(done)
+
+
+def restore(trainer: DPOTrainer, checkpoint: str) -> None:
+    """Put a checkpoint's weights into the model.
+
+    transformers 5 writes those of many vision-language models under other names than the modules
+    have. Its Trainer finds none of them when it goes on, and does so with a warning, from the
+    weights of the start; `from_pretrained` knows both.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return  # these keep parts of their own
+    model = trainer.model
+    weights = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    model.load_state_dict(weights)
 
 
 def last_checkpoint(folder: Path) -> tuple[int, str | None]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
@@ -112,6 +114,7 @@ def test_a_second_one_beside_it_is_refused(tmp_path: Path, demo_questions: Path)
 
 
 def test_the_example_trains_by_trl_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """With transformers 5 it went on from the weights of the start: marks in checkpoints tell."""
     pytest.importorskip("trl")
     out, log = tmp_path / "out", tmp_path / "log"
     save_tiny_llava(tmp_path / "model")
@@ -137,9 +140,29 @@ def test_the_example_trains_by_trl_and_goes_on_after_a_kill(tmp_path: Path) -> N
     first = out / "checkpoints/checkpoint-1/trainer_state.json"
     kill_when(training, first.exists, log)
     (out / "checkpoints/checkpoint-9").mkdir()  # as a kill leaves one that was being written
+    before = weight_of(tmp_path / "model")
+    for state in out.glob("checkpoints/*/trainer_state.json"):
+        add_one(state.parent)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     going_on = re.search(r"going on from step (\d)", done.stderr)
     assert going_on and int(going_on[1]) >= 1
     assert {"config.json", "model.safetensors", "processor_config.json"} <= set(os.listdir(out))
     assert not (out / "checkpoints").exists()
+    assert ((weight_of(out) - before) > 0.5).all(), "it went on from other weights"
+
+
+WEIGHT = "multi_modal_projector.linear_1.bias"
+
+
+def weight_of(checkpoint: Path) -> torch.Tensor:
+    """A weight that four steps change by far less than one."""
+    return load_file(checkpoint / "model.safetensors")[WEIGHT]
+
+
+def add_one(checkpoint: Path) -> None:
+    """Mark a checkpoint, to be known by."""
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    weights[WEIGHT] += 1
+    save_file(weights, path, metadata={"format": "pt"})
