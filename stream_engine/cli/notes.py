@@ -24,13 +24,14 @@ what is read:
   Stored is the picture that everybody sees: transparency goes on white, 16 bits become 8, CMYK
   becomes RGB, a moving picture its first frame, EXIF rotation is done; all others keep their
   bytes. A JPEG whose data are broken in the middle is rejected.
-  Answers come along as `answers`: texts, or {text, model, finish_reason}. These are scored and none
-  is sampled; --sample_k does not bind them. A pair needs two that differ; --rank is lowered to half
-  their number. --given_answers pairs reads `chosen` and `rejected` too, as TRL, RLAIF-V, ms-swift
-  and LLaMA-Factory write them: each pair is scored again, `status` says how many the scorer
-  reverses, and --disagreements keeps, relabels or drops those. The ids of such answers are made
-  from their texts, and an end token is put behind, unless finish_reason is length. Other answers
-  are another sample; the ids of samples may then repeat.
+  Answers come along as `answers`: texts, or {text, model, finish_reason}. These are scored and
+  none is sampled; --sample_k does not bind them. A pair needs two that differ, so that answers of
+  several models to one question stand in one row; --rank is lowered to half their number.
+  --given_answers pairs reads `chosen` and `rejected` too, as TRL, RLAIF-V, ms-swift and
+  LLaMA-Factory write them: each pair is scored again, `status` says how many the scorer reverses,
+  and --disagreements keeps, relabels or drops those. The ids of such answers are made from their
+  texts, and an end token is put behind, unless finish_reason is length. Other answers are another
+  sample; the ids of samples may then repeat.
   Text stays text: a question that spells a control token of the model, or its template's words
   for a turn, is rejected.
 """

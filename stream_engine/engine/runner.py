@@ -164,7 +164,8 @@ class ModelRunner:
         if longest > self.max_positions:
             return (
                 "prompt_too_long",
-                f"{longest} positions, the model is run with {self.max_positions} at most",
+                f"{longest} positions, {len(prompt)} of them the prompt's; the model is run with "
+                f"{self.max_positions} at most",
             )
         window = self.cache.sliding_window
         if window is not None and longest + self.sampling.max_new_tokens > window:

@@ -62,7 +62,8 @@ NOTES = {
     **{name: f"pictures {words}" for name, words in CHANGES.items()},
     LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
     WITH_ANSWERS: "rows with answers of their own: these are scored, and none is sampled",
-    ONE_ANSWER: "rows whose answers are one: it is scored, but a pair needs two that differ",
+    ONE_ANSWER: "rows whose answers are one: it is scored, but a pair needs two that differ, "
+    "in one row",
     UNREAD_PAIR: "rows with chosen and rejected, which are left out: answers are sampled; "
     "--given_answers pairs scores these in their place",
     GONE: "samples of an earlier reading that the input no longer holds: they stay in the run",

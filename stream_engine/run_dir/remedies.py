@@ -47,7 +47,8 @@ REMEDIES = {
     "incomplete_pair": "give both chosen and rejected, or leave --given_answers pairs out",
     "different_questions": "both conversations of a pair begin with the same question",
     "too_many_images": "choose a model that takes as many pictures",
-    "prompt_too_long": "shorten the question, or choose a model with a longer context",
+    "prompt_too_long": "shorten the question, or an answer that came with it, or choose a model "
+    "with a longer context",
 }
 """reason -> what its user can do."""
 
