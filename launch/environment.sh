@@ -37,3 +37,22 @@ value_of() {
     done
     printf '%s\n' "$value"
 }
+
+# in_file FILE NAME DEFAULT: a setting in a file of them (--config), else DEFAULT, as without a file.
+in_file() {
+    [ -n "$1" ] || { printf '%s\n' "$3" && return; }
+    "$python" - "$@" <<'END'
+import sys
+from stream_engine.cli.run_file import by_our_names
+from stream_engine.config_file import load_config_file
+from stream_engine.errors import ConfigError
+
+path, name, default = sys.argv[1:]
+try:
+    value = by_our_names(load_config_file(path)).get(name)
+except ConfigError as error:
+    sys.exit(f"stream-engine: {error}")
+value = default if value is None else value
+print(",".join(map(str, value)) if isinstance(value, list) else value)
+END
+}

@@ -29,10 +29,12 @@ nproc_per_node="${nproc_per_node:-}" # workers; empty: one a GPU, or 2 without G
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+config="$(value_of config "" "$@")"
+pipeline_name="$(in_file "$config" pipeline_name "$pipeline_name")"
 pipeline_name="$(value_of pipeline_name "$pipeline_name" "$@")"
+work_dir="${work_dir:-$(in_file "$config" work_dir "")}"
 run_stage="$(value_of run_stage "$run_stage" "$@")"
 dataset_path="$(value_of dataset_path "$dataset_path" "$@")"
-config="$(value_of config "" "$@")"
 own="$config$(value_of vision_tower_path "" "$@")" # whatever names a model or a dataset
 for name in dataset_path instruct_model_path instruct_model_name reward_model_path \
     reward_model_name reward_model_python_path; do

@@ -37,30 +37,17 @@ fail() {
     exit 1
 }
 
-# in_file NAME DEFAULT: a setting in the file of --config, else DEFAULT.
 config="$(value_of config "" "$@")"
-in_file() {
-    [ -n "$config" ] || { printf '%s\n' "$2" && return; }
-    "$python" - "$config" "$@" <<'END'
-import sys
-from stream_engine.cli.run_file import settings_in_file
-from stream_engine.errors import ConfigError
-
-path, name, default = sys.argv[1:]
-try:
-    value = settings_in_file(path).get(name, default)
-except ConfigError as error:
-    sys.exit(f"train_in_rounds.sh: {error}")
-print(",".join(map(str, value)) if isinstance(value, list) else value)
-END
-}
+their_rounds="$(in_file "$config" rounds "")"
+[ -z "$their_rounds" ] ||
+    fail "$config: leave \`rounds\` out, whose models are made here; \`stream-engine run\` takes them"
 
 demo=false
 [[ " $* " != *" --demo "* ]] || demo=true
-work_dir="$(in_file work_dir work/rounds)"
+work_dir="$(in_file "$config" work_dir work/rounds)"
 work_dir="$(value_of output_dir "$work_dir" "$@")"
 work_dir="$(value_of work_dir "$work_dir" "$@")"
-first="$(in_file instruct_model_path "")"
+first="$(in_file "$config" instruct_model_path "")"
 first="$(value_of instruct_model_path "$first" "$@")"
 flags=("$@" --work_dir "$work_dir")
 if [ "$demo" = true ]; then
@@ -68,10 +55,11 @@ if [ "$demo" = true ]; then
     questions="${questions:-75}"
 fi
 [ -n "$first" ] || fail "give --instruct_model_path, the model to begin with"
-format="$(in_file format "")"
+format="$(in_file "$config" format "")"
 [ -n "$(value_of format "$format" "$@")" ] || flags+=(--format trl)
-questions="$(in_file questions "${questions:-4000}")"
+questions="$(in_file "$config" questions "${questions:-4000}")"
 questions="$(value_of questions "$questions" "$@")"
+launcher="$(value_of launcher "" "$@")"
 models_dir="${models_dir:-$work_dir-models}"
 [[ "$models_dir" != *://* ]] || fail "set models_dir to a folder of a disk: models are trained there"
 [ "$train_on" = newest ] || [ "$train_on" = all ] || fail "train_on is newest or all, not $train_on"
@@ -90,7 +78,7 @@ flock --wait 3 9 || fail "another is at work in $models_dir, or what it started 
 # answer ROUND MODEL: the round's questions answered and paired; nothing to do where they are.
 answer() {
     local workers=()
-    [ "$nproc_per_node" -eq 1 ] ||
+    [ "$nproc_per_node" -eq 1 ] || [ "$launcher" = ray ] ||
         workers=(-m torch.distributed.run --standalone --nproc_per_node "$nproc_per_node")
     OMP_NUM_THREADS="$omp_num_threads" "$python" "${workers[@]}" -m stream_engine round "${flags[@]}" \
         --round "$1" --instruct_model_path "$2" --questions "$questions" --failures_ok

@@ -77,7 +77,7 @@ def run_by_launcher(
             if getattr(args, name, None) is not None:
                 raise ConfigError(f"--{name} goes with --launcher ray")
         return run(config, steps=steps, number=number)
-    return run_on_ray(config, places_of(args), steps=steps)
+    return run_on_ray(config, places_of(args), steps=steps, number=number)
 
 
 def places_of(args: argparse.Namespace) -> RayPlaces:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from stream_engine.errors import ParallelError
+from stream_engine.errors import ParallelError, RoundOverError
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import Sample, SampleRollouts
 from stream_engine.work.catching import UNMENDABLE, caught
@@ -26,6 +26,7 @@ def follow(team: Team, pipeline: Pipeline, engines: LoadedEngines) -> None:
     """Do beside the leader what it announces, until it ends the team.
 
     Raises:
+        RoundOverError: when others of this run went on to the next round.
         ParallelError: when the team ends by an error, or falls out of step.
     """
     loaded: Mapping[str, Engine] = {}
@@ -38,6 +39,8 @@ def follow(team: Team, pipeline: Pipeline, engines: LoadedEngines) -> None:
             error = caught(functools.partial(compute, team, message, pipeline, loaded))
         if isinstance(error, UNMENDABLE):
             raise error
+    if message.is_round_over:
+        raise RoundOverError(message.error)
     if message.error:
         raise ParallelError(f"the first rank of this worker stopped: {message.error}")
 

@@ -22,7 +22,7 @@ import msgspec
 
 from stream_engine import DISTRIBUTION
 from stream_engine.config import RunConfig
-from stream_engine.errors import ConfigError, DeviceLostError, StreamEngineError
+from stream_engine.errors import ConfigError, DeviceLostError, RoundOverError, StreamEngineError
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
@@ -87,6 +87,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     is_final: bool = False
     """Whether the error is one of settings or models, which ends the run for all workers."""
+    is_round_over: bool = False
+    """Whether it is that others went on to the next round."""
 
 
 def run_on_ray(
@@ -95,33 +97,36 @@ def run_on_ray(
     *,
     steps: Sequence[Step] = ALL_STEPS,
     show_progress: bool = True,
+    number: int | None = None,
 ) -> RunReport:
     """`run`, with the models on the workers of a Ray cluster: RAY_ADDRESS, one that runs here
     already, or else a new one of this machine alone.
 
     Raises:
+        RoundOverError: when the run has gone on from the round `number`.
         ConfigError: as `run`, and when Ray is not installed or cannot run these settings.
         StreamEngineError: when every worker ended before the work was done.
     """
     if "work" not in steps or config.run_stage == 2:
-        return run(config, steps=steps, show_progress=show_progress)
+        return run(config, steps=steps, show_progress=show_progress, number=number)
     refuse_unfit(config)
     pipeline = checked_pipeline(config)
     with view_of(config, show_progress=show_progress) as view:
-        run_steps(config, pipeline, (), view)  # what is wrong is said here, before anything starts
+        # What is wrong is said here, before anything starts.
+        run_steps(config, pipeline, (), view, number)
         known = whole_manifest(RunDir(config.work_dir)).inputs
         is_new = any(canonical_source(path) not in known for path in config.dataset_path)
-        crew = Crew(config, places, steps)
+        crew = Crew(config, places, steps, number)
         try:
             if is_new:
                 crew.start()
-            read = run_steps(config, pipeline, [s for s in steps if s == "shard"], view)
+            read = run_steps(config, pipeline, [s for s in steps if s == "shard"], view, number)
             if is_new or not is_settled(config):
                 crew.start()
                 crew.wait(view)
         finally:
             crew.end()
-        report = run_steps(config, pipeline, [s for s in steps if s == "merge"], view)
+        report = run_steps(config, pipeline, [s for s in steps if s == "merge"], view, number)
     return msgspec.structs.replace(
         report,
         samples_added_here=read.samples_added_here + crew.samples_added,
@@ -156,8 +161,11 @@ def is_settled(config: RunConfig) -> bool:
 class Crew:
     """The workers of a run, as the driver has them: started, waited for, ended."""
 
-    def __init__(self, config: RunConfig, places: RayPlaces, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, config: RunConfig, places: RayPlaces, steps: Sequence[Step], round_number: int | None
+    ) -> None:
         self.config = config
+        self.round_number = round_number
         self.places = places
         self.steps = [step for step in steps if step != "merge"]
         self.actors: list[Any] = []
@@ -177,7 +185,8 @@ class Crew:
         places = self.places.within(ray.cluster_resources())
         assert places.num_workers is not None
         kind = ray.remote(RayWorker)
-        job = (self.config.to_dict(), self.steps, os.getcwd(), places.num_workers)
+        settings, folder = self.config.to_dict(), os.getcwd()
+        job = (settings, self.steps, self.round_number, folder, places.num_workers)
         for number in range(1, places.num_workers + 1):
             actor = kind.options(
                 name=f"stream-engine-worker-{number}",
@@ -231,6 +240,7 @@ class Crew:
         """Count what a worker did; the error with which it ended, or None.
 
         Raises:
+            RoundOverError: when others of this run went on to the next round.
             StreamEngineError: when that is one of settings or models.
         """
         import ray
@@ -243,6 +253,8 @@ class Crew:
             ended = Ended(error=f"Ray gave it up: {said}")
         self.samples_added += ended.samples_added
         self.shards_done += ended.shards_done
+        if ended.is_round_over:
+            raise RoundOverError(ended.error)
         if ended.is_final:
             raise StreamEngineError(ended.error)
         if ended.error is not None:
@@ -294,7 +306,12 @@ class RayWorker:
         return f"worker {self.number}"  # what stands before its lines in the driver's output
 
     def work(
-        self, settings: dict[str, Any], steps: Sequence[Step], folder: str, num_workers: int
+        self,
+        settings: dict[str, Any],
+        steps: Sequence[Step],
+        round_number: int | None,
+        folder: str,
+        num_workers: int,
     ) -> dict[str, Any]:
         """Work until nothing is left to do, and say how it ended.
 
@@ -304,12 +321,17 @@ class RayWorker:
         try:
             config = RunConfig.create(settings)
             self.enter(folder, config)
-            report = run(config, steps=steps, show_progress=False)
+            report = run(config, steps=steps, show_progress=False, number=round_number)
         except (DeviceLostError, OSError) as error:
             self.leave(1, error)
         except StreamEngineError as error:
-            is_final = isinstance(error, UNMENDABLE)
-            return msgspec.to_builtins(Ended(error=str(error), is_final=is_final))
+            return msgspec.to_builtins(
+                Ended(
+                    error=str(error),
+                    is_final=isinstance(error, UNMENDABLE),
+                    is_round_over=isinstance(error, RoundOverError),
+                )
+            )
         except SystemExit as error:  # SIGTERM; the leases are given back
             self.leave(error.code if isinstance(error.code, int) else 1, None)
         except Exception as error:  # noqa: BLE001  Ray would take it for an answer

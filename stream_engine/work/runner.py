@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Literal, TypeVar
 
 import msgspec
@@ -188,7 +188,8 @@ def run_as_worker(
     do_shards = works and not (elsewhere and config.run_stage == 1)
     num_done = 0
     outcome: Outcome | None = None
-    with exit_on_sigterm(run_dir, rank.worker_id):
+    # In another round this process loads other models, into the memory of these.
+    with exit_on_sigterm(run_dir, rank.worker_id), closing(worker.engines):
         if config.run_stage in (1, 2):
             require_rollouts(state, config)
         while outcome is None or (works and outcome == "unsettled"):
@@ -366,5 +367,6 @@ def with_team(
         if team.leads:
             return lead(team)
         set_up_logging(run_dir.log(rank.log_name), worker=rank.worker_id, echo=False)
-        follow(team, pipeline, LoadedEngines(run_dir, pipeline, rank))
+        with closing(LoadedEngines(run_dir, pipeline, rank)) as engines:
+            follow(team, pipeline, engines)
     return None

@@ -20,13 +20,15 @@ a ParallelError: the launcher ends the run, its leases are released or go stale,
 command resumes. A rank that dies closes its connections, which ends the others at once; one that
 hangs ends them after a timeout.
 
-Each team is a torch.distributed world of its own; teams meet in the run directory only.
+Each team is a torch.distributed world of its own; teams meet in the run directory only. Of a run
+with several rounds each makes such a world, and ends it, in the same processes.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -38,14 +40,14 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from stream_engine.config import Stage
-from stream_engine.errors import ConfigError, ParallelError
+from stream_engine.errors import ConfigError, ParallelError, RoundOverError
 from stream_engine.ranks import Rank, set_device
 from stream_engine.records import Failure, SampleRewards, SampleRollouts
 from stream_engine.work.catching import UNMENDABLE, caught
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ class End(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The run is over for this team; `error` says why, when it should not be."""
 
     error: str = ""
+    is_round_over: bool = False
+    """Whether that is because others went on to the next round, as this team may then do."""
 
 
 Message = Load | Compute | End
@@ -133,9 +137,10 @@ class Team:
         self._stop.set()
         if self.leads:
             self._heart.join()
-        if error is None:
+        is_round_over = isinstance(error, RoundOverError)
+        if error is None or is_round_over:
             if self.leads:
-                self.announce(End())
+                self.announce(End(error=str(error or ""), is_round_over=is_round_over))
             dist.destroy_process_group()
         elif self.leads and not isinstance(error, ParallelError):
             with suppress(ParallelError):
@@ -307,14 +312,13 @@ def join_world(rank: Rank, device: str) -> None:
     """
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= rank.local_world_size
     try:
-        store, _, _ = next(rendezvous("env://", timeout=FORWARD_TIMEOUT))
+        name = f"stream_engine/worker{rank.worker}/{next(_worlds)}"
         dist.init_process_group(
             "nccl" if own_gpu else "gloo",
-            store=dist.PrefixStore(f"stream_engine/worker{rank.worker}", store),
+            store=dist.PrefixStore(name, meeting_place()),
             rank=rank.place,
             world_size=rank.tensor_parallel,
             timeout=FORWARD_TIMEOUT,
@@ -323,3 +327,16 @@ def join_world(rank: Rank, device: str) -> None:
         raise ConfigError(f"tensor_parallel needs torchrun or deepspeed: {error}") from error
     except RuntimeError as error:
         raise ParallelError(f"not all ranks of worker {rank.worker} came: {error}") from error
+
+
+_worlds = itertools.count()
+"""The worlds that this process has been in: each of a team's ranks counts the same."""
+
+
+@functools.cache
+def meeting_place() -> Store:
+    """Where the launcher's ranks meet, kept for all worlds: one rank's process may hold it."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=FORWARD_TIMEOUT))
+    return store

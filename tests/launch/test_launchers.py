@@ -21,6 +21,7 @@ from stream_engine.demo import checkpoint_path
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.leases import list_leases
 from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
+from tests.launch.holding import rows_of_round, two_rounds
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
@@ -58,24 +59,17 @@ def torchrun(words: Sequence[str]) -> list[Launch]:
 
 
 def two_torchrun_agents(words: Sequence[str]) -> list[Launch]:
-    command = ["bash", "launch/torchrun_multi_node.sh", *words[1:]]
+    command = ["bash", "launch/torchrun_multi_node.sh", *words]
     common = {"nnodes": "2", "nproc_per_node": "1", "master_port": free_port()}
     return [(command, common | {"node_rank": str(node)}) for node in range(2)]
 
 
 def deepspeed(words: Sequence[str]) -> list[Launch]:
-    return [(["bash", "launch/deepspeed.sh", *words[1:]], {"master_port": free_port()})]
+    return [(["bash", "launch/deepspeed.sh", *words], {"master_port": free_port()})]
 
 
-@pytest.mark.parametrize("launcher", [plain_python, torchrun, two_torchrun_agents, deepspeed])
-def test_every_launcher_gives_the_same_answers(
-    launcher: Callable[[Sequence[str]], list[Launch]],
-    demo_run: Path,
-    demo_questions: Path,
-    tmp_path: Path,
-) -> None:
-    work_dir = tmp_path / "run"
-    paths = ["--dataset_path", str(demo_questions), "--work_dir", str(work_dir)]
+def launched(launches: Sequence[Launch]) -> None:
+    """Run these side by side."""
     processes = [
         subprocess.Popen(
             command,
@@ -85,13 +79,41 @@ def test_every_launcher_gives_the_same_answers(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for command, variables in launcher(["run", *DEMO_FLAGS, *paths])
+        for command, variables in launches
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
+
+
+@pytest.mark.parametrize("launcher", [plain_python, torchrun])
+def test_every_launcher_gives_the_same_answers(
+    launcher: Callable[[Sequence[str]], list[Launch]],
+    demo_run: Path,
+    demo_questions: Path,
+    tmp_path: Path,
+) -> None:
+    work_dir = tmp_path / "run"
+    paths = ["--dataset_path", str(demo_questions), "--work_dir", str(work_dir)]
+    launched(launcher(["run", *DEMO_FLAGS, *paths]))
     assert len(answers(demo_run)) == 24
     assert answers(work_dir) == answers(demo_run)
     assert parts(work_dir / "dataset") == parts(demo_run / "dataset")
+
+
+@pytest.mark.parametrize("launcher", [two_torchrun_agents, deepspeed])
+def test_every_launcher_goes_on_with_the_next_round_of_a_run_file(
+    launcher: Callable[[Sequence[str]], list[Launch]],
+    demo_run: Path,
+    demo_questions: Path,
+    tmp_path: Path,
+) -> None:
+    """A second round of three questions; the first has the answers and pairs of a plain run."""
+    config = two_rounds(tmp_path, demo_questions)
+    launched(launcher([*DEMO_FLAGS, "--config", str(config)]))
+    found, dataset = answers(tmp_path / "run"), tmp_path / "run/dataset"
+    assert len(found) == 27 and found.items() >= answers(demo_run).items()
+    assert rows_of_round(dataset, 1) == rows_of_round(demo_run / "dataset", 1)
+    assert rows_of_round(dataset, 2)
 
 
 def test_the_multi_node_script_starts_a_killed_worker_again(
@@ -191,6 +213,16 @@ def test_the_data_engine_script_refuses_a_wrong_setting_in_one_line(tmp_path: Pa
         "stream-engine: rank 3 needs at least 6 answers, sample_k is 2; give --rank 1 or "
         "--sample_k 6\n"
     )
+
+
+def test_the_data_engine_script_works_in_the_folder_that_a_file_names(tmp_path: Path) -> None:
+    """It took its own default, and left what the file said unread."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes").write_text("mine")
+    settings = {"work_dir": str(tmp_path / "run"), "dataset_path": str(tmp_path / "none.parquet")}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    done = run_data_engine("--demo", "--config", str(tmp_path / "run.yaml"))
+    assert f"work_dir {tmp_path}/run holds other files (notes)" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

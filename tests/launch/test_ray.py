@@ -22,12 +22,14 @@ import pytest
 
 from stream_engine.cli.main import main
 from stream_engine.config import RunConfig
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ConfigError, RoundOverError
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.work.ray_workers import RayPlaces, run_on_ray
-from tests.conftest import DEMO_FLAGS, ROOT, answers, parts
-from tests.launch.holding import at_work, hold
+from stream_engine.work.ray_workers import RayPlaces, RayWorker, run_on_ray
+from tests.conftest import DEMO_FLAGS, ROOT, answers
+from tests.launch.holding import at_work, hold, rows_of_round, two_rounds
 from tests.processes import run_rank
+from tests.work.test_rounds import config_of
+from tests.work.test_rounds import two_rounds as two_echo_rounds
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 NUM_SHARDS = 8
@@ -69,14 +71,15 @@ def test_actors_and_nodes_come_and_go_and_the_dataset_is_that_of_a_plain_run(
 ) -> None:
     """Two workers, and at first room for one. The test holds the shards back, so that each thing
     happens while there is work: an actor is killed at a shard, a node joins, and is lost while its
-    worker is at a shard."""
+    worker is at a shard. Then other actors answer the next round of the run file."""
     run_dir = RunDir(tmp_path / "run")
     words = [*DEMO_FLAGS, "--dataset_path", demo_questions, "--work_dir", run_dir.root]
     assert run_rank(["shard", *words], log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     held = [hold(run_dir, index) for index in range(NUM_SHARDS)]
-    command = [sys.executable, "-m", "stream_engine", "run", *map(str, words)]
+    command = [sys.executable, "-m", "stream_engine", "run", *DEMO_FLAGS]
+    config = ["--config", str(two_rounds(tmp_path, demo_questions))]
     driver = subprocess.Popen(
-        [*command, "--launcher", "ray", "--num_workers", "2"],
+        [*command, *config, "--launcher", "ray", "--num_workers", "2"],
         env=os.environ | {"RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -102,8 +105,11 @@ def test_actors_and_nodes_come_and_go_and_the_dataset_is_that_of_a_plain_run(
     output = driver.communicate(timeout=240)[0]
     assert driver.returncode == 0, output
     assert "samples: 24 = 24 done + 0 quarantined + 0 pending" in output
-    assert answers(run_dir.root) == answers(demo_run)
-    assert parts(run_dir.dataset_dir) == parts(demo_run / "dataset")
+    assert "samples: 27 = 27 done + 0 quarantined + 0 pending" in output
+    found = answers(Path(str(run_dir.root)))
+    assert len(found) == 27 and found.items() >= answers(demo_run).items()
+    assert rows_of_round(run_dir.dataset_dir, 1) == rows_of_round(demo_run / "dataset", 1)
+    assert rows_of_round(run_dir.dataset_dir, 2)
 
 
 def workers(run_dir: RunDir) -> set[int]:
@@ -160,6 +166,26 @@ def test_what_ray_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'stream-engine-dpo\[ray\]'"):
         run_on_ray(config, RayPlaces())
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_worker_tells_that_its_round_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two drivers may be at one run. A worker did not know its round: settings of the one before
+    were changed ones to it, which ended the run."""
+    second = two_echo_rounds(tmp_path)
+    first = dataclasses.replace(second, temperature=config_of(tmp_path).temperature)
+    with pytest.raises(RoundOverError):
+        run_on_ray(first, RayPlaces(), show_progress=False, number=1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that what the worker sets is taken back
+    ended = {
+        number: RayWorker(1).work(config.to_dict(), ("shard", "work"), number, os.getcwd(), 1)
+        for number, config in ((1, first), (2, second))
+    }
+    assert ended[1]["is_round_over"] and "gone on from round 1" in ended[1]["error"]
+    assert ended[2]["error"] is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Slurm is private: configuration, key, ports and state are the test's own. Debian
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -147,7 +148,10 @@ def test_jobs_of_an_array_are_preempted_and_die_and_the_dataset_is_that_of_a_pla
     held = [hold(run_dir, index) for index in range(NUM_SHARDS)]
     log = tmp_path / "slurm-%a.log"
     options = [f"--output={log}", "--gpus-per-node=0", "--cpus-per-task=1", "--array=0-1"]
-    job = submit(*options, "launch/slurm.sbatch", *words)
+    config = tmp_path / "run.yaml"
+    rounds = [{"dataset_path": str(demo_questions)}]
+    config.write_text(json.dumps({"work_dir": str(run_dir.root), "rounds": rounds}))
+    job = submit(*options, "launch/slurm.sbatch", *DEMO_FLAGS, "--config", str(config))
 
     def state() -> str:
         logs = [path.read_text() for path in sorted(tmp_path.glob("slurm-*.log"))]
