@@ -365,6 +365,9 @@ def parse_columns(text: str) -> dict[str, str]:
     for ours, equals, theirs in pairs:
         if not (ours.strip() and equals and theirs.strip()):
             raise ConfigError(f"columns {text!r}: write ours=yours, as in question=query,image=img")
+    names = [ours.strip() for ours, _, _ in pairs]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"columns {text!r} maps {doubled!r} twice")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 

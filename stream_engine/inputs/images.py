@@ -13,7 +13,7 @@ import stat
 
 import fsspec
 
-from stream_engine.errors import RecordError
+from stream_engine.errors import ConfigError, RecordError
 from stream_engine.inputs.picture_values import REMOTE, spellings
 from stream_engine.store.locations import is_url, store_errors
 from stream_engine.store.transient import WAITS_S, is_transient, patiently
@@ -49,6 +49,13 @@ def read_image_file(
     except OSError as error:
         detail = error.strerror or str(error)
         raise not_read(found, error, detail + elsewhere(path, bases)) from error
+
+
+def check_root(root: str | None) -> None:
+    """Raise ConfigError for an image root on disk that is no folder: no row would be read."""
+    if root is not None and not is_url(root) and not os.path.isdir(root):
+        what = "is not a folder" if os.path.exists(root) else "does not exist"
+        raise ConfigError(f"image_root {root!r} {what}")
 
 
 def check_fence(found: str, path: str, root: str, *, follow_links: bool) -> None:

@@ -332,9 +332,10 @@ class InputReading:
         counts = self.before.plus(self.counts)
         if counts.read and counts.rejected.get("no_image") == counts.read:
             seen = ", ".join(map(printable, self.unread.seen)) or "none"
+            absent = "".join(f" (no row has {printable(name)!r})" for name in self.unread.absent)
             raise NoPicturesError(
-                f"{self.source}: no row has a picture. Columns: {seen}; pictures are read from "
-                f"{', '.join(IMAGE_COLUMNS)}, or from yours by --columns image=NAME; "
+                f"{self.source}: no row has a picture. Columns: {seen}{absent}; pictures are read "
+                f"from {', '.join(IMAGE_COLUMNS)}, or from yours by --columns image=NAME; "
                 "--text_only allow asks questions without pictures",
                 self.source,
             )

@@ -19,6 +19,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.inputs.compression import decompressed
 from stream_engine.inputs.encodings import as_utf8
+from stream_engine.inputs.images import check_root
 from stream_engine.inputs.json_files import json_rows, jsonl_rows
 from stream_engine.inputs.layouts import Row, mapped
 from stream_engine.inputs.rows import idx_of, to_sample
@@ -55,7 +56,7 @@ def read_samples(source: str, config: InputConfig) -> Iterator[Sample | Failure]
     """Yield what a source holds, in order of its files' paths and of the rows in them.
 
     Raises:
-        ConfigError: when the source does not exist or its format is unknown.
+        ConfigError: when the source or image_root does not exist, or its format is unknown.
     """
     for row in read_rows(source, config):
         yield row.item
@@ -74,6 +75,8 @@ def read_rows(
     by name.
     """
     unread = Unread() if unread is None else unread
+    unread.mapped = tuple(config.columns.values())
+    check_root(config.image_root)
     found = find_inputs(source)
     for name, what in found.others:
         unread.note_left_out(what, name)
@@ -96,7 +99,7 @@ def read_file(file: InputFile, config: InputConfig, unread: Unread) -> Iterator[
                 if number > position:
                     position = number
                     if not isinstance(row, RecordError):
-                        unread.note_columns(row, config.columns.values())
+                        unread.note_columns(row)
                     yield convert(file, number, row, folder, config)
             return
         except (Unreadable, OSError, pa.ArrowException, *network_errors()) as error:

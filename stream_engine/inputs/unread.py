@@ -32,16 +32,24 @@ class Unread:
     examples: dict[str, str] = field(default_factory=dict)
     """The first of each."""
     noted: set[str] = field(default_factory=set)
+    mapped: tuple[str, ...] = ()
+    """Columns that --columns names."""
 
-    def note_columns(self, names: Iterable[str], mapped: Iterable[str]) -> None:
-        """Take up a row's columns; `mapped` are those that --columns names."""
+    @property
+    def absent(self) -> list[str]:
+        """Columns that --columns names and that no row had, once there were rows."""
+        is_known = 0 < len(self.noted) < MAX_NOTED
+        return [name for name in self.mapped if name not in self.noted] if is_known else []
+
+    def note_columns(self, names: Iterable[str]) -> None:
+        """Take up a row's columns."""
         for name in names:
             if name in self.noted or len(self.noted) >= MAX_NOTED:
                 continue
             self.noted.add(name)
             if len(self.seen) < MAX_NAMES:
                 self.seen[printable(name)] = None
-            is_read = name in KNOWN_COLUMNS or name in mapped
+            is_read = name in KNOWN_COLUMNS or name in self.mapped
             if not is_read and len(self.columns) < MAX_NAMES:
                 self.columns[printable(name)] = None
 
@@ -55,7 +63,12 @@ class Unread:
 
     def lines(self) -> list[str]:
         """What to tell the user, one line each."""
-        return unread_lines(self.columns, self.left_out, self.examples)
+        lines = unread_lines(self.columns, self.left_out, self.examples)
+        if self.absent:
+            lines.append(
+                f"--columns names what no row has: {', '.join(map(printable, self.absent))}"
+            )
+        return lines
 
 
 def unread_lines(

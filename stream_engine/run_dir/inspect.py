@@ -27,13 +27,14 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
     """
     if target.isdecimal() and int(target) < len(state.shards):
         yield from inspect_shard(state, state.manifest.shards[int(target)])
+        for _, key in samples_of(state, target):
+            command = ["stream-engine", "inspect", key, str(state.run_dir.root)]
+            yield f"also      the id of a sample: {shlex.join(command)}"
         return
     is_found = False
-    for info in state.manifest.shards:
-        for key, idx in zip(info.keys, info.ids):
-            if target in (key, idx):  # several samples of one id: all
-                is_found = True
-                yield from inspect_sample(state, info, key)
+    for info, key in samples_of(state, target):
+        is_found = True
+        yield from inspect_sample(state, info, key)
     if is_found:
         return
     rejected = [f for f in quarantined(state) if target in (f.key, f.idx)]
@@ -42,6 +43,14 @@ def inspect(state: RunState, target: str) -> Iterator[str]:
             f"{target!r} is no shard (there are {len(state.shards)}) and no sample's key or id"
         )
     yield from (f"rejected  {describe_failure(failure)}" for failure in rejected)
+
+
+def samples_of(state: RunState, target: str) -> Iterator[tuple[ShardInfo, str]]:
+    """The samples of that key or id, of which there may be several, by shard and key."""
+    for info in state.manifest.shards:
+        for key, idx in zip(info.keys, info.ids):
+            if target in (key, idx):
+                yield info, key
 
 
 def inspect_shard(state: RunState, info: ShardInfo) -> Iterator[str]:

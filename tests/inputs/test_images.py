@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from stream_engine.errors import RecordError
+from stream_engine.errors import ConfigError, RecordError
 from stream_engine.inputs import images as images_module
 from stream_engine.inputs.images import read_image_file
 from stream_engine.inputs.picture_values import decode_base64
+from stream_engine.inputs.readers import read_samples
 from stream_engine.store.transient import WAITS_S
-from tests.samples import picture
+from tests.samples import input_config, picture, write_jsonl
 
 
 def reason_of(call, *arguments) -> str:
@@ -48,6 +49,15 @@ def folders(tmp_path: Path) -> tuple[str, str]:
 
 def read(path: str, folder: str, root: str | None, max_pixels: int = 10**6) -> bytes:
     return read_image_file(path, folder, root, max_pixels)
+
+
+def test_a_root_that_is_no_folder_is_refused_before_any_row(folders, tmp_path: Path):
+    """Each row was rejected, one by one, for a slip in one flag."""
+    _, root = folders
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "?", "image_path": "a.png"}])
+    for wrong in (f"{root}/nowhere", f"{root}/a.png"):
+        with pytest.raises(ConfigError, match="image_root"):
+            list(read_samples(str(path), input_config(image_root=wrong)))
 
 
 def test_paths_inside_the_root_are_read(folders):

@@ -10,6 +10,7 @@ import pytest
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.inputs.readers import read_rows
+from stream_engine.inputs.unread import Unread
 from stream_engine.records import Sample
 from tests.inputs.formats import read
 from tests.samples import input_config, picture, write_jsonl, write_parquet
@@ -136,11 +137,20 @@ def test_a_column_that_is_named_goes_before_others(tmp_path: Path, columns: dict
     assert sample.question == "Why?" and sample.images[0].data == base64.b64decode(BASE64)
 
 
+def test_a_mapped_column_that_no_row_has_is_told(tmp_path: Path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "Why?", "image": BASE64}])
+    unread = Unread()
+    columns = {"image": "img", "question": "question"}
+    list(read_rows(str(path), input_config(columns=columns), unread=unread))
+    assert "--columns names what no row has: img" in unread.lines()
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
         ("query", "write ours=yours"),
         ("question=", "write ours=yours"),
+        ("image=a,image=b", "maps 'image' twice"),
         ("qestion=query", "did you mean 'question'"),
     ],
 )

@@ -138,6 +138,16 @@ def test_inspect_shows_every_sample_of_an_id_that_two_inputs_use(
     assert TEN[1] in text and TEN[6] in text
 
 
+def test_inspect_of_a_shard_tells_that_a_sample_has_its_number_as_id(
+    finished: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever counts questions from 0 was shown a shard, and no way to the question."""
+    info = Manifest.load(finished).shards[0]
+    key = info.keys[info.ids.index("3")]
+    assert main(["inspect", "3", str(finished.root)]) == 0
+    assert f"also      the id of a sample: stream-engine inspect {key}" in capsys.readouterr().out
+
+
 def test_inspect_of_something_unknown_is_one_line(
     finished: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
