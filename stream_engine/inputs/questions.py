@@ -21,9 +21,14 @@ def question_of(value: Any) -> str:
         raise RecordError("missing_question")
     question = as_text(value, "question").removeprefix("\ufeff")
     question = question.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
-    if not question.strip():
+    if not shows(question):
         raise RecordError("empty_question")
     return question
+
+
+def shows(text: str) -> bool:
+    """Whether a text has a letter that is seen: zero-width ones and controls are none."""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def with_pictures_placed(question: str, num_images: int) -> str:
@@ -38,12 +43,13 @@ def with_pictures_placed(question: str, num_images: int) -> str:
     num_marks = question.count(IMAGE_MARK)
     if num_marks == 0:
         return question
-    if num_marks != num_images:
+    plain = without_marks(question)
+    if num_marks != num_images or IMAGE_MARK in plain:
+        within = ", one within another" if IMAGE_MARK in plain else ""
         raise RecordError(
             "image_mark_mismatch",
-            f"{num_marks} {IMAGE_MARK} in the question, {num_images} pictures in the row",
+            f"{num_marks} {IMAGE_MARK} in the question{within}, {num_images} pictures in the row",
         )
-    plain = without_marks(question)
-    if not plain.strip():
+    if not shows(plain):
         raise RecordError("empty_question", f"nothing but {IMAGE_MARK} is asked")
     return plain if marks_are_in_front(question) else question

@@ -108,10 +108,11 @@ class VisionLanguageModel(ABC):
         Raises:
             RecordError: "control_token", where the question spells one, and as `prompt` does.
         """
-        for part in prompt_parts(question, len(images)):
+        asked = self.asked(question, len(images))
+        for part in prompt_parts(asked, len(images)):
             refuse(self._control_texts, part or "")
             refuse(self._turn_words, part or "")
-        return self.prompt(self.asked(question, len(images)), images)
+        return self.prompt(asked, images)
 
     def ask_plainly(self, text: str, images: Sequence[Image]) -> Prompt:
         """The prompt of a text of ours about pictures that come first, whatever marks it quotes.

@@ -71,6 +71,8 @@ def test_marks_are_as_many_as_pictures_or_none(question: str, num_images: int, p
         ("In <image>?", 2, "image_mark_mismatch"),
         ("<image>", 1, "empty_question"),
         ("<image>\n <image>", 2, "empty_question"),
+        ("<image>\u200b\n\u00a0\x00", 1, "empty_question"),
+        ("Is <ima<image>ge> a tag?", 1, "image_mark_mismatch"),
     ],
 )
 def test_a_mark_without_its_picture_is_rejected(question: str, num_images: int, reason: str):
