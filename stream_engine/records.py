@@ -67,8 +67,12 @@ def without_marks(question: str) -> str:
     """A question without image marks, and without the white space that set them off."""
     if IMAGE_MARK not in question:
         return question
-    ends = rf"\A\s*({IMAGE_MARK}\s*)+|(\s*{IMAGE_MARK})+\s*\Z"
-    return re.sub(rf"{IMAGE_MARK}\n?", "", re.sub(ends, "", question))
+    if front := re.match(rf"\s*({IMAGE_MARK}\s*)+", question):
+        question = question[front.end() :]
+    # from behind, since a search for an end would try every blank of a long gap
+    if back := re.match(rf"\s*({IMAGE_MARK[::-1]}\s*)+", question[::-1]):
+        question = question[: len(question) - back.end()]
+    return re.sub(rf"{IMAGE_MARK}\n?", "", question)
 
 
 def marks_are_in_front(question: str) -> bool:

@@ -108,14 +108,27 @@ def tsv_rows(stream: BinaryIO) -> Rows:
     yield from separated_rows(stream, "\t")
 
 
+def lines_of_cells(reader: csv._reader) -> Iterator[list[str] | RecordError]:
+    """The cells of each row; a quote out of place costs the lines up to where it is noticed."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RecordError("malformed_csv", f"{error}, in line {reader.line_num}")
+
+
 def separated_rows(stream: BinaryIO, delimiter: str) -> Rows:
     csv.field_size_limit(min(MAX_FIELD, sys.maxsize))
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        reader = csv.reader(text, delimiter=delimiter)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(reader, [])
-        for position, cells in enumerate(filter(None, reader)):
-            if len(cells) > len(names):
+        for position, cells in enumerate(filter(None, lines_of_cells(reader))):
+            if isinstance(cells, RecordError):
+                yield position, cells
+            elif len(cells) > len(names):
                 detail = f"{len(cells)} cells, the first line names {len(names)} columns"
                 yield position, RecordError("malformed_csv", detail)
             else:

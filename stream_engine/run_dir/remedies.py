@@ -15,7 +15,7 @@ REMEDIES = {
     "nested_too_deep": "flatten the lists and objects that the row holds in each other",
     "doubled_column": "give each column a name of its own",
     "two_pictures": "keep one of the columns, or name the right one by --columns images=NAME",
-    "malformed_csv": "quote cells that hold the delimiter",
+    "malformed_csv": "quote cells that hold the delimiter, line ends or quotes; double the quotes",
     "missing_image_file": "give --image_root, the folder that the paths start from",
     "unreachable_image": "`stream-engine retry-failed` reads the input again",
     "path_outside_root": "put the pictures below --image_root, or give --follow_links for links",

@@ -46,6 +46,24 @@ CONTENT = {
 }
 
 
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (['1,"never closed', "2,b", "3,c"], ["malformed_csv"]),
+        (['"1","cut', '"2","b"', '"3","c"'], ["malformed_csv", "3"]),
+        (['1,a 5" pipe', '2,"say ""so"""', '3,"c'], ["1", "2", "malformed_csv"]),
+        (['1,"a"b', "2,b"], ["malformed_csv", "2"]),
+    ],
+)
+def test_a_quote_out_of_place_takes_no_row_along_in_silence(
+    tmp_path: Path, lines: list[str], found: list[str]
+):
+    """The rest of the file became the one cell whose quote was not closed."""
+    (tmp_path / "q.csv").write_text("\n".join(["id,question", *lines]) + "\n")
+    items = read(tmp_path / "q.csv")
+    assert [getattr(item, "reason", item.idx) for item in items] == found
+
+
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("name", CONTENT)
 def test_texts_are_read_compressed_or_not(tmp_path: Path, name: str, suffix: str):
