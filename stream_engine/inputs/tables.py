@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,7 +108,7 @@ def tsv_rows(stream: BinaryIO) -> Rows:
     yield from separated_rows(stream, "\t")
 
 
-def lines_of_cells(reader: csv._reader) -> Iterator[list[str] | RecordError]:
+def lines_of_cells(reader: Any) -> Iterator[list[str] | RecordError]:
     """The cells of each row; a quote out of place costs the lines up to where it is noticed."""
     while True:
         try:
@@ -125,7 +125,8 @@ def separated_rows(stream: BinaryIO, delimiter: str) -> Rows:
     try:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(reader, [])
-        for position, cells in enumerate(filter(None, lines_of_cells(reader))):
+        rows = (cells for cells in lines_of_cells(reader) if cells)
+        for position, cells in enumerate(rows):
             if isinstance(cells, RecordError):
                 yield position, cells
             elif len(cells) > len(names):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -100,7 +101,8 @@ def files_of(stream: BinaryIO, unread: Unread) -> Iterator[Member]:
 
 def scan_tar(stream: BinaryIO) -> TarScan:
     """Read the headers of a tar; its keys are in memory meanwhile."""
-    stems: set[Key] = set()
+    texts: dict[Key, str] = {}
+    pictures: set[Key] = set()
     headers: list[tuple[int, str | None]] = []  # archive and name; None: a damaged header
     cut: CutError | None = None
     try:
@@ -110,22 +112,30 @@ def scan_tar(stream: BinaryIO) -> TarScan:
             elif (member.is_file or member.is_link) and not member.is_side_file:
                 stem, suffix = split_suffix(member.name)
                 if suffix in TEXT_SUFFIXES:
-                    stems.add((member.archive, stem))
+                    key = member.archive, stem
+                    texts[key] = min(suffix, texts.get(key, suffix))  # json goes before txt
+                elif suffix in IMAGE_SUFFIXES:
+                    pictures.add((member.archive, stem))
                 headers.append((member.archive, member.name))
     except CutError as error:
         cut = error
-    scan = TarScan(key_finder(stems), cut=cut)
+    scan = TarScan(key_finder(texts, pictures), cut=cut)
     note_groups(scan, headers)
     return scan
 
 
-def key_finder(stems: set[Key]) -> Callable[[int, str], Key]:
-    """What tells a member's key, from the stems of all text members.
+def key_finder(stems: Mapping[Key, str], pictures: Set[Key]) -> Callable[[int, str], Key]:
+    """What tells a member's key, from the stems of all texts, with their suffixes, and pictures.
 
-    A caption beside a sample ("a.caption.txt" beside "a.json") is no sample of its own.
+    A caption beside a sample ("a.caption.txt" beside "a.json") is no sample of its own; "a.1.json"
+    is, where both have a picture of the same name.
     """
-    texts = {stem for stem in stems if (stem[0], webdataset_key(stem[1])) not in stems}
-    texts |= {stem for stem in stems if webdataset_key(stem[1]) == stem[1]}
+    texts = set()
+    for stem, suffix in stems.items():
+        above = stem[0], webdataset_key(stem[1])
+        is_alike = suffix == stems.get(above) and {stem, above} <= pictures
+        if above == stem or above not in stems or is_alike:
+            texts.add(stem)
 
     def key_of(archive: int, name: str) -> Key:
         stem = name
@@ -174,7 +184,7 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
     has_picture = {key: bool(found & IMAGE_SUFFIXES) for key, found in suffixes.items()}
     has_text = {key: bool(found.intersection(TEXT_SUFFIXES)) for key, found in suffixes.items()}
     alone = {
-        (key[0], posixpath.basename(key[1])): key[1]
+        (key[0], plain_name(key[1])): key[1]
         for key in suffixes
         if has_picture[key] and not has_text[key]
     }
@@ -183,7 +193,7 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
             scan.stray[key] = f"members .{min(found)} without a text"
         if not has_text[key] or has_picture[key]:
             continue
-        elsewhere = alone.get((key[0], posixpath.basename(key[1])))
+        elsewhere = alone.get((key[0], plain_name(key[1])))
         of_first_dot = (key[0], webdataset_key(key[1]))
         if has_picture.get(of_first_dot) and not has_text[of_first_dot]:
             scan.faults[key] = RecordError(
@@ -194,9 +204,14 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
         elif elsewhere is not None:
             scan.faults[key] = RecordError(
                 "unread_member",
-                f"its picture is in another folder of the tar, {elsewhere}.*: WebDataset takes "
-                "the folder for a part of the key; put both in one",
+                f"its picture has another key, {elsewhere}.*: folders, capitals and accents are "
+                "parts of a key; give both one name, in one folder",
             )
+
+
+def plain_name(key: str) -> str:
+    """A key without its folder, capitals and ways to write accents: what may be meant alike."""
+    return unicodedata.normalize("NFC", posixpath.basename(key)).casefold().strip()
 
 
 def webdataset_row(
@@ -229,6 +244,8 @@ def webdataset_row(
     others = [name for name in content if name not in images and name not in TEXT_SUFFIXES]
     for name in others:
         unread.note_left_out(f"members .{split_suffix(name)[1] or name}", f"{key}.{name}")
+    if empty := next((name for name in images if not content[name]), None):
+        return RecordError("undecodable_image", f"{key}.{empty} is empty")
     if images:
         pictures = [
             {"bytes": content[name], "path": f"{key}.{name}"}

@@ -248,3 +248,31 @@ def test_an_archive_behind_padding_of_any_length_is_read(tmp_path: Path):
     joined = tmp_path / "all.tar"
     joined.write_bytes((b"\0" * 100).join(path.read_bytes() for path in paths))
     assert [sample.idx for sample in read(joined)] == ["0", "1"]
+
+
+def test_keys_that_begin_with_another_key_are_samples_of_their_own(tmp_path: Path):
+    """Their pictures were merged into the first one's, and their questions left out."""
+    members = {}
+    for i, key in enumerate(("cat", "cat.1", "cat.2")):
+        members |= {f"{key}.png": picture(i), f"{key}.json": question(key)}
+    samples = read(write_tar(tmp_path / "a.tar", dict(sorted(members.items(), key=by_key))))
+    assert sorted((one.question, one.images[0].data) for one in samples) == [
+        (key, picture(i)) for i, key in enumerate(("cat", "cat.1", "cat.2"))
+    ]
+
+
+def by_key(member: tuple[str, bytes]) -> str:
+    return member[0].rpartition(".")[0]
+
+
+@pytest.mark.parametrize("name", ["A.png", "e\u0301.png", "images/a.png"])
+def test_a_picture_under_a_key_that_only_looks_the_same_is_named(tmp_path: Path, name: str):
+    text = "a.json" if "a" in name.lower() else "\u00e9.json"
+    path = write_tar(tmp_path / "a.tar", {name: picture(1), text: question("?")})
+    assert reasons(path, text_only="allow") == ["missing_question", "unread_member"]
+
+
+def test_an_empty_picture_is_not_looked_for_beside_the_tar(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(picture(2))
+    path = write_tar(tmp_path / "a.tar", {"a.png": b"", "a.json": question("?")})
+    assert reasons(path) == ["undecodable_image"]
