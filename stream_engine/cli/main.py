@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(argv: list[str]) -> int:
     """Find the command, read its arguments and call it."""
+    refuse_other_encodings(argv)
     argv = [word for word in argv if not LOCAL_RANK.fullmatch(word)]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
@@ -123,6 +124,18 @@ def dispatch(argv: list[str]) -> int:
     args, unknown = parser.parse_known_args(normalise(rest, booleans))
     refuse_unknown(unknown, parser)
     return command.run(args)
+
+
+def refuse_other_encodings(argv: Sequence[str]) -> None:
+    """Raise ConfigError for a word whose bytes are no text here: no file of a run could name it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{word!r} is not in the encoding of this terminal; rename the file to UTF-8, or "
+                "set LC_ALL=C.UTF-8"
+            ) from error
 
 
 def command_of(name: str) -> Command:

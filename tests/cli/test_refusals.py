@@ -234,6 +234,17 @@ def test_an_input_that_is_refused_as_a_whole_is_not_kept(
     assert not any(path.stat().st_size for path in kept)  # an erased file may leave its name
 
 
+@pytest.mark.parametrize("command", ["shard", "status", "validate"])
+def test_a_name_that_is_not_utf8_is_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It went as far as run.json, which cannot hold it, and ended in a traceback."""
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    assert main([command, name]) == 1
+    error = capsys.readouterr().err
+    assert "LC_ALL=C.UTF-8" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "setting",
     [
