@@ -126,11 +126,12 @@ def plan() -> list[Row]:
             for way in ways
         ]
 
-    pipelines = [*list(RUNS)[:3], "divide_and_conquer, ranked"]
+    pipelines = list(RUNS)[:3]
+    others = list(RUNS)[3:]
     return list(
         dict.fromkeys([
             *rows(pipelines, ADVISED, SEEDS),
-            *rows(["llava_critic, strict", "dpo_reward, strict"], ADVISED, [0]),
+            *rows(others, ADVISED, [0]),
             *rows(pipelines, ["nca_pair"], [0]),
             *rows(["llava_critic, strict"], ["nca_pair"], [0]),
             *rows(["dpo_reward"], WAYS, [0]),
