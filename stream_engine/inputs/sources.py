@@ -45,6 +45,10 @@ FORMATS: dict[str, Format] = {
 STREAMED: frozenset[Format] = frozenset(("jsonl", "json", "csv", "tsv", "tar"))
 """Formats that may be compressed besides: their suffix and one of compression.CODECS."""
 
+RUNS = "folders of runs"
+RUN_PARTS = ("shards", "leases", "logs")
+"""Folders of which a run has one beside its run.json."""
+
 SIDE_FILES = frozenset(
     (
         *("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"),
@@ -133,6 +137,11 @@ def find_inputs(source: str) -> FoundInputs:
     if not files:
         raise ConfigError(
             f"dataset_path {source!r} holds no file with a known suffix ({KNOWN_SUFFIXES})"
+            + (
+                f"; {RUNS} are not read: name one, or its dataset/"
+                if RUNS in dict(others).values()
+                else ""
+            )
         )
     return FoundInputs(files, [(name, what) for name, what in sorted(others) if what])
 
@@ -158,6 +167,8 @@ def find_on_hub(url: str) -> FoundInputs:
 
 def kind_of(name: str) -> str:
     """What a file that is no input is, for people; empty for one that nobody misses."""
+    if name.endswith("/"):
+        return RUNS
     suffix = os.path.splitext(name)[1].lower()
     if suffix in QUIET_SUFFIXES or suffix[1:] in PICTURE_SUFFIXES:
         return ""
@@ -188,18 +199,40 @@ def find_files(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
     for match, info in fs.glob(path, detail=True).items():
         if is_hidden(match, fixed):
             continue
-        found = files_below(fs, match) if info["type"] == "directory" else [info]
+        found = files_below(fs, match, fixed) if info["type"] == "directory" else [info]
         infos.update((info["name"], info) for info in found)
     return list(infos.values())
 
 
-def files_below(fs: AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
-    """The infos of all files below a folder, hidden ones left out."""
+def files_below(
+    fs: AbstractFileSystem, folder: str, named: str | None = None
+) -> list[dict[str, Any]]:
+    """The infos of all files below a folder, hidden ones left out; of each run but the one that is
+    `named`, which is the folder itself, the name of its folder alone."""
+    named = folder if named is None else named
     if isinstance(fs, LocalFileSystem):
         names = sorted(name for name in local_files(folder) if not is_hidden(name, folder))
-        return [fs.info(name) if os.path.exists(name) else {"name": name} for name in names]
+        names = without_runs(names, named)
+        return [fs.info(name) if os.path.isfile(name) else {"name": name} for name in names]
     found = fs.find(folder, detail=True)
-    return [info for name, info in found.items() if not is_hidden(name, folder)]
+    names = [name for name in found if not is_hidden(name, folder)]
+    return [found.get(name, {"name": name}) for name in without_runs(names, named)]
+
+
+def without_runs(names: list[str], named: str) -> list[str]:
+    """Names of files, with the folder of a run, which ends in "/", in place of all files of it.
+
+    A run whose folder lies within its own input would read what it writes.
+    """
+    folders = {folder_of(name) for name in names}
+    runs = {
+        f"{folder}/"
+        for folder in folders
+        if folder != named.rstrip("/") and any(f"{folder}/{part}" in folders for part in RUN_PARTS)
+    }
+    runs &= {name.removesuffix("run.json") for name in names}
+    kept = [name for name in names if not name.startswith(tuple(runs))] if runs else names
+    return [*kept, *sorted(runs)]
 
 
 def local_files(folder: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ import fsspec
 import pytest
 
 from stream_engine.errors import ConfigError
-from stream_engine.inputs.sources import input_fingerprint, list_inputs
+from stream_engine.inputs.sources import find_inputs, input_fingerprint, list_inputs
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.shards import write_shard
 from stream_engine.store.locations import canonical_source
@@ -136,3 +136,19 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path):
         pass
     with pytest.raises(ConfigError, match="not UTF-8"):
         list_inputs(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["", "*", "r*"])
+def test_a_run_that_lies_within_its_input_is_not_read(tmp_path: Path, source: str):
+    """Each command read the leases, rejects and shards of its own run as new rows."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": "?"}])
+    for name in ("run.json", "leases/ingest.json", "quarantine/a.jsonl", "dataset/train.parquet"):
+        path = tmp_path / "run/here" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    found = find_inputs(f"{tmp_path}/{source}")
+    assert [file.path for file in found.files] == [f"{tmp_path}/rows.jsonl"]
+    assert found.others == [(f"{tmp_path}/run/here/", "folders of runs")]
+    assert len(find_inputs(f"{tmp_path}/run/here").files) > 1  # named by itself
+    with pytest.raises(ConfigError, match="folders of runs are not read"):
+        find_inputs(f"{tmp_path}/run")
