@@ -14,6 +14,16 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def as_list(value: Any) -> Any:
+    """The list that a cell holds as JSON text, since csv has no lists; any other value as it is."""
+    if not isinstance(value, str) or not (value.strip()[:1] == "[" and value.strip()[-1:] == "]"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def as_text(value: Any, name: str) -> str:
     """A cell that must be text, or bytes of UTF-8.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import is_missing
+from stream_engine.inputs.cells import as_list, is_missing
 from stream_engine.records import IMAGE_MARK
 
 Row = dict[str, Any]
@@ -47,6 +47,7 @@ def with_question(row: Row, *, pairs: bool = False) -> tuple[Row, list[str]]:
         turns = row.get(name)
         if isinstance(turns, str) and name == "prompt":
             return {**row, "question": turns}, []
+        turns = as_list(turns)
         if isinstance(turns, list) and turns:
             question, pictures, notes = first_question(turns, name)
             row = {**row, "question": question}

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import check_unicode, is_missing, text_of
+from stream_engine.inputs.cells import as_list, check_unicode, is_missing, text_of
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 
 DATA_KEYS = ("bytes", "b64_json", "base64", "data")
@@ -41,11 +41,12 @@ class PictureValue(NamedTuple):
 
 
 def pictures_in(value: Any) -> list[Any]:
-    """A value, a list of values, or nothing, as a list.
+    """A value, a list of values (also as JSON text), or nothing, as a list.
 
     Empty stand-ins for "no picture" are nothing, as is a list of such alone; among pictures they
     stay, to be rejected.
     """
+    value = as_list(value)
     if isinstance(value, (list, tuple)):
         return [] if all(map(is_nothing, value)) else list(value)
     return [] if is_nothing(value) else [value]

@@ -137,6 +137,17 @@ def test_a_column_that_is_named_goes_before_others(tmp_path: Path, columns: dict
     assert sample.question == "Why?" and sample.images[0].data == base64.b64decode(BASE64)
 
 
+def test_lists_stand_in_csv_as_json_text(tmp_path: Path):
+    (tmp_path / "[1].png").write_bytes(picture(1))
+    (tmp_path / "b.png").write_bytes(OTHER)
+    turns = chat(("user", "In <image> and <image>?"))
+    cells = [json.dumps(cell).replace('"', '""') for cell in (turns, ["[1].png", "b.png"])]
+    (tmp_path / "q.csv").write_text('messages,images\n"{}","{}"\n'.format(*cells))
+    (sample,) = read(tmp_path / "q.csv")
+    assert sample.question == "In <image> and <image>?"
+    assert [image.data for image in sample.images] == [picture(1), OTHER]
+
+
 def test_a_mapped_column_that_no_row_has_is_told(tmp_path: Path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "Why?", "image": BASE64}])
     unread = Unread()
