@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,18 @@ def test_inspect_of_a_shard_tells_that_a_sample_has_its_number_as_id(
     key = info.keys[info.ids.index("3")]
     assert main(["inspect", "3", str(finished.root)]) == 0
     assert f"also      the id of a sample: stream-engine inspect {key}" in capsys.readouterr().out
+
+
+def test_a_command_that_is_printed_can_be_typed_whatever_the_folder_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of `my run #2` the shell took the first word, and the end for a comment."""
+    dataset = write_questions(tmp_path / "questions.jsonl", [TEN[0], ""])
+    folder = str(tmp_path / "my run #2")
+    words = ["shard", "--pipeline_name=echo", f"--work_dir={folder}", f"--dataset_path={dataset}"]
+    assert main(words) == 2
+    line = next(one for one in capsys.readouterr().out.splitlines() if "try these again" in one)
+    assert shlex.split(line.partition(": ")[2]) == ["stream-engine", "retry-failed", folder]
 
 
 def test_inspect_of_something_unknown_is_one_line(
