@@ -1,6 +1,6 @@
 """llava_critic on the drawn world: a verdict's probability in place of its sampled word.
 
-    python -m tests.benchmarks.verdict_probability RUN [--questions 300] [--kept FILE]
+    python -m tests.benchmarks.verdict_probability RUN [--questions 300] [--kept FILE] [--out FILE]
 
 The critic of a finished run is given each of its replies again up to the verdict's sentence, and
 asked how likely each of the three sentences is there. A match is then worth p(first) - p(second),
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--kept", type=Path, default=Path("verdict_probability.json"))
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run_dir = RunDir(arguments.run)
@@ -122,13 +123,17 @@ def main() -> None:
     ]
     places = {"first": 3, "second": 4, "equal": 5}
     said = sorted(row[places[row[2]]] for each in asked for row in each)
-    print(
-        f"p of what was said: mean {statistics.fmean(said):.4f}, 1 % {said[len(said) // 100]:.4f}"
-    )
+    p_said = {"mean": statistics.fmean(said), "1 %": said[len(said) // 100]}
+    print(f"p of what was said: mean {p_said['mean']:.4f}, 1 % {p_said['1 %']:.4f}")
+    table: dict[str, dict[str, float]] = {"p of what was said": p_said}
     for name, questions in (("words", by_word), ("probabilities", by_probability)):
         for pairing in (top_and_bottom, widest):
-            row = measured(questions, everyone, bradley_terry, mean, pairing)
+            row = table[f"{name}, {pairing.__name__}"] = measured(
+                questions, everyone, bradley_terry, mean, pairing
+            )
             print(f"{name:14} {pairing.__name__:16} {row}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
