@@ -2,7 +2,9 @@
 
 A lease is a file that its holder replaces every timeout / 6: each beat is a new version of it. It
 is stale when nobody has replaced it for `timeout_s` by the store's own clock, or when its holder
-ran in this very operating system and is gone. To take it over is to replace the version that was
+ran in this very operating system and is gone. Where its time lies ahead of that clock (a file
+system that stamps with its clients' clocks, a clock that was set back), it is stale when this
+process has seen no beat for as long. To take it over is to replace the version that was
 found stale, which fails if its holder has beaten since; so of several contenders one alone has it.
 Giving it back removes the file.
 
@@ -38,6 +40,10 @@ BEATING_S = 10.0
 """Where there are many leases, one that was renewed so lately is taken for held without a look."""
 GIVEN_BACK: set[str] = set()
 """Tokens of this process that hold nothing, though a file that could not be changed may say so."""
+AHEAD_S = 1.0
+"""A lease from further ahead than this was stamped by another clock than the one asked."""
+FIRST_SEEN: dict[str, tuple[Version, float]] = {}
+"""By their paths, leases from ahead: their version, and when this process first saw that."""
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +133,7 @@ class Lease:
                 return cls(path, holder, write(path, holder, version), before)
             except ChangedError:
                 continue  # somebody else was faster, or a process that was killed at this is undone
-            except OSError:
+            except (OSError, RuntimeError):  # or no thread can be started to renew it
                 GIVEN_BACK.add(holder.token)
                 raise
         return None
@@ -239,7 +245,7 @@ def list_leases(
     infos = []
     for entry in found:
         version, holder = holders.get(entry.name, ("", UNKNOWN))
-        is_beating = known is not None and now - entry.modified < BEATING_S
+        is_beating = known is not None and age_of(entry, now) < BEATING_S
         if version != entry.version and not (is_beating and len(found) > MANY_LEASES):
             current = files.read(entry.path)
             if current is None:
@@ -259,7 +265,7 @@ def lease_info(entry: Entry, holder: Holder, now: float, *, is_read: bool) -> Le
         host=holder.host,
         pid=holder.pid,
         held_s=max(0.0, now - holder.started),
-        age_s=max(0.0, now - entry.modified),
+        age_s=age_of(entry, now),
         is_alive=is_alive(holder) if is_read else None,
         is_stale=is_read and is_stale(holder, entry, now),
         version=entry.version,
@@ -279,8 +285,20 @@ def is_stale(holder: Holder, entry: Entry, now: float, timeout_s: float = 0.0) -
 
     The longer of both timeouts counts: the holder's says how often it promised to beat.
     """
-    age_s = now - entry.modified
+    age_s = age_of(entry, now)
     return is_alive(holder) is False or age_s > max(timeout_s, holder.timeout_s)
+
+
+def age_of(entry: Entry, now: float) -> float:
+    """Seconds since a lease's last beat; of one from ahead, since this process first saw it."""
+    if entry.modified - now <= AHEAD_S:
+        return max(0.0, now - entry.modified)
+    seen_at = time.monotonic()
+    version, since = FIRST_SEEN.get(str(entry.path), ("", seen_at))
+    if version != entry.version:
+        since = seen_at
+        FIRST_SEEN[str(entry.path)] = entry.version, since
+    return seen_at - since
 
 
 def is_alive(holder: Holder) -> bool | None:
@@ -292,7 +310,7 @@ def is_alive(holder: Holder) -> bool | None:
         return start == holder.process_start
     try:
         os.kill(holder.pid, 0)  # sends nothing: /proc may hide other users' processes
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has so large a number
         return False
     except PermissionError:
         pass
@@ -321,6 +339,6 @@ def holder_of(content: bytes, entry: Entry) -> Holder:
     """
     try:
         return msgspec.json.decode(content, type=Holder)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         token = f"damaged-{entry.version}"
         return msgspec.structs.replace(UNKNOWN, token=token, started=entry.modified)

@@ -313,8 +313,9 @@ def is_gone(error: OSError) -> bool:
     """Whether a file is not there (any more).
 
     A network file system answers ESTALE where a file that was opened is deleted or replaced since.
+    A link that leads to itself is no file either.
     """
-    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP)
 
 
 def is_temporary(path: str | Path) -> bool:

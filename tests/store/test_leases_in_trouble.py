@@ -10,6 +10,7 @@ import pytest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store import local
 from stream_engine.store.leases import Lease, list_leases
+from stream_engine.store.processes import system_identity
 from tests.store.leasing import acquire, fail_once_after, foreign_lease
 
 
@@ -19,6 +20,46 @@ def test_a_damaged_lease_file_goes_stale_like_any_other(run_dir: RunDir):
     assert acquire(run_dir) is None
     os.utime(path, (1, 1))
     assert acquire(run_dir) is not None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"token":"a","x":' + b"[" * 100_000, b"[]", b"\xff\xfe{"],
+    ids=["deep", "list", "bin"],
+)
+def test_a_lease_file_of_whatever_content_stops_nobody(run_dir: RunDir, content: bytes):
+    """One nested deeply, or with a process number that no system has, ended each worker's look."""
+    path = foreign_lease(run_dir, age_s=0)
+    path.write_bytes(content)
+    assert acquire(run_dir) is None
+    assert [lease.worker_id for lease in list_leases(run_dir.leases_dir)] == ["unknown"]
+
+
+def test_a_process_number_that_no_system_has_is_of_nobody(run_dir: RunDir):
+    foreign_lease(run_dir, age_s=0, system=system_identity(), pid=2**40)
+    (info,) = list_leases(run_dir.leases_dir)
+    assert info.is_alive is False and info.is_stale
+    assert acquire(run_dir) is not None
+
+
+def test_a_link_that_leads_to_itself_is_no_lease(run_dir: RunDir):
+    foreign_lease(run_dir, age_s=0)
+    loop = run_dir.leases_dir / "loop.json"
+    loop.symlink_to(loop)
+    assert [lease.name for lease in list_leases(run_dir.leases_dir)] == ["shard-000000"]
+
+
+def test_a_lease_from_a_clock_that_was_ahead_goes_stale_when_nobody_renews_it(run_dir: RunDir):
+    """It was waited for until this clock had come as far: for hours."""
+    path = foreign_lease(run_dir, age_s=-7200, timeout_s=0.3)
+    assert acquire(run_dir, timeout_s=0.3) is None
+    os.utime(path, (time.time() + 7201, time.time() + 7201))  # it beats
+    assert not list_leases(run_dir.leases_dir)[0].is_stale
+    deadline = time.monotonic() + 30
+    while not list_leases(run_dir.leases_dir)[0].is_stale and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lease = acquire(run_dir, timeout_s=0.3)
+    assert lease is not None and lease.taken_from.worker_id == "far"
 
 
 def test_a_lease_file_replaced_while_it_is_read_counts_as_gone(
