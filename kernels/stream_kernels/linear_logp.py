@@ -6,6 +6,13 @@ Legend: N tokens, D hidden size, V vocabulary, C vocabulary columns of one chunk
 import torch
 from torch import Tensor
 
+from stream_kernels.cpu.log_sums import (
+    LogSums,
+    has_sums_of_logits,
+    sums_of_logits,
+    sums_of_products,
+    takes_products,
+)
 from stream_kernels.forms import takes_triton
 from stream_kernels.gemm import linear
 
@@ -53,7 +60,7 @@ def linear_logp(
     with torch.no_grad():
         parts = [
             _linear_logp_rows(
-                hidden[first : first + _MAX_ROWS].float(),
+                hidden[first : first + _MAX_ROWS],
                 weight[:vocab_size],
                 targets[first : first + _MAX_ROWS],
                 bias=bias,
@@ -74,59 +81,81 @@ def _linear_logp_rows(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """The online form: a running log-sum-exp over chunks of the vocabulary."""
+    if bias is None and softcap is None and takes_products(hidden, weight):
+        sums = sums_of_products(hidden, weight, targets, scale=logit_scale)
+    else:
+        hidden = hidden.float()
+        sums = _sums_of_chunks(
+            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap
+        )
+    peaks = sums.peaks.double()
+    lse = (peaks + sums.totals.double().log()).logsumexp(dim=0)
+    highest, stretch = peaks.max(dim=0)
+    peak_ids = sums.places.gather(0, stretch[None])[0].long()
+    # The two logits that the result hangs on most take their exact values, in the log-sum-exp too.
+    exact, exact_peaks = (
+        _shape_logits(_products(hidden, weight, ids, bias), logit_scale, softcap)
+        for ids in (targets.clamp(0, len(weight) - 1), peak_ids)
+    )
+    change = (exact - lse).exp() - (sums.chosen.double() - lse).exp()
+    peak_change = (exact_peaks - lse).exp() - (highest - lse).exp()
+    change += peak_change.where(peak_ids != targets, 0.0)
+    return (exact - lse - torch.log1p(change)).clamp_(max=0.0).float()
+
+
+def _sums_of_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> LogSums:
+    """What the logits say, made and read one chunk of the vocabulary after the other."""
     num_tokens, size = hidden.shape
     vocab_size = weight.shape[0]
     columns = min(_MAX_COLUMNS, max(256, _CHUNK_BYTES // (4 * num_tokens)), vocab_size)
     if weight.dtype != torch.float32:
         columns = min(columns, max(256, _CHUNK_BYTES // (4 * size)))
-    scratch = hidden.new_empty(num_tokens * columns)
-    lse = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float64)
-    # Logits as the long product has them: the target's (an id out of range stays NaN), the largest.
-    target_logits = torch.full_like(lse, torch.nan)
-    peaks = lse.clone()
-    peak_ids = torch.zeros_like(targets)
-    for first in range(0, vocab_size, columns):
+    sums = LogSums.empty(-(-vocab_size // columns), num_tokens)
+    read = sums_of_logits if has_sums_of_logits() else _sums_of_logits
+    for stretch, first in enumerate(range(0, vocab_size, columns)):
         chunk_weight = weight[first : first + columns].float()
         chunk_bias = None if bias is None else bias[first : first + columns].float()
-        width = chunk_weight.shape[0]
         logits_NC = _shape_logits(linear(hidden, chunk_weight, chunk_bias), logit_scale, softcap)
-        # log_softmax is torch's one fused max-exp-sum pass; at the largest logit it is -log(sum).
-        logps_NC = scratch[: num_tokens * width].view(num_tokens, width)
-        torch.log_softmax(logits_NC, dim=1, out=logps_NC)
-        chunk_peaks, places = _row_peaks(logits_NC)
-        chunk_lse = chunk_peaks - logps_NC.gather(1, places[:, None])[:, 0].double()
-        chunk_lse = chunk_lse.where(chunk_peaks != -torch.inf, -torch.inf)
-        torch.logaddexp(lse, chunk_lse, out=lse)
-        is_higher = chunk_peaks > peaks
-        peaks = torch.where(is_higher, chunk_peaks, peaks)
-        peak_ids = torch.where(is_higher, first + places, peak_ids)
-        local = targets - first
-        inside = (local >= 0) & (local < width)
-        chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].double()
-        target_logits = torch.where(inside, chosen, target_logits)
+        read(logits_NC, targets, sums, stretch, first)
         del logits_NC  # before the next chunk's are made
-    # The two logits that the result hangs on most take their exact values, in the log-sum-exp too.
-    exact, exact_peaks = (
-        _shape_logits(_products(hidden, weight, ids, bias), logit_scale, softcap)
-        for ids in (targets.clamp(0, vocab_size - 1), peak_ids)
-    )
-    change = (exact - lse).exp() - (target_logits - lse).exp()
-    peak_change = (exact_peaks - lse).exp() - (peaks - lse).exp()
-    change += peak_change.where(peak_ids != targets, 0.0)
-    return (exact - lse - torch.log1p(change)).clamp_(max=0.0).float()
+    return sums
+
+
+def _sums_of_logits(
+    logits_NC: Tensor, targets: Tensor, into: LogSums, stretch: int, first_column: int
+) -> None:
+    """`sums_of_logits` where it is not compiled."""
+    width = logits_NC.shape[1]
+    # log_softmax is torch's one fused max-exp-sum pass; at the largest logit it is -log(sum).
+    logps_NC = torch.log_softmax(logits_NC, dim=1)
+    into.peaks[stretch], places = _row_peaks(logits_NC)
+    totals = (-logps_NC.gather(1, places[:, None])[:, 0]).exp()
+    into.totals[stretch] = totals.where(into.peaks[stretch] != -torch.inf, 0.0)
+    into.places[stretch] = first_column + places
+    local = targets - first_column
+    inside = (local >= 0) & (local < width)
+    chosen = logits_NC.gather(1, local.clamp(0, width - 1)[:, None])[:, 0]
+    into.chosen.copy_(torch.where(inside, chosen, into.chosen))
 
 
 def _row_peaks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest value, as float64, and its column, in a tenth of the time of `max`."""
+    """Each row's largest value and its column, in a tenth of the time of `max`."""
     num_rows, width = rows.shape
     if width % _PEAK_BLOCKS:
         values, places = rows.max(dim=1)
-        return values.double(), places
+        return values, places
     blocks = rows.view(num_rows, _PEAK_BLOCKS, -1)
     values, columns = blocks.amax(dim=1).max(dim=1)
     candidates = blocks.gather(2, columns[:, None, None].expand(-1, _PEAK_BLOCKS, 1))[:, :, 0]
-    return values.double(), candidates.argmax(dim=1) * blocks.shape[2] + columns
+    return values, candidates.argmax(dim=1) * blocks.shape[2] + columns
 
 
 def _shape_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:

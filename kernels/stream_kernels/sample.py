@@ -1,13 +1,17 @@
 """One token a row and its log-prob, with one uniform number a row and no sort of the vocabulary.
 
-The CPU form finds the token by a two-level inverse CDF: sums of short blocks first, then the
-block. Every step works on each row alone, so a row's token does not depend on its neighbours.
+The CPU form, compiled where no filter is asked for, finds the token by a two-level inverse CDF:
+sums of short blocks first, then the block. Every step works on each row alone, so a row's token
+does not depend on its neighbours.
 Legend: R rows, V vocabulary, J blocks of a row, W columns of a block.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stream_kernels.cpu.sampling import draw_tokens, serves
 from stream_kernels.forms import takes_triton
 
 _BLOCK = 128
@@ -59,24 +63,20 @@ def sample(
             suppress=suppress,
             penalized=None if penalized is None else penalized[:, :vocab_size],
         )
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    logps = torch.empty(logits.shape[0], dtype=torch.float32)
-    rows_at_once = max(1, min(logits.shape[0], _SLAB_ELEMENTS // logits.shape[1]))
-    # One block for all slabs: temporaries of their own would go back to the system each time.
-    scratch = torch.empty(2, rows_at_once, logits[:, :vocab_size].shape[1])
-    with torch.no_grad():
-        for first in range(0, logits.shape[0], rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            tokens[rows], logps[rows] = _sample_slab(
-                logits[rows, :vocab_size],
-                uniforms[rows],
-                scratch,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                suppress=suppress,
-                penalized=None if penalized is None else penalized[rows, :vocab_size],
-            )
+    logits = logits[:, :vocab_size]
+    is_filtered = 0 < top_k < logits.shape[1] or top_p < 1
+    if not is_filtered and temperature > 0 and penalized is None and serves(logits):
+        tokens, logps = draw_tokens(logits, uniforms, temperature=temperature, suppress=suppress)
+    else:
+        tokens, logps = _sample_in_slabs(
+            logits,
+            uniforms,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            suppress=suppress,
+            penalized=None if penalized is None else penalized[:, :vocab_size],
+        )
     raise_on_nan(logps)
     return tokens, logps
 
@@ -87,6 +87,28 @@ def raise_on_nan(logps: Tensor) -> None:
     if bad.any():
         rows = bad.nonzero()[:, 0].tolist()
         raise FloatingPointError(f"logits of rows {rows} are not finite: nothing can be sampled")
+
+
+def _sample_in_slabs(
+    logits: Tensor, uniforms: Tensor, *, penalized: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Some rows at a time; the log-prob of a row that cannot be drawn is NaN."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    logps = torch.empty(logits.shape[0], dtype=torch.float32)
+    rows_at_once = max(1, min(logits.shape[0], _SLAB_ELEMENTS // logits.shape[1]))
+    # One block for all slabs: temporaries of their own would go back to the system each time.
+    scratch = torch.empty(2, rows_at_once, logits.shape[1])
+    with torch.no_grad():
+        for first in range(0, logits.shape[0], rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            tokens[rows], logps[rows] = _sample_slab(
+                logits[rows],
+                uniforms[rows],
+                scratch,
+                penalized=None if penalized is None else penalized[rows],
+                **options,
+            )
+    return tokens, logps
 
 
 def _sample_slab(

@@ -202,6 +202,11 @@ def active(step: Step) -> Iterator[None]:
         _active_step.reset(token)
 
 
+def current_step() -> Step | None:
+    """The step that attention is routed to, if any."""
+    return _active_step.get()
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Plain causal attention of one sequence: [1, Hq, N, D] over [1, Hkv, N, D]."""
     grouped = query.shape[1] != key.shape[1]

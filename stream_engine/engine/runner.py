@@ -19,6 +19,7 @@ from torch import Tensor
 from stream_engine.engine.attention_steps import ExtendStep, PrefillStep, active
 from stream_engine.engine.batching import TokenBudget
 from stream_engine.engine.cpu import keep_freed_memory, pack_linears
+from stream_engine.engine.fused_layers import fuse_layers
 from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS
 from stream_engine.engine.prefix_cache import KVCache
 from stream_engine.engine.sampling import ResolvedSampling
@@ -87,6 +88,8 @@ class ModelRunner:
             if model.offload is None and model.shares_prefix:
                 for module in _modules(model):
                     pack_linears(module, keep=model.lm_head)
+                if model.tensor_parallel == 1:
+                    fuse_layers(model.backbone)
 
     def _head_weight(self) -> Tensor:
         """The head's weight as decoding reads it; scoring reads slices of the plain one.

@@ -6,14 +6,16 @@ import resource
 
 import pytest
 import torch
+from stream_kernels.cpu import layer_steps
 from stream_kernels.gemm import onednn_pays
 from torch import nn
 
 from stream_engine.config import ModelConfig
-from stream_engine.engine import Engine, ResolvedSampling, ScoreRequest
+from stream_engine.engine import Engine, ResolvedSampling, ScoreRequest, fused_layers
 from stream_engine.engine.cpu import OneDNNLinear, keep_freed_memory, pack_linears
+from stream_engine.engine.fused_layers import FusedLayer, fuse_layers
 from stream_engine.models import load_model
-from tests.engine.conftest import ask
+from tests.engine.conftest import ask, scored
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -47,11 +49,42 @@ def test_bfloat16_weights_yield_logps_that_scoring_confirms(checkpoint):
         for r in requests
     ]
     differences = []
-    for scored in engine.score(to_score):
-        for row, logps in zip(generated[scored.key].rows, scored.token_logps):
+    for answers in engine.score(to_score):
+        for row, logps in zip(generated[answers.key].rows, answers.token_logps):
             differences += [abs(a - b) for a, b in zip(row.token_logps, logps)]
     assert len(differences) == 16
     assert max(differences) <= 1e-5
+
+
+needs_layer_steps = pytest.mark.skipif(
+    not layer_steps.serves(torch.float32), reason="needs AVX-512 and a C compiler"
+)
+
+
+@needs_layer_steps
+def test_layers_in_fewer_passes_draw_the_same_answers(make_engine, monkeypatch):
+    engine = make_engine()
+    layers = engine.model.backbone.layers
+    assert len(layers) > 1 and all(isinstance(layer, FusedLayer) for layer in layers)
+    fused = {g.key: scored(g.rows[0]) for g in engine.generate(ask(engine, 3))}
+    monkeypatch.setattr(fused_layers, "current_step", lambda: None)
+    for plain in engine.generate(ask(engine, 3)):
+        ids, logps = scored(plain.rows[0])
+        assert fused[plain.key][0] == ids
+        assert fused[plain.key][1] == pytest.approx(logps, abs=1e-5)
+
+
+@needs_layer_steps
+def test_a_layer_that_would_compute_something_else_stays_as_it_is(checkpoint, monkeypatch):
+    backbone = load_model(checkpoint, ModelConfig()).backbone
+    kinds = [type(layer) for layer in backbone.layers]
+    with monkeypatch.context() as broken:
+        broken.setattr(layer_steps, "rotary", lambda query, key, cosines, sines: None)
+        assert fuse_layers(backbone) == 0
+    backbone.layers[-1].mlp.act_fn = nn.GELU()
+    assert [type(layer) for layer in backbone.layers] == kinds
+    assert fuse_layers(backbone) == len(kinds) - 1
+    assert type(backbone.layers[-1]) is kinds[-1]
 
 
 def test_freed_memory_is_used_again_without_page_faults():

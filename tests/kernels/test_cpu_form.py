@@ -1,13 +1,26 @@
 """The compiled form for CPU: head sizes and formats, what changes no bit, and how it is built."""
 
+import ctypes
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from stream_kernels import prefix_attention, reference
-from stream_kernels.cpu import compiled
+from stream_kernels import linear_logp, prefix_attention, reference, sample
+from stream_kernels.cpu import (
+    compiled,
+    decode_attention,
+    layer_steps,
+    log_sums,
+    sampling,
+    tile_product,
+)
 from stream_kernels.cpu.decode_attention import serves
 
 from tests.kernels.cases import PrefixCase, prefix_case, prefix_truth
@@ -85,6 +98,66 @@ def test_other_layouts_are_left_to_torch() -> None:
     assert not serves(case.query, (case.prefix_key,) * 2, (case.suffix_key,) * 2)
     out = prefix_attention(*case, scale=0.25)
     assert (out - prefix_truth(case, 0.25)).abs().max() < 2e-6
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("module", "look_up"),
+    [
+        pytest.param(decode_attention, lambda m: m._function.__wrapped__(), id="attention"),
+        pytest.param(tile_product, lambda m: m._function.__wrapped__(), id="product"),
+        pytest.param(sampling, lambda m: m._function.__wrapped__(), id="sampling"),
+        pytest.param(log_sums, lambda m: m._function.__wrapped__("sums_of_logits"), id="logits"),
+        pytest.param(log_sums, lambda m: m._function.__wrapped__("sums_of_products"), id="sums"),
+        pytest.param(layer_steps, lambda m: m._functions.__wrapped__(), id="layer"),
+    ],
+)
+def test_a_function_that_is_wrong_here_is_not_used(
+    module: Any,
+    look_up: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One that says it has done its work and has not."""
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    names = ("decode_attention", "tile_product", "draw_tokens", *layer_steps.NAMES)
+    names += ("sums_of_logits", "sums_of_products")
+    idle = {name: kind(lambda arguments, parallel: 1) for name in names}
+    library = SimpleNamespace(tiles_run_here=lambda: 1, **idle)
+    monkeypatch.setattr(compiled, "library", lambda: library)
+    assert not look_up(module)
+    assert "is wrong on this machine" in caplog.text
+
+
+ANSWERS = """
+import sys, torch
+from stream_kernels import linear_logp, prefix_attention, sample
+from stream_kernels.cpu import compiled
+assert compiled.library() is None
+attention, head, drawn = torch.load(sys.argv[1], weights_only=True)
+tokens, logps = sample(*drawn, temperature=0.7)
+answers = prefix_attention(*attention, scale=0.125), linear_logp(*head), tokens, logps
+torch.save(answers, sys.argv[2])
+"""
+
+
+@needs_library
+def test_the_form_torch_gives_the_same_answers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    attention = tuple(case_of((6, 2), 64, torch.float32))
+    head = torch.randn(40, 64).bfloat16(), torch.randn(3000, 64).bfloat16(), torch.arange(40) * 70
+    drawn = torch.randn(16, 3000) * 3, torch.rand(16, dtype=torch.float64)
+    given, taken = tmp_path / "given.pt", tmp_path / "taken.pt"
+    torch.save((attention, head, drawn), given)
+    environment = {**os.environ, "STREAM_KERNELS_FORM": "torch"}
+    command = [sys.executable, "-c", ANSWERS, str(given), str(taken)]
+    subprocess.run(command, env=environment, check=True)
+    out, logps, tokens, token_logps = torch.load(taken, weights_only=True)
+    assert (prefix_attention(*attention, scale=0.125) - out).abs().max() < 3e-6
+    assert (linear_logp(*head) - logps).abs().max() < 1e-5
+    own_tokens, own_logps = sample(*drawn, temperature=0.7)
+    assert own_tokens.tolist() == tokens.tolist()
+    assert (own_logps - token_logps).abs().max() < 1e-5
 
 
 def test_processes_that_start_together_build_once(

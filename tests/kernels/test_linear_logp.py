@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from stream_kernels import linear_logp, reference
+from stream_kernels.cpu.log_sums import takes_products
 
 from tests.kernels.cases import Recorder
 
@@ -47,6 +48,20 @@ def test_bfloat16_weights_lose_nothing_that_their_rounding_did_not() -> None:
     error = (linear_logp(hidden, weight, targets) - truth(hidden, weight, targets)).abs().max()
     naive = torch.log_softmax((hidden @ weight.T).float(), dim=1)[range(33), targets]
     assert error < 1e-5 < (naive - truth(hidden, weight, targets)).abs().max()
+
+
+def test_in_tiles_a_token_is_the_same_whatever_tokens_and_threads_there_are() -> None:
+    hidden, weight, targets = inputs(70, 64, 3001, torch.bfloat16)
+    if not takes_products(hidden, weight):
+        pytest.skip("this processor has no AMX, or there is no compiler")
+    logps = linear_logp(hidden, weight, targets)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear_logp(hidden, weight, targets), logps)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(linear_logp(hidden[5:6], weight, targets[5:6])[0], logps[5])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,9 +45,18 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(built()))
         runs_here = loaded.runs_here()
     except (UnavailableError, OSError, AttributeError) as error:
-        logger.warning("attention of decode steps runs on torch's kernels, slower: %s", error)
+        logger.warning("no compiled form, torch's kernels are used, slower: %s", error)
         return None
     return loaded if runs_here else None
+
+
+def agrees(name: str, check: Callable[[], bool]) -> bool:
+    """Whether a function of the library computes here what torch does; else a line in the log says
+    that it is not used. `check` calls it with a small known case."""
+    if check():
+        return True
+    logger.warning("the compiled %s is wrong on this machine: torch's, slower, is used", name)
+    return False
 
 
 @cache

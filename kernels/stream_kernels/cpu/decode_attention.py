@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stream_kernels import reference
 from stream_kernels.cpu import compiled
 
 POINTERS = (
@@ -33,14 +34,38 @@ class Arguments(ctypes.Structure):
 
 @cache
 def _function() -> Any:
-    """The C function, or None."""
+    """The C function, or None where it cannot be had or is wrong."""
     library = compiled.library()
     if library is None:
         return None
     function = library.decode_attention
     function.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     function.restype = None
-    return function
+    return function if compiled.agrees("attention", lambda: _agrees(function)) else None
+
+
+def _agrees(function: Any) -> bool:
+    """Three rows of two groups, in both formats."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def int32(*values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    layout = int32([3, 66], [0, 3]), int32([0, 2], [1, -1]), int32(1, 0, 2), int32(2, 17, 1)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        query, *new = (normal(3, heads, 36).to(dtype) for heads in (4, 2, 2))
+        prefix, suffix = normal(2, 2, 70, 36).to(dtype), normal(2, 3, 2, 20, 36).to(dtype)
+        current = (new[0], new[1])
+        parts = (prefix[0], prefix[1]), (suffix[0], suffix[1])
+        got = _attend(function, query, *parts, layout, scale=0.2, new=current)
+        given = query, *prefix, *layout[:2], *suffix, *layout[2:]
+        truth = reference.prefix_attention(*given, scale=0.2, new=current)  # type: ignore[misc]
+        if not torch.allclose(got, truth, atol=tolerance):
+            return False
+    return True
 
 
 def serves(query: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]) -> bool:
@@ -73,8 +98,19 @@ def decode_attention(
 
     `layout`: prefix_spans, group_rows, row_slots, suffix_lengths, int32.
     """
-    function = _function()
-    assert function is not None
+    return _attend(_function(), query, prefix, suffix, layout, scale=scale, new=new)
+
+
+def _attend(
+    function: Any,
+    query: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    layout: tuple[Tensor, ...],
+    *,
+    scale: float,
+    new: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     spans, group_rows, slots, lengths = (part.contiguous() for part in layout)
     out = torch.empty(query.shape, dtype=query.dtype)
     new_key, new_value = (None, None) if new is None else _alike(new)

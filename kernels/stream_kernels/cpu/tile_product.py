@@ -24,14 +24,20 @@ class Product(ctypes.Structure):
 
 @cache
 def _function() -> Any:
-    """The C function, or None where there is none or no tiles."""
+    """The C function, or None where there is none, or no tiles, or where it is wrong."""
     library = compiled.library()
     if library is None or not library.tiles_run_here():
         return None
     function = library.tile_product
     function.argtypes = [ctypes.POINTER(Product), ctypes.c_void_p]
     function.restype = ctypes.c_int64
-    return function
+    return function if compiled.agrees("tile_product", lambda: _agrees(function)) else None
+
+
+def _agrees(function: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (19, 75))
+    return torch.allclose(_multiply(function, x, weight), x.float() @ weight.float().T, atol=1e-3)
 
 
 def takes(weight: Tensor) -> bool:
@@ -49,8 +55,10 @@ def takes(weight: Tensor) -> bool:
 
 def tile_product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`, float32 [N, V], of bfloat16 x [N, D] and a weight that `takes` takes."""
-    function = _function()
-    assert function is not None
+    return _multiply(_function(), x, weight)
+
+
+def _multiply(function: Any, x: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     if x.shape[0] == 0:

@@ -1,0 +1,170 @@
+"""Decoder layers on CPU in fewer passes: norms, rotary embedding and SiLU are one call each.
+
+transformers spends some thirty small operators a layer on them. Layers of the kinds in LAYERS that
+are built as transformers builds them take a forward of their own, which is used while a step is
+active; elsewhere, and where it does not give what theirs gives, theirs stays.
+
+Legend: N packed tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from stream_kernels.cpu import layer_steps
+from stream_kernels.gemm import linear
+from torch import Tensor, nn
+
+from stream_engine.engine.attention_steps import (
+    ATTENTION_NAME,
+    active,
+    causal_attention,
+    current_step,
+    stream_engine_attention,
+)
+from stream_engine.engine.cpu import OneDNNLinear
+from stream_engine.engine.prefix_cache import KVCache
+
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Of what a layer adds to its input, relative to the largest entry."""
+
+
+_fused_kinds: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class FusedLayer(nn.Module):
+    """Mixed into a decoder layer's class, before it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states [1, N, D], and the cosines and sines [1, N, head size]."""
+        layer = cast(Any, self)
+        attention, mlp = layer.self_attn, layer.mlp
+        is_step = current_step() is not None and attention_mask is None
+        if not is_step or attention.config._attn_implementation != ATTENTION_NAME:
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        assert position_embeddings is not None
+        x = hidden_states[0]
+        normed = _norm(layer.input_layernorm, x)
+        query, key, value = (
+            _linear(each, normed).view(len(x), -1, attention.head_dim)
+            for each in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        cosines, sines = position_embeddings
+        layer_steps.rotary(query, key, cosines[0], sines[0])
+        query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+        out, _ = stream_engine_attention(
+            attention, query, key, value, None, attention.scaling, sliding_window=_window(attention)
+        )
+        x = _linear(attention.o_proj, out.reshape(len(x), -1)).add_(x)
+        normed = _norm(layer.post_attention_layernorm, x)
+        gate, up = _linear(mlp.gate_proj, normed), _linear(mlp.up_proj, normed)
+        return _linear(mlp.down_proj, layer_steps.silu_and_multiply(gate, up)).add_(x)[None]
+
+
+def fuse_layers(module: nn.Module) -> int:
+    """Give the decoder layers in `module` the forward above, in place; how many take it.
+
+    Their weights must be where they will stay. 0 where the compiled steps cannot be had.
+    """
+    layers = [layer for layer in module.modules() if _is_known(layer)]
+    if not layers or not _agrees(layers[0]):
+        return 0
+    for layer in layers:
+        layer.__class__ = _fused(type(layer))
+    return len(layers)
+
+
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _fused_kinds:
+        _fused_kinds[kind] = type(f"Fused{kind.__name__}", (FusedLayer, kind), {})
+    return _fused_kinds[kind]
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a layer is made of the parts that transformers makes it of, and all in one format."""
+    kind = type(layer)
+    if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers.models."):
+        return False
+    linears = _parts(layer, LINEARS)
+    weights = [each.weight for each in (*linears, *_parts(layer, NORMS))]
+    dtype = weights[-1].dtype
+    return (
+        all(type(each) in (nn.Linear, OneDNNLinear) for each in linears)
+        and all(each.device.type == "cpu" and each.dtype == dtype for each in weights)
+        and type(layer.get_submodule("mlp.act_fn")).__name__ in ("SiLU", "SiLUActivation")
+        and layer_steps.serves(dtype)
+    )
+
+
+def _agrees(layer: nn.Module) -> bool:
+    """Whether a layer computes the same either way, for some random tokens."""
+    norm = cast(Any, layer).input_layernorm
+    attention = cast(Any, layer).self_attn
+    generator = torch.Generator().manual_seed(0)
+    size, dtype = len(norm.weight), norm.weight.dtype
+    x = torch.randn(1, 5, size, generator=generator).to(dtype)
+    angles = torch.rand(1, 5, attention.head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    config = attention.config
+    before, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
+    kind = type(layer)
+    try:
+        with torch.no_grad():
+            truth = layer(x, position_embeddings=tables, attention_mask=None)
+            layer.__class__ = _fused(kind)
+            with active(_Causal()):
+                got = layer(x, position_embeddings=tables, attention_mask=None)
+    finally:
+        layer.__class__ = kind
+        config._attn_implementation = before
+    added = (truth - x).float()
+    return bool((got - truth).float().abs().max() <= TOLERANCE[dtype] * added.abs().max())
+
+
+class _Causal:
+    """A step without a cache: one sequence."""
+
+    def __init__(self) -> None:
+        self.cache = KVCache(max_prefix_tokens=1)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return causal_attention(query, key, value, scale).transpose(1, 2)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return layer_steps.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _window(attention: Any) -> int | None:
+    """The sliding window that transformers' own layer would name."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    named = type(attention).__name__.startswith("Mistral")
+    return getattr(attention.config, "sliding_window", None) if named else None
+
+
+def _parts(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    return [module.get_submodule(name) for name in names]
