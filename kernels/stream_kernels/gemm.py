@@ -1,7 +1,8 @@
 """The fastest `x @ weight.T` this processor has, behind one function.
 
 torch sends float32 products to MKL, which runs at a third to a half of oneDNN's speed on AMD
-processors, and bfloat16 ones to oneDNN with the weight laid out anew at each call. oneDNN is
+processors, and bfloat16 ones to oneDNN with the weight laid out anew at each call; where there are
+AMX tiles, `cpu/tile_product.py` reads it as it lies, which for few rows is faster still. oneDNN is
 reached through the operator that inductor emits; it is not public, so the first use checks it (it
 exists, it is right, it is not slower) and falls back to torch's own.
 """
@@ -23,19 +24,18 @@ _CLEARLY_SLOWER = 1.3
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; x [..., D], weight [V, D] or what `pack` made of it, bias [V].
 
-    A packed weight, or float32 on CPU without autograd, goes to oneDNN where that pays; all else
-    is `torch.nn.functional.linear`.
+    A packed weight, or float32 on CPU without autograd, goes to oneDNN where that pays; bfloat16
+    without autograd to AMX tiles, where `takes` says so; all else is
+    `torch.nn.functional.linear`.
     """
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and x.numel() > 0
-        and onednn_pays()
-    ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.device.type == "cpu" and x.dtype == weight.dtype and not trains and x.numel() > 0:
+        if x.dtype == torch.float32 and onednn_pays():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if takes(weight):
+            return tile_product(x, weight, bias, dtype=torch.bfloat16)
     return functional.linear(x, weight, bias)
 
 
@@ -87,9 +87,9 @@ def pack(weight: Tensor) -> Tensor:
     """A copy of a float32 or bfloat16 CPU weight [V, D] in oneDNN's blocked layout, for `linear`.
 
     Worth 1.2-1.7x for few rows. The copy is opaque: it cannot be indexed, saved or trained. Where
-    oneDNN is not used the weight itself is returned.
+    oneDNN is not used, or AMX tiles read the weight as it lies, the weight itself is returned.
     """
-    packable = weight.dtype in (torch.float32, torch.bfloat16)
+    packable = weight.dtype in (torch.float32, torch.bfloat16) and not takes(weight)
     if weight.device.type != "cpu" or not packable or not onednn_pays(weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+from stream_kernels.cpu.tile_product import takes
 from stream_kernels.gemm import linear, pack
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ KEPT_BYTES = 512 << 20
 
 
 class OneDNNLinear(nn.Linear):
-    """An nn.Linear whose weight lies in oneDNN's blocked layout: for inference only."""
+    """An nn.Linear by this processor's fastest product, its weight often in oneDNN's layout."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -24,15 +25,15 @@ class OneDNNLinear(nn.Linear):
 def pack_linears(module: nn.Module, *, keep: nn.Module | None = None) -> int:
     """Turn every plain nn.Linear (float32, bfloat16) in `module` into a OneDNNLinear, in place.
 
-    The packed weight takes the old one's place, so memory stays the same; it can no longer be
-    indexed or saved. `keep` is left alone (a head whose rows are read). Returns how many layers
-    were turned: 0 where oneDNN does not pay.
+    A packed weight takes the old one's place, so memory stays the same; it can no longer be indexed
+    or saved. `keep` is left alone (a head whose rows are read). Returns how many layers were
+    turned: 0 where torch's own product is the fastest.
     """
     count = 0
     for layer in module.modules():
         if type(layer) is nn.Linear and layer is not keep:
             packed = pack(layer.weight.detach())
-            if packed.is_mkldnn:
+            if packed.is_mkldnn or takes(packed):
                 layer.weight = nn.Parameter(packed, requires_grad=False)
                 layer.__class__ = OneDNNLinear
                 count += 1

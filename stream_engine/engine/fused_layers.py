@@ -52,9 +52,8 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """hidden_states [1, N, D], and the cosines and sines [1, N, head size]."""
         layer = cast(Any, self)
-        attention, mlp = layer.self_attn, layer.mlp
         is_step = current_step() is not None and attention_mask is None
-        if not is_step or attention.config._attn_implementation != ATTENTION_NAME:
+        if not is_step or layer.self_attn.config._attn_implementation != ATTENTION_NAME:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -63,21 +62,37 @@ class FusedLayer(nn.Module):
             )
         assert position_embeddings is not None
         x = hidden_states[0]
-        normed = _norm(layer.input_layernorm, x)
-        query, key, value = (
-            _linear(each, normed).view(len(x), -1, attention.head_dim)
-            for each in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        cosines, sines = position_embeddings
-        layer_steps.rotary(query, key, cosines[0], sines[0])
-        query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
-        out, _ = stream_engine_attention(
-            attention, query, key, value, None, attention.scaling, sliding_window=_window(attention)
-        )
-        x = _linear(attention.o_proj, out.reshape(len(x), -1)).add_(x)
-        normed = _norm(layer.post_attention_layernorm, x)
-        gate, up = _linear(mlp.gate_proj, normed), _linear(mlp.up_proj, normed)
-        return _linear(mlp.down_proj, layer_steps.silu_and_multiply(gate, up)).add_(x)[None]
+        x = _attended(layer, x, *position_embeddings).add_(x)
+        return _fed_forward(layer, x).add_(x)[None]
+
+
+def _attended(layer: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """What attention adds to x [N, D]. A function of its own, so that its tensors end with it."""
+    attention = layer.self_attn
+    normed = _norm(layer.input_layernorm, x)
+    query, key, value = (
+        _linear(each, normed).view(len(x), -1, attention.head_dim)
+        for each in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    del normed
+    layer_steps.rotary(query, key, cosines[0], sines[0])
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    out, _ = stream_engine_attention(
+        attention, query, key, value, None, attention.scaling, sliding_window=_window(attention)
+    )
+    del query, key, value
+    return _linear(attention.o_proj, out.reshape(len(x), -1))
+
+
+def _fed_forward(layer: Any, x: Tensor) -> Tensor:
+    """What the feed-forward part adds to x [N, D]."""
+    mlp = layer.mlp
+    normed = _norm(layer.post_attention_layernorm, x)
+    gate, up = _linear(mlp.gate_proj, normed), _linear(mlp.up_proj, normed)
+    del normed
+    activated = layer_steps.silu_and_multiply(gate, up)
+    del gate, up
+    return _linear(mlp.down_proj, activated)
 
 
 def fuse_layers(module: nn.Module) -> int:

@@ -77,6 +77,29 @@ def test_a_product_in_tiles_is_as_exact_as_a_float32_one(num_rows: int) -> None:
     assert gemm.pack_for_float32(weight) is weight
 
 
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 700])
+@pytest.mark.parametrize("size", [32, 2048])
+def test_a_product_in_tiles_rounds_once(num_rows: int, size: int) -> None:
+    """Whatever blocks of rows and columns it is made in, and however many threads make it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, num_rows, size).bfloat16(), torch.randn(301, size).bfloat16()
+    if not takes(weight):
+        pytest.skip("this processor has no AMX, or there is no compiler")
+    bias = torch.randn(301).bfloat16()
+    truth = functional.linear(x.float(), weight.float(), bias.float())
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.no_grad():
+            got = gemm.linear(x, gemm.pack(weight), bias)
+    finally:
+        torch.set_num_threads(threads)
+    assert got.dtype == torch.bfloat16
+    assert ((got - truth).abs() <= 2**-8 * truth.abs() + 1e-4 * size**0.5).all()
+    with torch.no_grad():
+        assert torch.equal(gemm.linear(x[1, -1:], weight, bias)[0], got[1, -1])
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_two_bfloat16_products_are_as_exact_as_a_float32_one(
     packed: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,5 @@
-/* float32 products of bfloat16 rows with a weight that lies row by row, in AMX tiles: each weight is
- * read once, and nothing is rounded to bfloat16.
+/* Products of bfloat16 rows with a weight that lies row by row, in AMX tiles: float32 as they are, or
+ * rounded once to bfloat16. With few rows each weight is read once.
  */
 #include "tiles.h"
 
@@ -8,20 +8,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PIECES 8 /* of COLUMNS columns each: a task */
+#define CACHED_BYTES (384 << 10) /* of x, and of the weight, that a task works on */
+#define MOST_ROWS 256            /* rows or columns of a task */
+#define FEW_COLUMNS 64           /* of a task where rows are few: enough tasks for all threads */
 #define ARCH_REQ_XCOMP_PERM 0x1023 /* asm/prctl.h */
 #define XFEATURE_XTILEDATA 18
 
 typedef struct {
     const uint16_t *x, *weight; /* [rows, size] and [columns, size], dense */
-    float *out;                 /* [rows, columns] */
-    int64_t rows, columns, size, num_threads;
+    void *out;                  /* [rows, columns] */
+    const uint16_t *bias;       /* [columns], or null */
+    int64_t rows, columns, size, is_bfloat16, num_threads;
 } Product;
 
 typedef struct {
     const Product *product;
     const char *x; /* tiles [rows / SIDE][size / STEP] */
-    int64_t num_tasks;
+    int64_t rows_each, columns_each, row_blocks, num_tasks;
     atomic_long next;
 } Work;
 
@@ -40,38 +43,50 @@ TARGET static void give(const Product *p, const float *sums, int64_t row, int64_
     for (int i = 0; i < WIDTH; i++) r[i] = _mm512_load_si512(sums + i * WIDTH);
     transpose(r);
     int64_t count = smaller(SIDE, p->rows - row);
+    __m512 bias = _mm512_setzero_ps();
+    if (p->bias) {
+        __m256i half = _mm256_loadu_si256((const __m256i *)(p->bias + column));
+        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
 #pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++)
-        if (i < count) _mm512_storeu_si512(p->out + (row + i) * p->columns + column, r[i]);
+    for (int i = 0; i < WIDTH; i++) {
+        if (i >= count) continue;
+        int64_t at = (row + i) * p->columns + column;
+        __m512 x = _mm512_castsi512_ps(r[i]);
+        if (p->bias) x = _mm512_add_ps(x, bias);
+        if (p->is_bfloat16) {
+            __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16));
+            _mm256_storeu_si256((__m256i *)((uint16_t *)p->out + at), half);
+        } else
+            _mm512_storeu_ps((float *)p->out + at, x);
+    }
 }
 
-/* COLUMNS columns of every row. */
-TILES static void columns_of(const Work *work, int64_t column, int has_next) {
+/* A block of rows by a block of columns; caches hold what both read. */
+TILES static void multiply_blocks(const Work *work, int64_t rows_from, int64_t columns_from) {
     const Product *p = work->product;
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     int64_t row_tiles = tiles_of(p->rows), bytes = p->size / STEP * TILE_BYTES;
-    for (int64_t tile = 0; tile < row_tiles; tile += 2) {
-        int has_two = tile + 1 < row_tiles;
-        multiply(p->weight + column * p->size, p->size, work->x + tile * bytes, has_two,
-                 has_next && tile == 0, sums);
-        for (int64_t i = 0; i < (has_two ? 4 : 2); i++)
-            give(p, sums[i], (tile + i / 2) * SIDE, column + i % 2 * SIDE);
-    }
-}
-
-TILES static void take_columns(void *data) {
-    Work *work = data;
-    const Product *p = work->product;
-    Configuration before = take_tiles();
-    for (int64_t task; (task = atomic_fetch_add(&work->next, 1)) < work->num_tasks;) {
-        int64_t first = task * COLUMNS * PIECES;
-        int64_t last = smaller(first + COLUMNS * PIECES, p->columns);
-        for (int64_t column = first; column < last; column += COLUMNS) {
+    int64_t first = rows_from / SIDE, end = smaller(row_tiles, first + work->rows_each / SIDE);
+    int64_t last = smaller(columns_from + work->columns_each, p->columns);
+    for (int64_t tile = first; tile < end; tile += 2)
+        for (int64_t column = columns_from; column < last; column += COLUMNS) {
             /* the last ones may be fewer: some are then computed twice */
             int64_t from = smaller(column, p->columns - COLUMNS);
-            columns_of(work, from, column + 2 * COLUMNS <= p->columns);
+            int has_two = tile + 1 < end, has_next = column + 2 * COLUMNS <= p->columns;
+            multiply(p->weight + from * p->size, p->size, work->x + tile * bytes, has_two,
+                     has_next && tile == first, sums);
+            for (int64_t i = 0; i < (has_two ? 4 : 2); i++)
+                give(p, sums[i], (tile + i / 2) * SIDE, from + i % 2 * SIDE);
         }
-    }
+}
+
+TILES static void take_blocks(void *data) {
+    Work *work = data;
+    Configuration before = take_tiles();
+    for (int64_t task; (task = atomic_fetch_add(&work->next, 1)) < work->num_tasks;)
+        multiply_blocks(work, task % work->row_blocks * work->rows_each,
+                        task / work->row_blocks * work->columns_each);
     give_tiles_back(before);
 }
 
@@ -80,11 +95,16 @@ int64_t tile_product(const Product *p,
                      void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
     char *x = laid_out(p->x, p->rows, p->size);
     if (!x) return 0;
-    Work work = {p, x, (p->columns + COLUMNS * PIECES - 1) / (COLUMNS * PIECES), 0};
-    if (parallel && p->num_threads > 1)
-        parallel(take_columns, &work, (unsigned)p->num_threads, 0);
+    int64_t each = smaller(CACHED_BYTES / (2 * p->size), MOST_ROWS) / COLUMNS * COLUMNS;
+    if (each < COLUMNS) each = COLUMNS;
+    int64_t columns_each = p->rows <= 2 * COLUMNS ? smaller(each, FEW_COLUMNS) : each;
+    Work work = {p, x, each, columns_each, (p->rows + each - 1) / each, 0, 0};
+    work.num_tasks = work.row_blocks * ((p->columns + columns_each - 1) / columns_each);
+    int64_t threads = smaller(p->num_threads, work.num_tasks);
+    if (parallel && threads > 1)
+        parallel(take_blocks, &work, (unsigned)threads, 0);
     else
-        take_columns(&work);
+        take_blocks(&work);
     free(x);
     return 1;
 }

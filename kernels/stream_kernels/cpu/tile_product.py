@@ -1,4 +1,4 @@
-"""`x @ weight.T` in float32, of bfloat16 x and weight, by the C of this folder: in AMX tiles."""
+"""`x @ weight.T` of bfloat16 x and weight, by the C of this folder: in AMX tiles."""
 
 import ctypes
 from functools import cache
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stream_kernels.cpu import compiled
 
+NUMBERS = ("rows", "columns", "size", "is_bfloat16", "num_threads")
 LEAST_COLUMNS = 32
 STEP = 32
 
@@ -17,8 +18,8 @@ class Product(ctypes.Structure):
     """As the C file has it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "num_threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "out", "bias")),
+        *((name, ctypes.c_int64) for name in NUMBERS),
     )
 
 
@@ -37,7 +38,11 @@ def _function() -> Any:
 def _agrees(function: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (19, 75))
-    return torch.allclose(_multiply(function, x, weight), x.float() @ weight.float().T, atol=1e-3)
+    truth = x.float() @ weight.float().T
+    return all(
+        torch.allclose(_multiply(function, x, weight, None, dtype).float(), truth, atol=atol)
+        for dtype, atol in ((torch.float32, 1e-3), (torch.bfloat16, 0.2))
+    )
 
 
 def takes(weight: Tensor) -> bool:
@@ -53,18 +58,33 @@ def takes(weight: Tensor) -> bool:
     )
 
 
-def tile_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, float32 [N, V], of bfloat16 x [N, D] and a weight that `takes` takes."""
-    return _multiply(_function(), x, weight)
+def tile_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`x @ weight.T + bias` [..., V], of bfloat16 x [..., D] and a weight that `takes` takes.
+
+    Sums are float32, and rounded once where `dtype` is bfloat16.
+    """
+    return _multiply(_function(), x, weight, bias, dtype)
 
 
-def _multiply(function: Any, x: Tensor, weight: Tensor) -> Tensor:
+def _multiply(
+    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     x = x.contiguous()
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    if x.shape[0] == 0:
+    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    if x.numel() == 0:
         return out
-    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    product = Product(*pointers, x.shape[0], *weight.shape, torch.get_num_threads())
+    product = Product(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.numel() // x.shape[-1],
+        *weight.shape,
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     if not function(ctypes.byref(product), compiled.parallel()):
         raise MemoryError("no memory for a product's tiles")
     return out
