@@ -75,6 +75,7 @@ WAYS = {
     "apo_zero + sft": Way("apo_zero", sft=1.0),
     "beta 0.5": Way(beta=0.5),
     "beta 0.5 + sft": Way(beta=0.5, sft=1.0),
+    "beta 1 + sft": Way(beta=1.0, sft=1.0),
     "stop at 0.02": Way(stop_drop=0.02),
     "half: chosen likelier": Way(selection="likelier"),
     "half: equally likely": Way(selection="near"),
@@ -97,7 +98,7 @@ MORE_WAYS = {
     "ipo + sft": Way("ipo", sft=1.0),
 }
 """What is left, last."""
-ADVISED = ("sigmoid", "sigmoid + sft", "beta 0.5", "beta 0.5 + sft")
+ADVISED = ("sigmoid", "sigmoid + sft", "beta 0.5", "beta 0.5 + sft", "beta 1 + sft")
 """Ways that are measured with three seeds and both rates on the pairs of all pipelines."""
 
 
