@@ -38,6 +38,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Members that are pictures; also those of formats that are refused, by name."""
 
+NUMBER_BEHIND = re.compile(r"[-_ ]\d+$")
+"""What tells the pictures of one sample apart where no dot does: a-0.jpg, a-1.jpg."""
+
 Key = tuple[int, str]
 """The archive within the file, and the key within the archive."""
 
@@ -188,6 +191,11 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
         for key in suffixes
         if has_picture[key] and not has_text[key]
     }
+    numbered = {
+        (key[0], NUMBER_BEHIND.sub("", key[1])): key[1]
+        for key in suffixes
+        if has_picture[key] and not has_text[key] and NUMBER_BEHIND.search(key[1])
+    }
     for key, found in suffixes.items():
         if not has_text[key] and not has_picture[key]:
             scan.stray[key] = f"members .{min(found)} without a text"
@@ -200,6 +208,12 @@ def note_missing_halves(scan: TarScan, suffixes: dict[Key, set[str]]) -> None:
                 "unread_member",
                 f"its picture {of_first_dot[1]}.{min(suffixes[of_first_dot] & IMAGE_SUFFIXES)} has "
                 f"another key; name the text {of_first_dot[1]}.json or .txt",
+            )
+        elif key in numbered:
+            scan.faults[key] = RecordError(
+                "unread_member",
+                f"its pictures have keys of their own, {numbered[key]}.*; put a dot before the "
+                f"number: {key[1]}.0.jpg",
             )
         elif elsewhere is not None:
             scan.faults[key] = RecordError(

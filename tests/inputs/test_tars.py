@@ -211,6 +211,23 @@ def test_a_text_with_a_name_of_its_own_is_not_asked_without_its_picture(tmp_path
     ]
 
 
+@pytest.mark.parametrize("text_only", ["allow", "reject"])
+def test_a_text_is_not_asked_where_only_numbers_tell_its_pictures_apart(
+    tmp_path: Path, text_only: str
+):
+    """a-0.jpg and a-1.jpg were rejected, and a.json was asked as text."""
+    members = {"a-0.jpg": picture(1), "a-1.jpg": picture(2), "a.json": question("a")}
+    others = {"b-1.jpg": picture(3), "b-1.json": question("c"), "b.json": question("d")}
+    items = read(write_tar(tmp_path / "a.tar", {**members, **others}), text_only=text_only)
+    assert [getattr(item, "reason", "sample") for item in items] == [
+        *("missing_question", "missing_question", "unread_member", "sample"),
+        "sample" if text_only == "allow" else "no_image",
+    ]
+    assert items[2].detail.endswith(
+        "keys of their own, a-1.*; put a dot before the number: a.0.jpg"
+    )
+
+
 def test_what_macos_adds_is_passed_over_and_told(tmp_path: Path):
     """Its "._a.jpg" stands between "a.jpg" and "a.json", which looked scattered then."""
     members = {"._a.png": b"mac", "a.png": picture(1), "._a.json": b"mac", "a.json": question("a")}
