@@ -97,6 +97,14 @@ def prompt_parts(question: str, num_images: int) -> list[str | None]:
     return [*([None] * num_images), without_marks(question)]
 
 
+def carried_hash(sample: Sample) -> str:
+    """Eight hex digits of what a sample carries through beside what is asked; "" for nothing."""
+    carried = (sample.ds_name, sample.origin_dataset, sample.origin_split, sample.metainfos)
+    if not any(carried):
+        return ""
+    return hashlib.blake2b(msgspec.json.encode(carried), digest_size=4).hexdigest()
+
+
 def sample_key(
     idx: str,
     question: str,
@@ -241,6 +249,8 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     ids: list[str]
     images: dict[int, int] = {}
     """Number of pictures -> number of samples with as many; {} in old manifests."""
+    carried: list[str] | None = None
+    """`carried_hash` of each sample; [] where none carries anything, None in old manifests."""
 
 
 class DatasetPair(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,12 +30,12 @@ from stream_engine.inputs.answers import ONE_ANSWER, UNREAD_PAIR, WITH_ANSWERS
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.layouts import LATER_TURNS
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
-from stream_engine.inputs.rejects import QuarantineWriter
+from stream_engine.inputs.rejects import TAKEN_IDS, QuarantineWriter, taken_id
 from stream_engine.inputs.rows import IMAGE_COLUMNS
 from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.inputs.unread import Unread
 from stream_engine.pictures import CHANGES
-from stream_engine.records import Failure, Sample
+from stream_engine.records import Failure, Sample, carried_hash
 from stream_engine.run_dir.manifest import (
     InputInfo,
     Manifest,
@@ -58,6 +58,7 @@ ROWS_TO_JUDGE = 200
 """After as many rows without a picture it is plain that none is being read."""
 
 GONE = "gone"
+CARRIED = "carried"
 NOTES = {
     **{name: f"pictures {words}" for name, words in CHANGES.items()},
     LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
@@ -67,6 +68,8 @@ NOTES = {
     UNREAD_PAIR: "rows with chosen and rejected, which are left out: answers are sampled; "
     "--given_answers pairs scores these in their place",
     GONE: "samples of an earlier reading that the input no longer holds: they stay in the run",
+    CARRIED: "rows of samples that the run holds with another ds_name, origin_dataset, "
+    "origin_split or metainfos: those that were read first are kept",
 }
 """What is told at the end of a reading, with its number."""
 
@@ -213,7 +216,7 @@ class InputReading:
         self.refuse_without_pictures()
         self.note_gone()
         counts = self.before.plus(self.counts)
-        for line in [*self.unread.lines(), *note_lines(self.notes)]:
+        for line in [*self.unread.lines(), *note_lines(self.notes, self.unread.examples)]:
             logger.warning("%s: %s", self.source, line)
         self.manifest.append_input(
             InputInfo(
@@ -297,11 +300,9 @@ class InputReading:
         if isinstance(item, Failure):
             state = "rejected"
         else:
-            state = self.known.classify(
-                item.idx, item.key, self.source, is_shared=bool(item.answers)
-            )
+            state = self.classify(item)
             if state in TAKEN_IDS:
-                item = taken_id(state, row, item)
+                item = taken_id(state, item, source=row.source, row=row.row)
             else:
                 self.notes.update(row.notes)
         if row.source != self.file:
@@ -326,6 +327,21 @@ class InputReading:
         if self.counts.read % ROWS_PER_PROGRESS == 0:
             self.on_progress(self.total)
         return state == "new"
+
+    def classify(self, sample: Sample) -> str:
+        """What a sample is to the run; what it carries that the run does not hold is noted."""
+        state = self.known.classify(
+            sample.idx,
+            sample.key,
+            self.source,
+            carried=carried_hash(sample),
+            is_shared=bool(sample.answers),
+        )
+        if state != "known_otherwise":
+            return state
+        self.notes[CARRIED] += 1
+        self.unread.examples.setdefault(CARRIED, f"id {printable(sample.idx)!r}")
+        return "known"
 
     def refuse_without_pictures(self) -> None:
         """Raise NoPicturesError when no row has a picture."""
@@ -358,34 +374,10 @@ class InputReading:
             )
 
 
-def note_lines(notes: Mapping[str, int]) -> list[str]:
+def note_lines(notes: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
     """What was done to rows, and what became of earlier ones, in a line each."""
-    return [f"{count} {NOTES[name]}" for name, count in notes.items() if count]
-
-
-TAKEN_IDS = {
-    "changed": (
-        "changed_row",
-        "the row of id {!r} has changed since it was read; the run keeps what it read then. Give "
-        "the new one another id, or read all in a new work_dir",
-    ),
-    "conflict": (
-        "conflicting_id",
-        "another sample of this input has the id {!r}; the first one is kept. Make the ids unique, "
-        "or drop their column: ids are then made from the content",
-    ),
-}
-"""What `KnownSamples.classify` says of a row whose id stands for another sample -> its reject."""
-
-
-def taken_id(state: str, row: InputRow, sample: Sample) -> Failure:
-    """The reject of a row whose id belongs to another sample of its source already."""
-    reason, detail = TAKEN_IDS[state]
-    return Failure(
-        reason=reason,
-        detail=detail.format(sample.idx),
-        source=row.source,
-        row=row.row,
-        key=sample.key,
-        idx=sample.idx,
-    )
+    return [
+        f"{count} {NOTES[name]}" + (f"; the first is {examples[name]}" if name in examples else "")
+        for name, count in notes.items()
+        if count
+    ]

@@ -9,6 +9,7 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, Literal
 
 from stream_engine.errors import ConfigError
@@ -57,16 +58,17 @@ class KnownSamples:
         for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute(
-            "CREATE TABLE known (id BLOB, key BLOB, source BLOB, pending INT, reading INT)"
+            "CREATE TABLE known "
+            "(id BLOB, key BLOB, source BLOB, pending INT, reading INT, carried TEXT)"
         )
         self.reading = 0
         self._database.execute("BEGIN")
         for line in shards:
             self._database.executemany(
-                "INSERT INTO known VALUES (?, ?, ?, 0, 0)",
+                "INSERT INTO known VALUES (?, ?, ?, 0, 0, ?)",
                 [
-                    (hashed(idx), bytes.fromhex(key), hashed(line.source))
-                    for idx, key in zip(line.shard.ids, line.shard.keys)
+                    (hashed(idx), bytes.fromhex(key), hashed(line.source), carried)
+                    for idx, key, carried in samples_of(line.shard)
                 ],
             )
         # Sorted in one go, which takes half the time of keeping it sorted.
@@ -111,17 +113,18 @@ class KnownSamples:
         self._database.execute("UPDATE known SET pending = 0 WHERE pending = 1")
 
     def classify(
-        self, idx: str, key: str, source: str, *, is_shared: bool = False
-    ) -> Literal["new", "pending", "known", "changed", "conflict"]:
+        self, idx: str, key: str, source: str, *, carried: str = "", is_shared: bool = False
+    ) -> Literal["new", "pending", "known", "known_otherwise", "changed", "conflict"]:
         """What a sample of a source is to the run; a new one is known from now on.
 
-        "pending" is said once: the interrupted read added this very sample. Of a "changed" one an
-        earlier reading had another content, of a "conflict" this reading. An id that `is_shared`
-        may stand for several samples, none of which is either.
+        "pending" is said once: the interrupted read added this very sample. One that is "known
+        otherwise" is known, but `carried`, the hash of what it carries, is another. Of a "changed"
+        one an earlier reading had another content, of a "conflict" this reading. An id that
+        `is_shared` may stand for several samples, none of which is either.
         """
         found = (hashed(idx), bytes.fromhex(key), hashed(source))
-        rows: list[tuple[bytes, bytes, int, int]] = self._database.execute(
-            "SELECT key, source, pending, reading FROM known WHERE id = ?", found[:1]
+        rows: list[tuple[bytes, bytes, int, int, str | None]] = self._database.execute(
+            "SELECT key, source, pending, reading, carried FROM known WHERE id = ?", found[:1]
         ).fetchall()
         own_keys = [row[0] for row in rows if row[1] == found[2]]
         is_repeated = any(row[1] == found[2] and row[3] == self.reading for row in rows)
@@ -130,7 +133,7 @@ class KnownSamples:
         is_other = found[1] not in own_keys
         if own_keys and is_other and not is_shared:
             return "conflict" if is_repeated else "changed"
-        is_known = any(row[0] == found[1] for row in rows)
+        held = [row[4] for row in rows if row[0] == found[1]]
         if is_shared and not is_other:
             self._database.execute(
                 "UPDATE known SET reading = ? WHERE id = ? AND key = ? AND source = ?",
@@ -138,16 +141,23 @@ class KnownSamples:
             )
         elif not own_keys or is_other:
             self._database.execute(
-                "INSERT INTO known VALUES (?, ?, ?, 0, ?)", (*found, self.reading)
+                "INSERT INTO known VALUES (?, ?, ?, 0, ?, ?)",
+                (*found, self.reading, held[0] if held else carried),
             )
-        if not is_known:
+        if not held:
             return "new"
         if any(row[2] for row in rows if row[0] == found[1]):
             self._database.execute(
                 "UPDATE known SET pending = 0 WHERE id = ? AND key = ?", found[:2]
             )
             return "pending"
-        return "known"
+        return "known" if held[0] in (carried, None) else "known_otherwise"
+
+
+def samples_of(shard: ShardInfo) -> Iterable[tuple[str, str, str | None]]:
+    """Id, key and hash of what is carried of each sample; None where the manifest tells none."""
+    nothing = None if shard.carried is None else ""
+    return zip(shard.ids, shard.keys, shard.carried or repeat(nothing))
 
 
 def unwritable(error: Exception) -> str:

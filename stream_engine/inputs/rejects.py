@@ -9,7 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from stream_engine.errors import ChangedError
-from stream_engine.records import Failure
+from stream_engine.records import Failure, Sample
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import quarantine_name
 from stream_engine.store import files
@@ -68,3 +68,31 @@ def discard_refused(run_dir: RunDir, sources: Iterable[str]) -> None:
         if entry.path.stem.endswith(UNFINISHED) and entry.path not in known:
             with suppress(ChangedError):
                 files.remove(entry.path, entry.version)
+
+
+TAKEN_IDS = {
+    "changed": (
+        "changed_row",
+        "the row of id {!r} has changed since it was read; the run keeps what it read then. Give "
+        "the new one another id, or read all in a new work_dir",
+    ),
+    "conflict": (
+        "conflicting_id",
+        "another sample of this input has the id {!r}; the first one is kept. Make the ids unique, "
+        "or drop their column: ids are then made from the content",
+    ),
+}
+"""What `KnownSamples.classify` says of a row whose id stands for another sample -> its reject."""
+
+
+def taken_id(state: str, sample: Sample, *, source: str, row: int) -> Failure:
+    """The reject of a row whose id belongs to another sample of its source already."""
+    reason, detail = TAKEN_IDS[state]
+    return Failure(
+        reason=reason,
+        detail=detail.format(sample.idx),
+        source=source,
+        row=row,
+        key=sample.key,
+        idx=sample.idx,
+    )

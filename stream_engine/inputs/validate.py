@@ -60,7 +60,7 @@ class InputCheck:
             f"{self.num_rows} rows: {sum(self.images.values())} samples, "
             f"{sum(self.rejected.values())} rejected",
             *([f"samples by number of pictures: {counts}"] if counts else []),
-            *note_lines(self.notes),
+            *note_lines(self.notes, {}),
             *self.unread.lines(),
             *remedy_lines(self.rejected),
         ]

@@ -21,7 +21,14 @@ from typing import Any, BinaryIO
 import msgspec
 
 from stream_engine.errors import ShardReadError
-from stream_engine.records import EncodedImage, GivenAnswer, Sample, ShardInfo, sample_key
+from stream_engine.records import (
+    EncodedImage,
+    GivenAnswer,
+    Sample,
+    ShardInfo,
+    carried_hash,
+    sample_key,
+)
 from stream_engine.run_dir.plain_tar import PlainTarWriter, UnusualTar, plain_samples
 from stream_engine.store import files
 from stream_engine.store.base import Location, Version
@@ -62,6 +69,7 @@ def write_shard(
     """
     keys: list[str] = []
     ids: list[str] = []
+    carried: list[str] = []
     images: Counter[int] = Counter()
     with files.spool(path.parent) as new:
         hashing = HashingWriter(new.file)
@@ -70,6 +78,7 @@ def write_shard(
             tar.write(sample.key, sample_members(sample))
             keys.append(sample.key)
             ids.append(sample.idx)
+            carried.append(carried_hash(sample))
             images[len(sample.images)] += 1
         tar.close()
         assert len(set(keys)) == len(keys), f"a key occurs twice in shard {index}"
@@ -82,6 +91,7 @@ def write_shard(
         keys=keys,
         ids=ids,
         images=dict(sorted(images.items())),
+        carried=carried if any(carried) else [],
     )
 
 

@@ -283,7 +283,7 @@ def report_of(
             for source, info in state.manifest.inputs.items()
             for line in (
                 *unread_lines(info.unread, info.left_out, info.examples),
-                *note_lines(info.notes),
+                *note_lines(info.notes, info.examples),
             )
         ],
     )

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import NoPicturesError
-from stream_engine.inputs.ingest import ingest
+from stream_engine.inputs.ingest import ingest, note_lines
 from stream_engine.run_dir.manifest import Manifest, count_pictures
 from stream_engine.run_dir.paths import RunDir
 from tests.inputs.ingested import CONFIG, counts, ids_of, numbers, quarantined
@@ -26,6 +26,23 @@ def test_rows_that_are_gone_stay_in_the_run_and_are_counted(run_dir: RunDir, tmp
     assert Manifest.load(run_dir).inputs[str(path)].notes == {"gone": 2}
     (failure,) = quarantined(run_dir)
     assert "has changed since it was read" in failure.detail
+
+
+def test_a_carried_column_that_changed_is_told_and_keeps_its_first_reading(
+    run_dir: RunDir, tmp_path: Path
+):
+    """It was neither taken nor told."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{**row, "ds_name": "old"} for row in numbers(0, 3)])
+    ingest(run_dir, [str(path)], CONFIG)
+    changed = [{**make_row(1), "ds_name": "new"}, {**make_row(2), "metainfos": '{"a": 1}'}]
+    write_jsonl(path, [{**make_row(0), "ds_name": "old"}, *changed, make_row(3)])
+    other = write_jsonl(tmp_path / "b.jsonl", [{**make_row(0), "ds_name": "other"}])
+    report = ingest(run_dir, [str(path), str(other)], CONFIG)
+    assert counts(report) == (5, 1, 4, {})
+    inputs = Manifest.load(run_dir).inputs
+    assert [inputs[str(one)].notes for one in (path, other)] == [{"carried": 2}, {"carried": 1}]
+    (line,) = note_lines(inputs[str(path)].notes, inputs[str(path)].examples)
+    assert line.startswith("2 rows of samples") and line.endswith("the first is id '1'")
 
 
 def test_what_was_done_to_rows_and_how_many_pictures_they_have_is_kept(
