@@ -26,6 +26,7 @@ import uuid
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 from stream_engine.errors import ChangedError
@@ -35,6 +36,7 @@ from stream_engine.store.processes import is_running, this_system
 RANDOM_NS = 1 << 20
 """The time of change is drawn from the millisecond before the true one."""
 LEFTOVER_S = 86_400.0
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK))
 REMEDY = (
     "files are put in place by hard and symbolic links, which this file system may not have; give "
@@ -165,8 +167,20 @@ class LocalSpool(Spool):
             fsync_folder(target.parent)
         return new
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Name the folder where there was no room: the system does not, of a file that is open."""
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(self.temporary.parent)
+        self.drop()
+
     def drop(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # on a full disk, of what was not written yet
+            self.file.close()
         if not self.is_claimed:
             with suppress(OSError):
                 self.temporary.unlink()

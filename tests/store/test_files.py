@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -213,6 +214,23 @@ def test_an_io_error_anywhere_leaves_the_old_or_the_new(tmp_path: Path, monkeypa
             files.replace(path, b"later", files.version_of(path))
         except ChangedError:
             assert files.read_bytes(path) == b"new"  # finished by the one who came next
+
+
+def test_where_there_is_no_room_the_folder_is_named_and_nothing_is_left(tmp_path: Path):
+    """The error of an open file tells no name, and what was not written yet failed once more."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large") as caught,
+            files.spool(tmp_path) as new,
+        ):
+            for _ in range(1000):
+                new.file.write(b"a" * 700)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_leftovers_of_processes_that_live_are_kept(tmp_path: Path):
