@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError
 from stream_engine.outputs.formats import RANKINGS
+from stream_engine.outputs.publication import refuse_other_dataset
 from stream_engine.outputs.reading import read_pairs
 from stream_engine.outputs.validate import holds_dataset, is_dataset, is_run
 from stream_engine.outputs.validate import validate as dataset_problems
@@ -196,6 +197,8 @@ def written(
     config = RunConfig.create(run_file.config().to_dict() | output)
     pipeline = pipeline_class(config.pipeline_name)(config)
     target = location(folder, setting="folder") if folder else None
+    if target is not None:
+        refuse_other_dataset(target, format, run=state.run_dir.root)
     worker = Rank.from_environment().worker_id
 
     def write_it() -> WrittenT:

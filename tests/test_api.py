@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def test_a_run_is_made_looked_at_and_written_again(echo: None, tmp_path: Path) -
     assert (in_run[0].margin or 0) > 0
     assert {pair.split for pair in exported} <= {"train", "test"}
     assert api.report(work_dir, out=tmp_path / "page").is_file()
+    with pytest.raises(ConfigError, match="dataset of format trl, not ms_swift; name a new"):
+        api.export(work_dir, "ms_swift", folder=work_dir / "dataset")
+    shutil.copytree(work_dir, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="is the dataset of another run"):
+        api.export(work_dir, "trl", folder=tmp_path / "copy/dataset")
+    assert api.export(work_dir, "trl", folder=work_dir / "dataset").written == written.written
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from stream_engine.errors import ChangedError, ConfigError
 from stream_engine.outputs.published import CARD, IMAGES, RECORD, entries_of, is_ours, parts_of
+from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
 from stream_engine.store.base import Location, Version
 
@@ -105,6 +107,29 @@ class Publication:
                 with suppress(ChangedError):
                     files.remove(entry.path, self.versions[name])
                     files.erase(entry.path)  # an empty parquet file would fail who reads the folder
+
+
+def refuse_other_dataset(folder: Location, name: str, *, run: Location) -> None:
+    """Let no dataset be replaced that is another one than this format's of this run.
+
+    Raises:
+        ConfigError: when a folder that was named holds such a one.
+    """
+    held = (read_sealed(folder / RECORD) or {}).get("format")
+    if held is not None and held != name:
+        raise ConfigError(
+            f"{folder} holds a dataset of format {held}, not {name}; name a new or empty folder"
+        )
+    other = folder.parent
+    if held is not None and files.exists(RunDir(other).run_json) and not is_same(other, run):
+        raise ConfigError(f"{folder} is the dataset of another run; name a new or empty folder")
+
+
+def is_same(one: Location, other: Location) -> bool:
+    """Whether two names are of one folder."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return one == other
 
 
 def erase(folder: Location, path: Location) -> None:

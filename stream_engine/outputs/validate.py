@@ -19,7 +19,8 @@ from stream_engine.outputs.formats.base import (
     split_named,
 )
 from stream_engine.outputs.parquet import arrow_schema, rows_of
-from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of
+from stream_engine.outputs.publication import ROWS
+from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of, recorded
 from stream_engine.outputs.row_checks import CHECKS, Check, Row
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
@@ -158,6 +159,19 @@ def dataset_problems(folder: Location) -> Iterator[str]:
         yield from (f"{where}: {problem}" for problem in row_problems(row, folder, CHECKS[name]))
     yield from count_problems(folder, num_rows)
     yield from file_problems(folder)
+    yield from foreign_rows(folder)
+
+
+def foreign_rows(folder: Location) -> Iterator[str]:
+    """Files of rows from elsewhere; what an ended merge left is taken away by the next."""
+    stats = read_sealed(folder / RECORD)
+    if stats is None:
+        return
+    known = recorded(stats)
+    for entry in files.list_files(folder):
+        is_rows = entry.path.suffix in (".parquet", ".jsonl", ".arrow")
+        if is_rows and entry.name not in known and not ROWS.fullmatch(entry.name):
+            yield f"{entry.path}: is not of this dataset; who reads all files there reads it, too"
 
 
 def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]:

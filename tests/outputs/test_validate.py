@@ -197,6 +197,13 @@ def test_lost_rows_and_torn_parts_are_problems(run_dir: RunDir) -> None:
     assert any("cannot be read on" in problem for problem in row_problems(run_dir.dataset_dir))
 
 
+def test_rows_from_elsewhere_in_a_dataset_are_named(run_dir: RunDir) -> None:
+    shutil.copy(rows_file(run_dir.dataset_dir), run_dir.dataset_dir / "train-more.parquet")
+    (run_dir.dataset_dir / "notes.txt").write_text("mine")
+    (problem,) = validate(run_dir.root)
+    assert "train-more.parquet: is not of this dataset" in problem
+
+
 def test_a_run_without_a_dataset_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     write_run(run_dir, [synthetic_sample(0)])
