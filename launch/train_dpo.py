@@ -42,7 +42,7 @@ def main() -> None:
         args=DPOConfig(
             output_dir=str(kept),
             max_length=None,  # the default cuts image tokens off
-            beta=0.1,
+            beta=0.5,
             loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, 1.0],
             learning_rate=args.learning_rate,
