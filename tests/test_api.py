@@ -23,7 +23,12 @@ def test_a_run_is_made_looked_at_and_written_again(echo: None, tmp_path: Path) -
     work_dir = tmp_path / "w"
     assert api.run(config, show_progress=False).exit_status == 0
     more = write_questions(tmp_path / "more.jsonl", ["what else is there"], first_id=50)
-    assert api.append(work_dir, [str(more)], show_progress=False).samples_added_here == 1
+    api.rank(work_dir)
+    added = api.append(work_dir, [str(more)], show_progress=False)
+    assert added.samples_added_here == 1
+    (note,) = added.notes
+    assert note.startswith(f"{work_dir / 'dataset_ranked'} is from before the last merge: `stream-")
+    api.rank(work_dir)
     with pytest.raises(ConfigError, match="dataset_path is a list"):
         api.append(work_dir, str(more))
     found = api.status(work_dir)
@@ -37,6 +42,7 @@ def test_a_run_is_made_looked_at_and_written_again(echo: None, tmp_path: Path) -
     assert Image.open(io.BytesIO(in_run[0].images[0].data)).size[0] > 0
     assert (in_run[0].margin or 0) > 0
     assert {pair.split for pair in exported} <= {"train", "test"}
+    assert api.run(config, show_progress=False).notes == []
     assert api.report(work_dir, out=tmp_path / "page").is_file()
     with pytest.raises(ConfigError, match="dataset of format trl, not ms_swift; name a new"):
         api.export(work_dir, "ms_swift", folder=work_dir / "dataset")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Literal, TypeVar
@@ -16,7 +17,8 @@ from stream_engine.errors import ConfigError, MissingStageError
 from stream_engine.inputs.ingest import note_lines
 from stream_engine.inputs.unread import unread_lines
 from stream_engine.models.hub import with_checkpoints
-from stream_engine.outputs.formats import check_formats
+from stream_engine.outputs.formats import FORMATS, RANKINGS, check_formats
+from stream_engine.outputs.published import RECORD
 from stream_engine.pairs.merge_step import Outcome, merge_when_due
 from stream_engine.pipelines import pipeline_class
 from stream_engine.pipelines.base import Pipeline
@@ -285,8 +287,23 @@ def report_of(
                 *unread_lines(info.unread, info.left_out, info.examples),
                 *note_lines(info.notes, info.examples),
             )
-        ],
+        ]
+        + (older_exports(state.run_dir, config) if has_dataset else []),
     )
+
+
+def older_exports(run_dir: RunDir, config: RunConfig) -> list[str]:
+    """Datasets that `export` or `rank` wrote before the last merge: they lack what came since."""
+    merged = files.stat(run_dir.stats_json)
+    names = [name for name in FORMATS if name not in config.format]
+    written = {name: files.stat(run_dir.export_dir(name) / RECORD) for name in names}
+    return [
+        f"{run_dir.export_dir(name)} is from before the last merge: `stream-engine "
+        f"{'rank' if name in RANKINGS else 'export'} {shlex.quote(str(run_dir.root))} "
+        f"--format {name}` brings it up to date"
+        for name, entry in written.items()
+        if entry is not None and merged is not None and entry.modified < merged.modified
+    ]
 
 
 def require_rollouts(state: RunState, config: RunConfig) -> None:
