@@ -53,7 +53,9 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         help="a loss of TRL's by its name there: sigmoid, which is DPO's (default), ipo, apo_zero, "
         "robust, hinge, sft ...",
     )
-    parser.add_argument("--beta", type=float, default=0.1, metavar="X", help="(default 0.1)")
+    parser.add_argument(
+        "--beta", type=float, default=0.1, metavar="X", help="0.5 did better (default 0.1, TRL's)"
+    )
     parser.add_argument(
         "--label_smoothing",
         type=float,
