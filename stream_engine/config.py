@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -319,16 +320,15 @@ class RunConfig(
 
     def validate_numbers(self) -> None:
         """Check the numbers that have but a lower bound."""
-        bounds = (
-            (AT_LEAST_ONE, "at least 1"),
-            (AT_LEAST_ZERO, "0 or more"),
-            (ABOVE_ZERO, "positive"),
+        bounds: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+            (AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+            (AT_LEAST_ZERO, "0 or more", lambda value: value >= 0),
+            (ABOVE_ZERO, "positive", lambda value: value > 0),
         )
-        for names, rule in bounds:
+        for names, rule, is_kept in bounds:
             for name in names:
                 value = getattr(self, name)
-                is_below = value is not None and value < (names is AT_LEAST_ONE)
-                if is_below or (value == 0 and names is ABOVE_ZERO):
+                if value is not None and not is_kept(value):
                     raise ConfigError(f"{name} must be {rule}, it is {value}")
 
     def part(self, kind: type[PartT]) -> PartT:

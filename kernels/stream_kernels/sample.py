@@ -51,32 +51,23 @@ def sample(
     `raise_on_nan` raises once the caller reads the log-probs back.
     """
     assert temperature >= 0 and top_k >= 0 and top_p > 0, f"{temperature=} {top_k=} {top_p=}"
+    logits = logits[:, :vocab_size]
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "suppress": suppress,
+        "penalized": None if penalized is None else penalized[:, :vocab_size],
+    }
     if takes_triton(logits.device):
         from stream_kernels.gpu.sample import sample_cuda
 
-        return sample_cuda(
-            logits[:, :vocab_size],
-            uniforms,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            suppress=suppress,
-            penalized=None if penalized is None else penalized[:, :vocab_size],
-        )
-    logits = logits[:, :vocab_size]
+        return sample_cuda(logits, uniforms, **options)
     is_filtered = 0 < top_k < logits.shape[1] or top_p < 1
     if not is_filtered and temperature > 0 and penalized is None and serves(logits):
         tokens, logps = draw_tokens(logits, uniforms, temperature=temperature, suppress=suppress)
     else:
-        tokens, logps = _sample_in_slabs(
-            logits,
-            uniforms,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            suppress=suppress,
-            penalized=None if penalized is None else penalized[:, :vocab_size],
-        )
+        tokens, logps = _sample_in_slabs(logits, uniforms, **options)
     raise_on_nan(logps)
     return tokens, logps
 

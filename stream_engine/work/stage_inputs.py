@@ -45,17 +45,17 @@ def stage_inputs(
     if config.base_model_path and not pipeline.has_base:
         raise ConfigError(f"{pipeline.name} scores without a base model: no --base_model_path")
     shared: dict[str, Any] = {"dtype": config.dtype, "schema_version": SCHEMA_VERSION}
+    before = {name: said for one in (kept or {}).values() for name, said in one.inputs.items()}
     known: dict[str, str] = {}
     if config.vision_tower_path:
-        before = kept["rollouts"].inputs.get("vision_tower_path") if kept else None
-        shared["vision_tower_path"] = model_fingerprint(config.vision_tower_path, before)
+        name = "vision_tower_path"
+        shared[name] = model_fingerprint(config.vision_tower_path, before.get(name))
     inputs: dict[Stage, dict[str, Any]] = {stage: dict(shared) for stage in STAGES}
     for role in pipeline.roles():
+        name = f"{role.name} checkpoint"
         if role.path not in known:
-            name = f"{role.name} checkpoint"
-            before = kept[role.stage].inputs.get(name) if kept else None
-            known[role.path] = model_fingerprint(role.path, before)
-        inputs[role.stage][f"{role.name} checkpoint"] = known[role.path]
+            known[role.path] = model_fingerprint(role.path, before.get(name))
+        inputs[role.stage][name] = known[role.path]
     pipeline.check_models({role.name: known[role.path] for role in pipeline.roles()})
     inputs["rollouts"] |= msgspec.to_builtins(config.part(SamplingConfig))
     inputs["rewards"]["pipeline_name"] = pipeline.name
