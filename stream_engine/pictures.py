@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import get_sampling
 
 from stream_engine.errors import RecordError
+from stream_engine.text import HEAD_BYTES, not_the_file
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's other formats are refused: some of them run programs (EPS) or are no pictures."""
@@ -34,6 +35,16 @@ default, where a telephone's panorama has 16384."""
 MAX_ASPECT = 200
 """A side in terms of the other. Models that bring the short side to a fixed length make the long
 one as many times longer; Qwen2-VL's processor has the same limit."""
+
+UNREAD_FORMATS = {
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC",
+    rb"\xff\x0a|....JXL ": "JPEG XL",
+    rb"\s*(<\?xml[^>]*>\s*)?<svg": "SVG",
+    rb"%PDF": "PDF",
+    rb"8BPS": "a Photoshop file",
+    rb"....ftyp": "a video",
+}
+"""How other formats begin, as patterns -> what they are."""
 
 DECODE_ERRORS = (
     OSError,
@@ -187,12 +198,21 @@ def read_picture(data: bytes, max_pixels: int) -> Picture:
     except Image.DecompressionBombError as error:
         raise RecordError("image_too_large", str(error)) from error
     except DECODE_ERRORS as error:
-        is_cut, begin = looks_cut(data, error, is_identified), data[:16]
+        is_cut = looks_cut(data, error, is_identified)
         reason = "truncated_image" if is_cut else "undecodable_image"
-        detail = (
-            str(error) if is_identified else f"no picture of a known format, it begins {begin!r}"
-        )
-        raise RecordError(reason, detail) from error
+        raise RecordError(reason, str(error) if is_identified else what_else(data)) from error
+
+
+def what_else(data: bytes) -> str:
+    """What stands in the place of a picture of a known format."""
+    if not data:
+        return "there is nothing: the file, or the cell, is empty"
+    kind = next((name for begin, name in UNREAD_FORMATS.items() if re.match(begin, data)), "")
+    return (
+        not_the_file(data[:HEAD_BYTES])
+        or (f"{kind}, which is not read" if kind else "")
+        or f"no picture of a known format, it begins {data[:16]!r}"
+    )
 
 
 def check_jpeg(data: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 
@@ -38,6 +39,23 @@ def nearest(name: str, known: Sequence[str]) -> str:
     simple = {one.lower().replace("-", "_"): one for one in known}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), simple, n=1)
     return f"; did you mean {simple[close[0]]!r}?" if close else ""
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"[\s\xef\xbb\xbf]*<(!doctype html|html)", re.IGNORECASE)
+HEAD_BYTES = 256
+
+
+def not_the_file(head: bytes) -> str:
+    """What stands in a file's place, and what helps, told by how it begins; "" for a file itself.
+
+    A clone without Git LFS holds pointers, a download that was refused a page that says so.
+    """
+    if head.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    if WEB_PAGE.match(head):
+        return "a web page, not the file itself: its download was refused; fetch it again"
+    return ""
 
 
 MAX_LINE = 4000

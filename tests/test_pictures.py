@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -59,6 +60,22 @@ def test_a_progressive_jpeg_cut_between_its_scans_is_refused():
 )
 def test_what_is_no_image_is_undecodable(data: bytes):
     assert reason_of(read_picture, data, 10**6) == "undecodable_image"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!doctype html>", "a web page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="">', "SVG"),
+        (b"abc", "begins b'abc'"),
+    ],
+)
+def test_what_stands_in_a_pictures_place_is_named(data: bytes, says: str):
+    with pytest.raises(RecordError, match=re.escape(says)):
+        read_picture(data, 10**6)
 
 
 def test_a_flipped_bit_in_a_png_is_noticed():

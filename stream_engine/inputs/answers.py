@@ -12,7 +12,6 @@ A row that has none of these, or null, has no answers. What cannot be read rejec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -20,8 +19,8 @@ import msgspec
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import as_text, is_missing, text_of
-from stream_engine.inputs.layouts import USERS, Row, content_of, turn_of
+from stream_engine.inputs.cells import as_list, as_text, is_missing, text_of
+from stream_engine.inputs.layouts import USERS, Row, Turn, content_of, turn_of, turns_in
 from stream_engine.records import IMAGE_MARK, GivenAnswer
 
 REJECTED_COLUMNS = ("rejected", "rejected_response", "rejected_messages")
@@ -67,13 +66,10 @@ def is_one(texts: Iterable[str]) -> bool:
 
 def listed(value: Any) -> tuple[GivenAnswer, ...]:
     """The column `answers`."""
-    if isinstance(value, str):  # csv has no lists
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RecordError("invalid_answers", f"text that is no JSON list: {error}") from error
+    value = as_list(value)
     if not isinstance(value, list):
-        raise RecordError("invalid_answers", f"{type(value).__name__} instead of a list")
+        what = "other text" if isinstance(value, str) else type(value).__name__
+        raise RecordError("invalid_answers", f"{what} instead of a list")
     if not value:
         raise RecordError("no_answers", "an empty list; null, or no column, has answers sampled")
     return tuple(answer_of(one, number) for number, one in enumerate(value))
@@ -117,6 +113,9 @@ def paired(row: Row) -> tuple[GivenAnswer, ...]:
     asked = [text for text in map(question_in, (chosen, rejected)) if text is not None]
     if len(asked) == 2 and not is_one(asked):
         raise RecordError("different_questions", "chosen and rejected answer different questions")
+    own = row.get("question")
+    if asked and isinstance(own, str) and not is_one([*asked, own.replace(IMAGE_MARK, "")]):
+        raise RecordError("different_questions", "chosen answers another question than the row's")
     return (*side_of(chosen, "chosen", row), *side_of(rejected, "rejected", row))
 
 
@@ -131,15 +130,17 @@ def sides_of(row: Row) -> tuple[Any, Any]:
 
 def question_in(side: Any) -> str | None:
     """The question that a conversation of one question and its answer begins with."""
+    side = turns_in(side)
     if not (isinstance(side, list) and len(side) == 2 and isinstance(side[0], dict)):
         return None
-    text, _ = content_of(turn_of(side[0], "conversation")[1], "conversation")
+    text, _ = content_of(turn_of(side[0], "conversation").content, "conversation")
     return text.replace(IMAGE_MARK, "") if isinstance(text, str) else None
 
 
 def side_of(value: Any, side: Literal["chosen", "rejected"], row: Row) -> Iterator[GivenAnswer]:
     """The answers of one side of a pair; mostly one."""
     model = text_of(row.get(f"{side}_model"), f"{side}_model")
+    value = turns_in(value)
     texts = value if isinstance(value, list) and all(isinstance(t, str) for t in value) else [value]
     if not texts:
         raise RecordError("no_answers", f"{side} is an empty list")
@@ -153,16 +154,16 @@ def side_of(value: Any, side: Literal["chosen", "rejected"], row: Row) -> Iterat
 def last_turn(turns: list[Any], side: str) -> str:
     """The assistant's turn that ends a conversation, which may have the question before it."""
     said = [turn_of(turn, side) for turn in turns]
-    who, content = said[-1] if said else ("nobody", None)
-    if who not in ASSISTANTS:
-        raise RecordError("unknown_turns", f"{side} ends with a turn of {who!r}")
-    if len(said) > 2 or (len(said) == 2 and said[0][0] not in USERS):
+    last = said[-1] if said else Turn("nobody", None, [])
+    if last.who not in ASSISTANTS:
+        raise RecordError("unknown_turns", f"{side} ends with a turn of {last.who!r}")
+    if len(said) > 2 or (len(said) == 2 and said[0].who not in USERS):
         raise RecordError(
             "turns_before_question",
             f"{side} has {len(said)} turns; questions are asked alone, without system prompts and "
             "earlier turns",
         )
-    text, pictures = content_of(content, side)
-    if pictures or (not isinstance(content, str) and IMAGE_MARK in text):
+    text, pictures = content_of(last.content, side)
+    if pictures or last.pictures or (not isinstance(last.content, str) and IMAGE_MARK in text):
         raise RecordError("unsupported_content", f"{side} holds a picture")
     return text_in(text, side)

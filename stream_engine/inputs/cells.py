@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from typing import Any
@@ -14,14 +15,40 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+MAX_WRITTEN = 1 << 24
+"""Characters of a list or dict as Python writes it, beyond which it stays text."""
+
+
 def as_list(value: Any) -> Any:
-    """The list that a cell holds as JSON text, since csv has no lists; any other value as it is."""
-    if not isinstance(value, str) or not (value.strip()[:1] == "[" and value.strip()[-1:] == "]"):
+    """The list that a cell holds as text, since csv has no lists; any other value as it is."""
+    return from_text(value, "[]")
+
+
+def from_text(value: Any, brackets: str) -> Any:
+    """What a text in these brackets says, as JSON or as Python (so pandas) writes lists and dicts;
+    any other value as it is."""
+    if not isinstance(value, str) or (value.strip()[:1] + value.strip()[-1:]) != brackets:
         return value
     try:
         return json.loads(value)
     except ValueError:
+        pass
+    if len(value) > MAX_WRITTEN:
         return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+
+
+def as_records(value: Any) -> Any:
+    """The list of dicts that a dict of lists of one length is, as `datasets` stores sequences of
+    dicts; any other value as it is."""
+    if not isinstance(value, dict) or not all(isinstance(cell, list) for cell in value.values()):
+        return value
+    if len({len(cell) for cell in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells)) for cells in zip(*value.values())]
 
 
 def as_text(value: Any, name: str) -> str:

@@ -29,6 +29,7 @@ from stream_engine.errors import (
 from stream_engine.inputs.answers import ONE_ANSWER, UNREAD_PAIR, WITH_ANSWERS
 from stream_engine.inputs.known import KnownSamples
 from stream_engine.inputs.layouts import LATER_TURNS
+from stream_engine.inputs.questions import FOREIGN_MARK
 from stream_engine.inputs.readers import UNREADABLE_FILE, InputRow, read_rows
 from stream_engine.inputs.rejects import TAKEN_IDS, QuarantineWriter, taken_id
 from stream_engine.inputs.rows import IMAGE_COLUMNS
@@ -62,6 +63,8 @@ CARRIED = "carried"
 NOTES = {
     **{name: f"pictures {words}" for name, words in CHANGES.items()},
     LATER_TURNS: "rows with later turns of the user: the first one is asked, alone",
+    FOREIGN_MARK: "questions that mark pictures as other tools do (<ImageHere>, <|image_pad|>, "
+    "[IMG] ...), asked as text: write <image> there, or nothing",
     WITH_ANSWERS: "rows with answers of their own: these are scored, and none is sampled",
     ONE_ANSWER: "rows whose answers are one: it is scored, but a pair needs two that differ, "
     "in one row",

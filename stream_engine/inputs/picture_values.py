@@ -15,7 +15,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import as_list, check_unicode, is_missing, text_of
+from stream_engine.inputs.cells import (
+    as_list,
+    as_records,
+    check_unicode,
+    from_text,
+    is_missing,
+    text_of,
+)
 from stream_engine.run_dir.shards import UNKNOWN_EXTENSION, image_extension
 
 DATA_KEYS = ("bytes", "b64_json", "base64", "data")
@@ -41,19 +48,19 @@ class PictureValue(NamedTuple):
 
 
 def pictures_in(value: Any) -> list[Any]:
-    """A value, a list of values (also as JSON text), or nothing, as a list.
+    """A value, a list of values (also as text), or nothing, as a list.
 
     Empty stand-ins for "no picture" are nothing, as is a list of such alone; among pictures they
     stay, to be rejected.
     """
-    value = as_list(value)
+    value = as_records(as_list(value))
     if isinstance(value, (list, tuple)):
         return [] if all(map(is_nothing, value)) else list(value)
     return [] if is_nothing(value) else [value]
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value says that there is no picture: null, an empty text, a dict of these.
+    """Whether a value says that there is no picture: null, a blank text, a dict of these.
 
     A dict with bytes of which there are none is a picture that was lost.
     """
@@ -62,7 +69,9 @@ def is_nothing(value: Any) -> bool:
     if isinstance(value, dict):
         known = all(name in (*DATA_KEYS, *PATH_KEYS, *NESTED_KEYS) for name in value)
         return known and all(is_nothing(one) and one != b"" for one in value.values())
-    return isinstance(value, (str, bytes, list)) and not value
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, (bytes, list)) and not value
 
 
 def parse_picture(value: Any) -> PictureValue:
@@ -88,6 +97,7 @@ def parse_form(value: Any) -> PictureValue:
     """The same, of whatever path."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return PictureValue(bytes(value), "")
+    value = from_text(value, "{}")
     if isinstance(value, str):
         return parse_text(value)
     if isinstance(value, dict):
@@ -116,6 +126,8 @@ def parse_dict(value: dict[str, Any]) -> PictureValue:
 
 def parse_text(text: str) -> PictureValue:
     """A text in a picture's place: a data URL, a file URL, base64 or a path."""
+    if not text.strip():
+        raise RecordError("unknown_image_form", "an empty text stands in a picture's place")
     if text[:5].lower() == "data:":
         return PictureValue(data_url(text), "")
     if REMOTE.match(text):

@@ -30,9 +30,11 @@ from stream_engine.inputs.unread import Unread, Unreadable
 from stream_engine.records import Failure, Sample
 from stream_engine.store.locations import folder_of
 from stream_engine.store.transient import WAITS_S, is_transient, network_errors, wait
-from stream_engine.text import printable
+from stream_engine.text import HEAD_BYTES, not_the_file, printable
 
 UNREADABLE_FILE = "unreadable_file"
+MAX_PAGE_BYTES = 1 << 20
+"""Larger ones are the files that they should be."""
 STREAM_READERS = {
     "jsonl": jsonl_rows,
     "json": json_rows,
@@ -126,6 +128,11 @@ def rows_of(
 
     def opened() -> BinaryIO:
         stream = fs.open(path, "rb")
+        if file.format not in STREAMED and file.size > MAX_PAGE_BYTES:
+            return stream
+        if what := not_the_file(stream.read(HEAD_BYTES)):
+            raise Unreadable(what)
+        stream.seek(0)
         return decompressed(stream, path) if file.format in STREAMED else stream
 
     if file.format == "tar":

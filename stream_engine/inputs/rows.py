@@ -6,7 +6,8 @@ A row is a dict with the columns of any of the formats (others by --columns, see
     question                     the text; else the first user's turn of conversations, messages
                                  or prompt
     image | images               a picture in any of the forms of picture_values.py, or a list
-    image_path                   read where the row has no image; then metainfos' image_path
+    image_path                   read where the row has no image; then metainfos' image_path, then
+                                 image_paths
     ds_name origin_dataset origin_split image_path metainfos        carried through, as text
     ds_question_id               kept in metainfos
     answers; chosen, rejected    answers to be scored in place of sampled ones; see answers.py
@@ -23,14 +24,22 @@ from stream_engine.errors import RecordError
 from stream_engine.inputs.answers import ANSWER_COLUMNS, answers_of
 from stream_engine.inputs.cells import is_missing, text_of
 from stream_engine.inputs.images import read_image_file
-from stream_engine.inputs.layouts import CHAT_COLUMNS, Row, with_question
+from stream_engine.inputs.layouts import CHAT_COLUMNS, CONTEXT_COLUMNS, Row, with_question
 from stream_engine.inputs.picture_values import parse_picture, pictures_in
-from stream_engine.inputs.questions import question_of, with_pictures_placed
+from stream_engine.inputs.questions import (
+    FOREIGN_MARK,
+    MEDIA_MARKS,
+    foreign_mark,
+    question_of,
+    with_pictures_placed,
+)
 from stream_engine.pictures import read_picture
 from stream_engine.records import EncodedImage, Sample, sample_key
 
 ID_COLUMNS = ("idx", "question_id", "id")
 IMAGE_COLUMNS = ("image", "images", "image_path")
+MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
+"""What nobody is asked about; see `refuse_media`."""
 NAMES_ALONE = ("missing_image_file", "remote_image", "path_outside_root", "unknown_image_form")
 """Of what `image` is where `images` holds the pictures, and `image` tells whence they came."""
 CARRIED_COLUMNS = ("ds_name", "origin_dataset", "origin_split", "metainfos", "ds_question_id")
@@ -40,6 +49,8 @@ COLUMNS = frozenset(
         *ANSWER_COLUMNS,
     )
 )
+LOOKED_AT = COLUMNS | {*CONTEXT_COLUMNS, *MEDIA_COLUMNS, "image_paths"}
+"""With those whose rows are refused where they hold something that is needed."""
 KNOWN_COLUMNS = COLUMNS | {
     *("key", "image_paths", "logps"),
     *("chosen_score", "rejected_score", "margin", "round"),
@@ -63,7 +74,9 @@ def to_sample(row: Row, folder: str, config: InputConfig) -> ReadRow:
     row, notes = with_question(row, pairs=config.given_answers == "pairs")
     question = question_of(row.get("question"))
     images = images_of(row, folder, config, notes)
+    refuse_media(row, question, len(images))
     question = with_pictures_placed(question, len(images))
+    notes += [FOREIGN_MARK] if images and foreign_mark(question) else []
     if not images and config.text_only == "reject":
         raise RecordError("no_image", "the row has no picture; --text_only allow asks it as it is")
     answers = answers_of(row, config, notes)
@@ -114,7 +127,8 @@ def images_of(
     values, others = pictures_in(row.get("images")), pictures_in(row.get("image"))
     if not values:
         values, others = others, []
-    contents = [image_content(v, folder, config) for v in values or pictures_in(default_path)]
+    values = values or pictures_in(default_path) or pictures_in(row.get("image_paths"))
+    contents = [image_content(value, folder, config) for value in values]
     if others and not set(contents_there(others, folder, config)) <= {d for d, _ in contents}:
         raise RecordError("two_pictures", "image holds a picture that images does not")
     images = []
@@ -125,6 +139,13 @@ def images_of(
         notes += picture.changes
         images.append(EncodedImage(picture.data, path))
     return tuple(images)
+
+
+def refuse_media(row: Row, question: str, num_images: int) -> None:
+    """Raise RecordError for a question about a video or a sound, which would be asked without."""
+    held = [name for name in MEDIA_COLUMNS if row.get(name) and not is_missing(row[name])]
+    if held and (not num_images or any(mark in question for mark in MEDIA_MARKS)):
+        raise RecordError("unsupported_content", f"the row asks about its {held[0]}")
 
 
 def contents_there(values: list[Any], folder: str, config: InputConfig) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Which files a source is made of, and a fingerprint that tells when they change.
 
-A source is what a user names: a file, a folder, a glob, any of these as an fsspec URL, or a dataset
-of the Hugging Face hub.
+A source is what a user names: a file, a folder, a glob (braces too), any of these as an fsspec URL,
+or a dataset of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from stream_engine.errors import ConfigError
 from stream_engine.inputs.compression import CODECS
 from stream_engine.inputs.hub import fetched, parse_hub, split_of
+from stream_engine.inputs.names import expanded, missing_parts
 from stream_engine.inputs.tars import IMAGE_SUFFIXES as PICTURE_SUFFIXES
 from stream_engine.store.locations import (
     HUB,
@@ -100,13 +101,10 @@ def find_inputs(source: str) -> FoundInputs:
         return find_on_hub(canonical_source(source))
     fs, path = open_source(source)
     try:
-        infos = find_files(fs, path)
-        is_there = bool(infos) or fs.exists(path)
+        infos = find_all(fs, path, source)
+        is_folder = fs.isdir(path)
     except store_errors() as error:
         raise ConfigError(f"cannot read dataset_path {source!r}: {error}") from error
-    if not infos:
-        what = "is an empty folder" if is_there else "does not exist"
-        raise ConfigError(f"dataset_path {source!r} {what}")
     is_single = len(infos) == 1 and infos[0]["name"].rstrip("/") == path.rstrip("/")
     files: list[InputFile] = []
     others: list[tuple[str, str]] = []
@@ -143,7 +141,29 @@ def find_inputs(source: str) -> FoundInputs:
                 else ""
             )
         )
+    if is_folder:
+        parts = missing_parts(file.path for file in files)
+        others += [(name, "missing parts (by the names of those that are there)") for name in parts]
     return FoundInputs(files, [(name, what) for name, what in sorted(others) if what])
+
+
+def find_all(fs: AbstractFileSystem, path: str, source: str) -> list[dict[str, Any]]:
+    """The infos of all files that a path, or each that its braces stand for, names.
+
+    Raises:
+        ConfigError: for a path where there is nothing.
+    """
+    names = [path] if fs.exists(path) else expanded(path)
+    infos: dict[str, dict[str, Any]] = {}
+    for name in names:
+        found = find_files(fs, name)
+        if not found:
+            of_name = f", of which {name}" if len(names) > 1 else ""
+            hidden = " (names that begin with . or _ are not read)"
+            what = f"is an empty folder{hidden}" if fs.exists(name) else "does not exist"
+            raise ConfigError(f"dataset_path {source!r}{of_name} {what}")
+        infos |= {info["name"]: info for info in found}
+    return list(infos.values())
 
 
 def find_on_hub(url: str) -> FoundInputs:
@@ -287,9 +307,13 @@ def state_files(fs: AbstractFileSystem, folder: str) -> set[str] | None:
         return None
     try:
         state = msgspec.json.decode(fs.cat_file(state_path))
-        return {entry["filename"] for entry in state["_data_files"]}
+        names = {entry["filename"] for entry in state["_data_files"]}
     except (msgspec.DecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{state_path} is not a saved dataset's state: {error}") from error
+    for name in sorted(names):
+        if not fs.exists(f"{folder}/{name}"):
+            raise ConfigError(f"{state_path} names {name}, which is not there; copy it too")
+    return names
 
 
 def check_name(name: str) -> None:

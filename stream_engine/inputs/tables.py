@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from stream_engine.errors import RecordError
 from stream_engine.inputs.json_files import as_object, as_row
 from stream_engine.inputs.layouts import Row
-from stream_engine.inputs.rows import COLUMNS
+from stream_engine.inputs.rows import COLUMNS, LOOKED_AT
 from stream_engine.inputs.unread import Unreadable
 from stream_engine.store.transient import is_transient
 
@@ -22,6 +22,8 @@ ROWS_PER_BATCH = 16
 PARQUET_BUFFER_BYTES = 1 << 20
 MAX_FIELD = 1 << 30
 """Characters of a cell of a csv file: a picture in base64 may be long."""
+
+OTHER_DELIMITERS = (";", "\t")
 
 Rows = Iterator[tuple[int, Row | RecordError]]
 
@@ -35,7 +37,7 @@ def parquet_rows(stream: BinaryIO, mapped: frozenset[str] = frozenset()) -> Rows
     file = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     names = file.schema_arrow.names
     check_names(names)
-    columns = [name for name in names if name in COLUMNS or name in mapped]
+    columns = [name for name in names if name in LOOKED_AT or name in mapped]
     unread = dict.fromkeys(name for name in names if name not in columns)
     position = 0
     for group in range(file.num_row_groups):
@@ -99,7 +101,10 @@ def check_names(names: list[str]) -> None:
 
 
 def csv_rows(stream: BinaryIO) -> Rows:
-    """Rows of a csv file with names in its first line; empty cells are missing."""
+    """Rows of a csv file with names in its first line; empty cells are missing.
+
+    Where that line has no comma, semicolons or tabs may separate, as some countries' Excel does.
+    """
     yield from separated_rows(stream, ",")
 
 
@@ -125,6 +130,10 @@ def separated_rows(stream: BinaryIO, delimiter: str) -> Rows:
     try:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(reader, [])
+        others = [mark for mark in OTHER_DELIMITERS if len(names) == 1 and mark in names[0]]
+        if others and delimiter == ",":
+            names = next(csv.reader(names, delimiter=others[0]))
+            reader = csv.reader(text, delimiter=others[0], strict=True)
         rows = (cells for cells in lines_of_cells(reader) if cells)
         for position, cells in enumerate(rows):
             if isinstance(cells, RecordError):

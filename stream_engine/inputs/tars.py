@@ -12,7 +12,7 @@ from __future__ import annotations
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -261,11 +261,11 @@ def webdataset_row(
     if empty := next((name for name in images if not content[name]), None):
         return RecordError("undecodable_image", f"{key}.{empty} is empty")
     if images:
-        pictures = [
-            {"bytes": content[name], "path": f"{key}.{name}"}
+        pictures = {
+            f"{key}.{name}": {"bytes": content[name], "path": f"{key}.{name}"}
             for name in sorted(images, key=natural_order)
-        ]
-        return with_members(row, pictures)
+        }
+        return with_members(row, pictures, key, unread)
     if others and not any(row.get(name) for name in ("image", "images", "image_path")):
         return RecordError(
             "unread_member",
@@ -274,17 +274,35 @@ def webdataset_row(
     return row
 
 
-def with_members(row: Row, pictures: list[dict[str, Any]]) -> Row | RecordError:
-    """A sample's row with the pictures beside it, which its json may name and may hold once more.
+def with_members(
+    row: Row, pictures: dict[str, dict[str, Any]], key: str, unread: Unread
+) -> Row | RecordError:
+    """A sample's row with the pictures beside it, by their names. Its json may hold them once more;
+    where it names members, these are the pictures, in its order.
 
     One that it names or holds and that is no member would be lost.
     """
-    named = [pictures_in(row.get(name)) for name in PICTURE_COLUMNS]
-    if (most := max(map(len, named))) > len(pictures):
+    told = [pictures_in(row.get(name)) for name in PICTURE_COLUMNS]
+    if (most := max(map(len, told))) > len(pictures):
         detail = f"the json tells of {most} pictures, the tar holds {len(pictures)}"
         return RecordError("unread_member", detail)
-    held = [value for values in named for value in values if is_encoded(value)]
-    return row | {"images": pictures, "image": held}
+    held = [value for values in told for value in values if is_encoded(value)]
+    named = members_named(max(told, key=len), pictures, key)
+    for name in pictures.keys() - set(named):
+        unread.note_left_out("pictures that their json does not name", name)
+    return row | {"images": [pictures[name] for name in named], "image": held}
+
+
+def members_named(values: list[Any], pictures: Collection[str], key: str) -> list[str]:
+    """The members that a json's list of pictures names, in its order, each once; all of them where
+    it names another or none."""
+    folder = key.rpartition("/")[0]
+    named = []
+    for value in map(str, values):
+        names = (value, f"{key}.{value}", posixpath.join(folder, posixpath.basename(value)))
+        named += [name for name in names if name in pictures][:1]
+    is_whole = len(set(named)) == len(named) == len(values) > 0
+    return named if is_whole else list(pictures)
 
 
 def text_row(key: str, content: dict[str, bytes], unread: Unread) -> Row | RecordError:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stream_engine.errors import CheckpointError
+from stream_engine.text import LFS_POINTER
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEIGHTS = (".safetensors", ".bin", ".model")
 TEXTS = (".json", ".jinja", ".txt")
 OBJECTS = frozenset(

@@ -22,7 +22,7 @@ REMEDIES = {
     "remote_image": "download the pictures first (img2dataset does) and give their paths",
     "unknown_image_form": "a picture is bytes, base64, a path, or a dict with one of these",
     "bad_base64": "encode the pictures again, or give paths",
-    "undecodable_image": "convert the pictures to JPEG or PNG",
+    "undecodable_image": "convert the pictures to JPEG or PNG, or fetch them again",
     "truncated_image": "fetch the pictures again: their files end too early",
     "damaged_image": "fetch the pictures again: their data are broken in the middle",
     "image_too_large": "shrink the pictures, or raise --max_image_pixels",

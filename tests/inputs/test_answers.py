@@ -58,6 +58,23 @@ def test_other_answers_are_another_sample_and_none_leave_the_key_as_it_was(tmp_p
     assert ignored.key == plain.key and not ignored.answers
 
 
+def test_turns_in_a_cell_of_text_are_answers(tmp_path: Path):
+    """A csv of pairs was scored with the JSON of its turns as answers."""
+    sides = {"chosen": f'[{{"role": "assistant", "content": "{SIDES[0][0]}"}}]'}
+    sides["rejected"] = str([turn("?", "user"), turn(SIDES[1][0])])
+    found = one(tmp_path, {"question": "?", **sides}, given_answers="pairs")
+    assert [(answer.text, answer.given_as) for answer in found.answers] == SIDES
+
+
+def test_answers_to_another_question_than_the_rows_are_rejected(tmp_path: Path):
+    sides = {"chosen": [turn("Else?", "user"), turn("Yes.")]}
+    sides["rejected"] = [turn("Else?", "user"), turn("No.")]
+    found = one(tmp_path, {"question": "Why?", **sides}, given_answers="pairs")
+    assert found.reason == "different_questions"
+    found = one(tmp_path, {"question": "Else? ", **sides}, given_answers="pairs")
+    assert len(found.answers) == 2
+
+
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [

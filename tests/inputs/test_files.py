@@ -29,12 +29,36 @@ PACK = {
 }
 
 
+@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.parquet", "q.arrow", "q.tar"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
+    ],
+)
+def test_what_stands_in_a_files_place_is_named(
+    tmp_path: Path, name: str, content: bytes, says: str
+):
+    (tmp_path / name).write_bytes(content)
+    (failure,) = read(tmp_path / name)
+    assert failure.reason == "unreadable_file" and says in failure.detail
+
+
 def as_csv(rows: list[dict], delimiter: str = ",") -> bytes:
     lines = [delimiter.join(rows[0])]
     for row in rows:
         cells = (str(cell).replace('"', '""') for cell in row.values())
         lines.append(delimiter.join(f'"{cell}"' for cell in cells))
     return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_file_of_another_delimiter_is_read(tmp_path: Path, delimiter: str):
+    (tmp_path / "q.csv").write_bytes(as_csv(ROWS[:3], delimiter))
+    assert [sample.question for sample in read(tmp_path / "q.csv")] == [
+        row["question"] for row in ROWS[:3]
+    ]
 
 
 CONTENT = {

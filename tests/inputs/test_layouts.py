@@ -18,6 +18,7 @@ from tests.samples import input_config, picture, write_jsonl, write_parquet
 BASE64 = base64.b64encode(picture(1)).decode()
 IMAGE = {"type": "image"}
 TEXT = {"type": "text", "text": "Why?"}
+BESIDE = {"images": [BASE64]}
 
 
 def chat(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
@@ -47,6 +48,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "image": BASE64,
         "messages": chat(("system", ""), ("user", "Why?")),
     },
+    "blank-system": {
+        "idx": "7",
+        "image": BASE64,
+        "messages": chat(("system", [{"type": "text", "text": " "}]), (" User ", "Why?")),
+    },
+    "mixed-names": {"idx": "7", "image": BASE64, "messages": [{"role": "user", "value": "Why?"}]},
+    "picture-beside": {"idx": 7, "messages": [{"role": "user", "content": "Why?", **BESIDE}]},
+    "responses": {
+        "idx": "7",
+        "messages": chat(
+            (
+                "user",
+                [
+                    {"type": "input_image", "image_url": f"data:;base64,{BASE64}"},
+                    {"type": "input_text", "text": "Why?"},
+                ],
+            )
+        ),
+    },
+    "sequence-of-dicts": {
+        "idx": "7",
+        "image": BASE64,
+        "conversations": {"from": ["human", "gpt"], "value": ["<image>\nWhy?", "So."]},
+    },
+    "as-pandas-writes-it": {
+        "idx": "7",
+        "images": f"['{BASE64}']",
+        "conversations": "[{'from': 'human', 'value': 'Why?'}]",
+    },
+    "prompt-as-text": {"idx": "7", "image": BASE64, "prompt": json.dumps(chat(("user", "Why?")))},
     "trl": {"idx": "7", "images": [BASE64], "prompt": chat(("user", [IMAGE, TEXT]))},
     "trl-plain": {"idx": "7", "images": [BASE64], "prompt": "Why?"},
 }
@@ -84,12 +115,53 @@ def test_later_turns_are_left_out_and_said_so(tmp_path: Path):
         ({"messages": chat(("user", [{"type": "video"}]))}, "unsupported_content"),
         ({"messages": chat(("user", {"a": 1}))}, "unsupported_content"),
         ({"messages": chat(("user", [IMAGE, IMAGE, TEXT]))}, "image_mark_mismatch"),
+        ({"messages": chat(("user", "A?"), ("user", "<image> B?"))}, "image_mark_mismatch"),
+        ({"messages": chat(("user", "A?"), ("user", [IMAGE, TEXT]))}, "image_mark_mismatch"),
+        ({"messages": [{"role": "user", "content": "?", "images": ["b"]}]}, "missing_image_file"),
+        ({"messages": [{"role": "user", "parts": [TEXT]}]}, "unknown_turns"),
+        ({"conversations": "human: Why?"}, "unknown_turns"),
+        ({"conversations": {"from": "human", "value": "Why?"}}, "unknown_turns"),
+        ({"messages": chat(("user", "Why?")), "system": "Be brief."}, "turns_before_question"),
+        ({"question": "And?", "history": [["Why?", "So."]]}, "turns_before_question"),
     ],
 )
 def test_what_would_be_lost_is_rejected_by_name(tmp_path: Path, row: dict, reason: str):
     path = write_jsonl(tmp_path / "q.jsonl", [json.dumps({"image": BASE64, **row})])
     (failure,) = read(path)
     assert failure.reason == reason
+
+
+def test_a_prompt_in_brackets_is_text(tmp_path: Path):
+    prompts = ["[1, 2], and then?", "[]", '["draw"]']
+    rows = [{"prompt": prompt, "image": BASE64} for prompt in prompts]
+    assert [s.question for s in read(write_jsonl(tmp_path / "q.jsonl", rows))] == prompts
+
+
+def test_the_speakers_of_a_conversation_without_a_user_are_told(tmp_path: Path):
+    row = {"image": BASE64, "messages": chat(("customer", "Why?"), ("agent", "So."))}
+    (failure,) = read(write_jsonl(tmp_path / "q.jsonl", [row]))
+    assert failure.detail == "messages has no turn of a user, but of 'customer', 'agent'"
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet"])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "What happens?", "videos": ["v.mp4"]}, "unsupported_content"),
+        ({"question": "<audio>\nWho?", "audio": "a.wav", "image": BASE64}, "unsupported_content"),
+        ({"question": "Why?", "video": "v.mp4", "image": BASE64}, "sample"),
+        ({"question": "Why?", "videos": [], "image_paths": ["b.png"]}, "sample"),
+        ({"question": "Why?", "image_paths": ["gone.png"]}, "missing_image_file"),
+    ],
+)
+def test_a_question_is_not_asked_without_what_it_is_about(
+    tmp_path: Path, name: str, row: dict, reason: str
+):
+    (tmp_path / "b.png").write_bytes(OTHER)
+    write = write_jsonl if name.endswith("jsonl") else write_parquet
+    (item,) = read(write(tmp_path / name, [row]), text_only="allow")
+    assert getattr(item, "reason", "sample") == reason
+    assert reason != "sample" or len(item.images) == 1
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.parquet"])

@@ -47,6 +47,8 @@ FORMS: dict[str, Any] = {
     "dict-image": {"image": "a b.png"},
     "dict-base64": {"base64": BASE64},
     "dict-file-name": {"file_name": "a b.png"},
+    "json-text": json.dumps({"bytes": BASE64, "path": None}),
+    "as-pandas-writes-it": str({"bytes": DATA, "path": "gone.png"}),
 }
 
 
@@ -79,6 +81,7 @@ REJECTED: dict[str, tuple[Any, str]] = {
     "unknown-dict": ({"pixels": 3}, "unknown_image_form"),
     "dict-of-nothing-known": ({"id": None}, "unknown_image_form"),
     "null-among-pictures": ([BASE64, None], "unknown_image_form"),
+    "blank-among-pictures": ([BASE64, " "], "unknown_image_form"),
 }
 
 
@@ -89,6 +92,17 @@ def test_any_other_form_is_rejected_by_name(folder: Path, form: str):
     path = write_jsonl(folder / "q.jsonl", [json.dumps({"question": "?", "image": value})])
     (failure,) = read(path, text_only="allow")
     assert failure.reason == reason
+
+
+def test_a_sequence_of_dicts_is_a_list_of_pictures(folder: Path):
+    images = {"bytes": [BASE64, None], "path": [None, "noext"]}
+    (sample,) = read(write_jsonl(folder / "q.jsonl", [{"question": "?", "images": images}]))
+    assert [image.data for image in sample.images] == [DATA, DATA]
+
+
+def test_a_blank_text_is_no_picture(folder: Path):
+    path = write_jsonl(folder / "q.jsonl", [{"question": "?", "image": " "}])
+    assert read(path, text_only="reject")[0].reason == "no_image"
 
 
 def test_bytes_in_any_container_are_bytes():

@@ -3,7 +3,7 @@
 import pytest
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.questions import question_of, with_pictures_placed
+from stream_engine.inputs.questions import foreign_mark, question_of, with_pictures_placed
 from stream_engine.records import prompt_parts
 
 
@@ -73,6 +73,8 @@ def test_marks_are_as_many_as_pictures_or_none(question: str, num_images: int, p
         ("<image>\n <image>", 2, "empty_question"),
         ("<image>\u200b\n\u00a0\x00", 1, "empty_question"),
         ("Is <ima<image>ge> a tag?", 1, "image_mark_mismatch"),
+        ("<|vision_start|><|image_pad|><|vision_end|>", 1, "empty_question"),
+        ("[IMG]\n", 1, "empty_question"),
     ],
 )
 def test_a_mark_without_its_picture_is_rejected(question: str, num_images: int, reason: str):
@@ -82,6 +84,27 @@ def test_a_mark_without_its_picture_is_rejected(question: str, num_images: int, 
     if reason == "image_mark_mismatch":
         assert f"{question.count('<image>')} <image>" in caught.value.detail
         assert f"{num_images} pictures" in caught.value.detail
+
+
+def test_a_tag_with_an_end_is_no_mark():
+    """It was asked as a picture, with the tag's end as text behind it."""
+    with pytest.raises(RecordError, match="</image>"):
+        with_pictures_placed("Is <image>a.png</image> right?", 1)
+    assert with_pictures_placed("(<image>./</image>)\nWhy?", 1) == "Why?"
+    assert with_pictures_placed("Is (<image>./</image>) so?", 1) == "Is <image> so?"
+
+
+@pytest.mark.parametrize(
+    ("question", "mark"),
+    [
+        *[(f"{mark} Why?", mark) for mark in ("<ImageHere>", "<Image>", "<image 1>", "<image_2>")],
+        *[(f"{mark} Why?", mark) for mark in ("<|image_pad|>", "<|image_1|>", "[IMG]", "<img>")],
+        ("Is <image> so?", ""),
+        ("Is [1] an <images> tag, or <imagine>?", ""),
+    ],
+)
+def test_marks_of_other_tools_are_known(question: str, mark: str):
+    assert foreign_mark(question) == mark
 
 
 @pytest.mark.parametrize(

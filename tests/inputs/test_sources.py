@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -129,6 +130,29 @@ def test_urls_of_any_file_system_are_listed():
     assert [file.path for file in list_inputs("memory://inputs/b.jsonl")] == paths[:1]
     with pytest.raises(ConfigError, match="does not exist"):
         list_inputs("memory://inputs/c.jsonl")
+
+
+def test_braces_stand_for_names(folder: Path):
+    assert names(f"{folder}/{{a,deep/c}}.jsonl") == ["a.jsonl", "c.jsonl"]
+    with pytest.raises(ConfigError, match=r"of which .*/d\.jsonl does not exist"):
+        names(f"{folder}/{{a,d}}.jsonl")
+
+
+def test_parts_that_are_missing_are_told(tmp_path: Path):
+    for number in (0, 3):
+        write_parquet(tmp_path / f"train-{number:05d}-of-00004.parquet", [make_row(number)])
+    missing = [name for name, what in find_inputs(str(tmp_path)).others if "missing" in what]
+    assert [Path(name).name[6:11] for name in missing] == ["00001", "00002"]
+    assert find_inputs(f"{tmp_path}/train-00000-of-00004.parquet").others == []
+
+
+def test_a_saved_dataset_that_lost_a_file_is_refused(tmp_path: Path):
+    """Its rows were left out in silence."""
+    (tmp_path / "data-00000-of-00002.arrow").touch()
+    listed = [{"filename": f"data-0000{i}-of-00002.arrow"} for i in range(2)]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": listed}))
+    with pytest.raises(ConfigError, match=r"names data-00001-of-00002\.arrow, which is not there"):
+        find_inputs(str(tmp_path))
 
 
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path):

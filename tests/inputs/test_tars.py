@@ -63,6 +63,29 @@ def test_a_bad_json_member_is_one_reject(tmp_path: Path):
     assert [item.row for item in items if isinstance(item, Failure)] == [0, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("named", "order"),
+    [
+        (["a.1.png", "a.0.png"], (1, 0)),
+        (["1.png", "0.png"], (1, 0)),
+        (["x/a.1.png"], (1,)),
+        ("a.1.png", (1,)),
+        (["a.1.png", "other.png"], (0, 1)),
+        (["a.1.png", "a.1.png"], (0, 1)),
+    ],
+)
+def test_the_json_says_which_members_are_its_pictures_and_in_which_order(
+    tmp_path: Path, named: object, order: tuple[int, ...]
+):
+    """They stood in the order of their names, whatever the json said: each mark got another's."""
+    members = {f"a.{i}.png": picture(i) for i in (0, 1)}
+    members["a.json"] = json.dumps({"question": "?", "images": named}).encode()
+    unread = Unread()
+    (row,) = read_rows(str(write_tar(tmp_path / "a.tar", members)), input_config(), unread=unread)
+    assert [image.data for image in row.item.images] == [picture(i) for i in order]
+    assert sum(unread.left_out.values()) == 2 - len(order)
+
+
 def reasons(path: Path, **settings) -> list[str]:
     return [getattr(item, "reason", "sample") for item in read(path, **settings)]
 

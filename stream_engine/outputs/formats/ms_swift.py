@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from stream_engine.outputs.formats.base import EXTRAS, PairRow, ParquetExport, extras
 from stream_engine.outputs.formats.jsonl import JsonlExport
 from stream_engine.outputs.formats.prompt import (
+    MEDIA_MARKS,
     embedded_images,
     has_media_mark,
     marked_question,
+    texts_of,
 )
 from stream_engine.outputs.parquet import IMAGE, STRING
+
+MARKS = (*MEDIA_MARKS, "<bbox>", "<ref-object>", "<cot-process>", "<start-image>")
+"""Where ms-swift cuts a text before it tokenises it, whether something is put there or not."""
+PICTURE_TAG = re.compile(r"<img>.+?</img>")
+"""What ms-swift takes for a picture in a row without pictures."""
 
 
 class MsSwiftExport(ParquetExport):
@@ -43,7 +51,8 @@ class MsSwiftJsonlExport(JsonlExport):
 
 def turns_of(row: PairRow) -> dict[str, Any] | str:
     """The row's texts, or the reason why there are none."""
-    if has_media_mark(row):
+    is_tagged = not row.sample.images and any(map(PICTURE_TAG.search, texts_of(row)))
+    if is_tagged or has_media_mark(row, MARKS):
         return "media_mark"
     return {
         "messages": [

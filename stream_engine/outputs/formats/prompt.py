@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from stream_engine.outputs.formats.base import PairRow
@@ -21,10 +22,14 @@ def marked_question(sample: Sample) -> str:
     return "".join(IMAGE_MARK if part is None else part for part in question_parts(sample))
 
 
-def has_media_mark(row: PairRow) -> bool:
-    """Whether one of the row's texts spells a mark of a video or a sound."""
-    texts = (row.sample.question, row.chosen.text, row.rejected.text)
-    return any(mark in text for mark in MEDIA_MARKS for text in texts)
+def has_media_mark(row: PairRow, marks: Collection[str] = MEDIA_MARKS) -> bool:
+    """Whether one of the row's texts spells a mark by which a trainer puts something else there."""
+    return any(mark in text for mark in marks for text in texts_of(row))
+
+
+def texts_of(row: PairRow) -> tuple[str, str, str]:
+    """Question, chosen and rejected answer."""
+    return row.sample.question, row.chosen.text, row.rejected.text
 
 
 def embedded_images(sample: Sample) -> list[dict[str, Any]]:
