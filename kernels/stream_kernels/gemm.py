@@ -2,18 +2,21 @@
 
 torch sends float32 products to MKL, which runs at a third to a half of oneDNN's speed on AMD
 processors, and bfloat16 ones to oneDNN with the weight laid out anew at each call; where there are
-AMX tiles, `cpu/tile_product.py` reads it as it lies, which for few rows is faster still. oneDNN is
-reached through the operator that inductor emits; it is not public, so the first use checks it (it
-exists, it is right, it is not slower) and falls back to torch's own.
+AMX tiles, `cpu/tile_product.py` reads it as it lies, which for few rows is faster still, as is
+`cpu/panel_product.py` with a float32 weight that oneDNN has laid out. oneDNN is reached through the
+operator that inductor emits; it is not public, so the first use checks it (it exists, it is right,
+it is not slower) and falls back to torch's own.
 """
 
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stream_kernels.cpu import panel_product
 from stream_kernels.cpu.tile_product import takes, tile_product
 
 # oneDNN is kept unless it is clearly slower: where both tie, every worker must choose alike,
@@ -28,6 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     without autograd to AMX tiles, where `takes` says so; all else is
     `torch.nn.functional.linear`.
     """
+    if panel_product.reads(weight):
+        return panel_product.panel_products(x, (weight,), (bias,))[0]
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -37,6 +42,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if takes(weight):
             return tile_product(x, weight, bias, dtype=torch.bfloat16)
     return functional.linear(x, weight, bias)
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """`linear` of one x with each weight, up to four: in one call where all lie in panels."""
+    if all(panel_product.reads(weight) for weight in weights):
+        return panel_product.panel_products(x, weights, biases)
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,7 +106,10 @@ def pack(weight: Tensor) -> Tensor:
     packable = weight.dtype in (torch.float32, torch.bfloat16) and not takes(weight)
     if weight.device.type != "cpu" or not packable or not onednn_pays(weight.dtype):
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    if weight.dtype == torch.float32:
+        panel_product.note_layout(weight, packed)
+    return packed
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from stream_kernels.cpu import layer_steps
-from stream_kernels.gemm import linear
+from stream_kernels.gemm import linear, linears
 from torch import Tensor, nn
 
 from stream_engine.engine.attention_steps import (
@@ -71,8 +71,8 @@ def _attended(layer: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     attention = layer.self_attn
     normed = _norm(layer.input_layernorm, x)
     query, key, value = (
-        _linear(each, normed).view(len(x), -1, attention.head_dim)
-        for each in (attention.q_proj, attention.k_proj, attention.v_proj)
+        each.view(len(x), -1, attention.head_dim)
+        for each in _linears((attention.q_proj, attention.k_proj, attention.v_proj), normed)
     )
     del normed
     layer_steps.rotary(query, key, cosines[0], sines[0])
@@ -88,7 +88,7 @@ def _fed_forward(layer: Any, x: Tensor) -> Tensor:
     """What the feed-forward part adds to x [N, D]."""
     mlp = layer.mlp
     normed = _norm(layer.post_attention_layernorm, x)
-    gate, up = _linear(mlp.gate_proj, normed), _linear(mlp.up_proj, normed)
+    gate, up = _linears((mlp.gate_proj, mlp.up_proj), normed)
     del normed
     activated = layer_steps.silu_and_multiply(gate, up)
     del gate, up
@@ -171,6 +171,10 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
+
+
+def _linears(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
+    return linears(x, [each.weight for each in layers], [each.bias for each in layers])
 
 
 def _window(attention: Any) -> int | None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from stream_kernels import gemm
+from stream_kernels.cpu import panel_product
 from stream_kernels.cpu.tile_product import takes
 from torch.nn import functional
 
@@ -98,6 +99,46 @@ def test_a_product_in_tiles_rounds_once(num_rows: int, size: int) -> None:
     assert ((got - truth).abs() <= 2**-8 * truth.abs() + 1e-4 * size**0.5).all()
     with torch.no_grad():
         assert torch.equal(gemm.linear(x[1, -1:], weight, bias)[0], got[1, -1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 50, 400])
+@pytest.mark.parametrize("size", [16, 768, 4112])
+def test_products_with_weights_in_panels_are_exact(num_rows: int, size: int) -> None:
+    """In any blocks, by any threads, several in one call; and a row's are the same by itself."""
+    torch.manual_seed(0)
+    x = torch.randn(2, num_rows, size)
+    weights = [torch.randn(num_columns, size) for num_columns in (64, 97, 300)]
+    biases = [torch.randn(64), None, torch.randn(300)]
+    packed = [gemm.pack(weight) for weight in weights]
+    if not all(map(panel_product.reads, packed)):
+        pytest.skip("needs AVX-512, oneDNN and a C compiler")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.no_grad():
+            got = gemm.linears(x, packed, biases)
+    finally:
+        torch.set_num_threads(threads)
+    for out, weight, bias in zip(got, weights, biases, strict=True):
+        exact_bias = None if bias is None else bias.double()
+        truth = functional.linear(x.double(), weight.double(), exact_bias)
+        assert (out - truth).abs().max() <= 2**-20 * truth.abs().max()
+    with torch.no_grad():
+        alone = gemm.linear(x[1, -1:], packed[2], biases[2])
+    assert torch.equal(alone[0], got[2][1, -1])
+
+
+def test_a_layout_of_another_kind_is_left_to_onednn() -> None:
+    weight = torch.randn(128, 77)  # 77 is no multiple of what oneDNN takes at a time
+    packed = gemm.pack(weight)
+    if not packed.is_mkldnn:
+        pytest.skip("oneDNN is not this processor's choice")
+    assert not panel_product.reads(packed)
+    shuffled = torch.randn(128, 64)
+    assert not panel_product._is_in_panels(shuffled, gemm.pack(torch.randn(128, 64)))
+    with torch.no_grad():
+        x = torch.randn(3, 77)
+        assert torch.allclose(gemm.linear(x, packed), functional.linear(x, weight), atol=1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
