@@ -146,7 +146,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     Of an answer that the input brought the ids that were sampled are not known: they are made from
     its text (`ids_from_text`), the end token is put behind it unless it was cut off, and `model`
-    and `given_as` are the input's. A sampled answer has none of these.
+    and `given_as` are the input's. A sampled answer has none of these. One whose ids would not fit
+    the instruct model has a text, but neither ids nor an end token.
     """
 
     index: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 import msgspec
 
@@ -23,7 +24,8 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit 2 when shards or records failed or no pair was written, 1 when work is left",
+        help="exit 2 when shards or records failed or no pair was written, 1 when work is left or "
+        "a dataset is to be written (again)",
     )
     parser.add_argument(
         "--timing",
@@ -42,20 +44,29 @@ def status(args: argparse.Namespace) -> int:
     state = open_state(args)
     found = collect(state)
     timing = timing_of(state) if args.timing else None
+    left = datasets_to_merge(state) if args.check and found.is_finished else []
     if args.json:
-        told = msgspec.to_builtins(found) | (
-            {"timing": msgspec.to_builtins(timing)} if timing else {}
-        )
+        told = msgspec.to_builtins(found)
+        told |= {"timing": msgspec.to_builtins(timing)} if timing else {}
+        told |= {"datasets_left": left} if args.check else {}
         print(msgspec.json.encode(told).decode())
     else:
         print("\n".join([*status_lines(found), *(timing.lines() if timing else [])]))
-        for problem in problems(state):
-            print(f"  {printable(problem)}")
+        for line in [f"  {problem}" for problem in problems(state)] + left:
+            print(printable(line))
     if not args.check:
         return 0
-    if not found.is_finished:
+    if left or not found.is_finished:
         return 1
     return 2 if found.has_problems or no_pairs(state.run_dir) else 0
+
+
+def datasets_to_merge(state: RunState) -> list[str]:
+    """A line for each dataset that is lost, damaged or not written yet, with what writes it."""
+    from stream_engine.pairs.merge_step import datasets_left
+
+    again = f"`stream-engine merge {shlex.quote(str(state.run_dir.root))}` writes it"
+    return [f"dataset: {line}; {again}" for line in datasets_left(state)]
 
 
 def status_lines(status: Status) -> list[str]:

@@ -112,6 +112,10 @@ class Engine:
     def stop_token_ids(self) -> frozenset[int]:
         return self.runner.stop_token_ids
 
+    def fits(self, prompt: Prompt, num_tokens: int) -> bool:
+        """Whether so many tokens can stand behind a prompt."""
+        return self.runner.refusal(prompt, num_tokens) is None
+
     def prepare(
         self, questions: Iterable[tuple[str, str, Sequence[EncodedImage]]]
     ) -> Iterator[tuple[str, Prompt | RecordError]]:

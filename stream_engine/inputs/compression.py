@@ -6,6 +6,7 @@ import bz2
 import io
 import lzma
 import zlib
+from contextlib import suppress
 from typing import BinaryIO, Protocol, cast
 
 from stream_engine.inputs.unread import Unreadable
@@ -49,9 +50,7 @@ def decompressed(stream: BinaryIO, name: str) -> BinaryIO:
     if codec in DECODERS:
         raw = MemberReader(stream, codec)
     else:
-        import pyarrow as pa
-
-        raw = pa.CompressedInputStream(stream, codec)
+        raw = FrameReader(stream, codec)
     return cast(BinaryIO, io.BufferedReader(ForwardReader(raw), CHUNK_BYTES))
 
 
@@ -137,6 +136,55 @@ class MemberReader:
         while given and not (given := given.lstrip(b"\0")):
             given = self.stream.read(CHUNK_BYTES)
         return given
+
+
+class FrameReader:
+    """Reads zstd and lz4. pyarrow's stream loses what a read had decompressed before a damaged
+    place: such a file is read again, a byte at a time there, so that this comes first."""
+
+    def __init__(self, stream: BinaryIO, codec: str) -> None:
+        self.stream = stream
+        self.codec = codec
+        self.raw = self.begun()
+        self.num_read = 0
+        self.error: OSError | None = None
+
+    def begun(self) -> Readable:
+        import pyarrow as pa
+
+        self.stream.seek(0)
+        return pa.CompressedInputStream(self.stream, self.codec)
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many bytes, b"" at the end.
+
+        Raises:
+            OSError: for data that are cut or damaged.
+        """
+        if self.error is not None:
+            raise self.error
+        try:
+            data = self.raw.read(size)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            self.error = error
+            data = self.salvaged()[:size]
+            if not data:
+                raise
+        self.num_read += len(data)
+        return data
+
+    def salvaged(self) -> bytes:
+        """What can be decompressed behind what was read."""
+        again, left, found = self.begun(), self.num_read, bytearray()  # the first's end closes both
+        while left:
+            left -= len(again.read(min(left, CHUNK_BYTES)))
+        with suppress(OSError):
+            while byte := again.read(1):
+                found += byte
+        self.raw = again
+        return bytes(found)
 
 
 class ForwardReader(io.RawIOBase):

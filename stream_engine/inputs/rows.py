@@ -129,6 +129,7 @@ def images_of(
         values, others = others, []
     values = values or pictures_in(default_path) or pictures_in(row.get("image_paths"))
     contents = [image_content(value, folder, config) for value in values]
+    others = [other for other in others if other not in values]  # which are read already
     if others and not set(contents_there(others, folder, config)) <= {d for d, _ in contents}:
         raise RecordError("two_pictures", "image holds a picture that images does not")
     images = []

@@ -151,23 +151,31 @@ def difference(record: FileRecord, found: FileRecord) -> str:
 
 
 def is_intact(folder: Location, stats: Mapping[str, Any]) -> bool:
-    """Whether a dataset's files are as published: by size, and by content where a file was written
-    to after the record."""
+    """Whether a dataset's files are as published, by a quick look."""
+    return next(quick_problems(folder, stats), None) is None
+
+
+def quick_problems(folder: Location, stats: Mapping[str, Any]) -> Iterator[str]:
+    """Files that are not as published: by size, and by content where a file was written to after
+    the record."""
     entries = entries_of(folder)
     if RECORD not in entries:
-        return False
+        yield f"{folder / RECORD}: is lost"
+        return
     written = entries[RECORD].modified
     for name, record in recorded(stats).items():
         if name == f"{IMAGES}/":
-            if len(files.list_files(folder / IMAGES)) < record.files:
-                return False
+            num_files = len(files.list_files(folder / IMAGES))
+            if num_files < record.files:
+                yield f"{folder / name}: {num_files} files, {record.files} were written"
             continue
         entry = entries.get(name)
-        if entry is None or entry.size != record.bytes:
-            return False
-        if entry.modified > written and record_of_file(entry.path) != record:
-            return False
-    return True
+        if entry is None:
+            yield f"{folder / name}: is lost"
+        elif entry.size != record.bytes:
+            yield f"{folder / name}: {entry.size} bytes, {record.bytes} were written"
+        elif entry.modified > written and (found := record_of_file(entry.path)) != record:
+            yield f"{folder / name}: {difference(record, found)}"
 
 
 def parts_of(folder: Location) -> list[Location]:

@@ -6,7 +6,7 @@ A problem is one line that names the file, the row and the rule. An empty list m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ from stream_engine.outputs.publication import ROWS
 from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of, recorded
 from stream_engine.outputs.row_checks import CHECKS, Check, Row
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.run_dir.rounds import run_file_as_read
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
 from stream_engine.store.base import Location
@@ -83,16 +84,34 @@ def find_problems(folder: Location) -> Iterator[str]:
         yield from dataset_problems(folder)
         return
     of_rounds = sorted(files.list_folders(folder / "rounds"), key=str)
-    datasets = [
+    datasets = [found for place in (folder, *of_rounds) for found in datasets_in(place)]
+    if not datasets:
+        yield f"{folder}: the run has no dataset yet"
+        return
+    formats = run_file_as_read(RunDir(folder)).get("settings", {}).get("format", ())
+    for place in (folder, *of_rounds):
+        yield from wrong_formats(RunDir(place), formats)
+    for dataset in datasets:
+        yield from dataset_problems(dataset)
+
+
+def datasets_in(place: Location) -> list[Location]:
+    """The datasets of a run, or of one of its rounds."""
+    return [
         inner
-        for place in (folder, *of_rounds)
         for inner in files.list_folders(place)
         if inner.name.startswith("dataset") and holds_dataset(inner)
     ]
-    if not datasets:
-        yield f"{folder}: the run has no dataset yet"
-    for dataset in datasets:
-        yield from dataset_problems(dataset)
+
+
+def wrong_formats(place: RunDir, formats: Sequence[str]) -> Iterator[str]:
+    """Datasets that are not there, or of another format than the settings ask for in that place."""
+    for name, folder in place.dataset_folders(formats).items():
+        found = format_of(folder)
+        if not holds_dataset(folder):
+            yield f"{folder}: is not there, the settings ask for {name}; the next merge writes it"
+        elif found is not None and found != name:
+            yield f"{folder}: holds {found}, the settings ask for {name}; the next merge writes it"
 
 
 def is_run(folder: Location) -> bool:

@@ -19,7 +19,6 @@ from stream_engine.config import (
     fingerprint,
 )
 from stream_engine.errors import ConfigError, ConservationError, MissingStageError, ShardReadError
-from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import SCHEMA_VERSION, ShardInfo
 from stream_engine.run_dir.failures import read_failure
 from stream_engine.run_dir.manifest import Manifest, Shard
@@ -146,11 +145,11 @@ class MergeInputs:
                 f"({named_shards(self.missing)}); `stream-engine work` computes them"
             )
 
-    def fingerprint(self, config: RunConfig, pipeline: Pipeline, format: str) -> str:
+    def fingerprint(self, config: RunConfig, format: str) -> str:
         """Hash of everything that shapes the dataset of one format."""
         return fingerprint(
             {
-                **self.settings(config, pipeline, format),
+                **self.settings(config, format),
                 "rounds": self.number or self.fingerprints.firsts,
                 "stages": self.fingerprints.of_rounds
                 if self.number is None
@@ -160,11 +159,11 @@ class MergeInputs:
             }
         )
 
-    def settings(self, config: RunConfig, pipeline: Pipeline, format: str) -> dict[str, Any]:
+    def settings(self, config: RunConfig, format: str) -> dict[str, Any]:
         """What of that holds for each row, whatever shards and rounds there are."""
         return {
             "version": [__version__, SCHEMA_VERSION],
-            "pipeline": pipeline.name,
+            "pipeline": config.pipeline_name,
             "options": config.pipeline_options,
             "seed": config.seed,
             "ranking": msgspec.to_builtins(config.part(RankingConfig)),

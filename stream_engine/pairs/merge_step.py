@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Literal
 
+from stream_engine import __version__
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError, LeaseLostError
-from stream_engine.outputs.published import CARD
-from stream_engine.pairs.merge_inputs import seen_inputs
-from stream_engine.pairs.merge_report import MergeReport, is_current
+from stream_engine.outputs.published import CARD, RECORD, is_ours, quick_problems
+from stream_engine.pairs.merge_inputs import MergeInputs, seen_inputs
+from stream_engine.pairs.merge_report import MergeReport, is_current, read_stats
 from stream_engine.pairs.merger import merge
+from stream_engine.pairs.rounds import configs_of_rounds
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.rounds import firsts_on_file
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.run_dir.state import RunState
 from stream_engine.store import files
-from stream_engine.store.base import Version
+from stream_engine.store.base import Location, Version
 from stream_engine.store.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -71,7 +75,7 @@ def merge_once(
             if not works:
                 logger.warning("new shards came; whoever computes them builds the dataset")
             return "unsettled"
-        if was_merged_meanwhile(state, config, pipeline, before):
+        if was_merged_meanwhile(state, config, before):
             return "current"
         fingerprints = state.fingerprints
         started = time.monotonic()
@@ -93,9 +97,7 @@ def merge_once(
     return "merged"
 
 
-def was_merged_meanwhile(
-    state: RunState, config: RunConfig, pipeline: Pipeline, before: dict[str, Version]
-) -> bool:
+def was_merged_meanwhile(state: RunState, config: RunConfig, before: dict[str, Version]) -> bool:
     """Whether every dataset was replaced since `before`, by one of what this worker has seen.
 
     The workers of a run all wait for the one that merges. Without this each in turn would read
@@ -107,9 +109,45 @@ def was_merged_meanwhile(
         return False
     inputs = seen_inputs(state)
     return all(
-        is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
+        is_current(folder, inputs, inputs.fingerprint(config, name))
         for name, folder in folders.items()
     )
+
+
+def datasets_left(state: RunState) -> Iterator[str]:
+    """A line for each dataset that a merge would write now, where nothing is left to work on."""
+    inputs, run_dir = seen_inputs(state), state.run_dir
+    if all(counts is None for _, _, counts in inputs.digest):
+        return
+    configs = configs_of_rounds(run_dir, read_run_file(run_dir).config(), inputs)
+    last = configs[len(configs)]
+    parts = [(last, inputs, run_dir)]
+    if len(configs) > 1 or last.questions is not None:
+        of_rounds = ((one, inputs.of_round(n), run_dir.of_round(n)) for n, one in configs.items())
+        parts += [part for part in of_rounds if part[1].num_shards]
+    for config, part, place in parts:
+        for name, folder in place.dataset_folders(last.format).items():
+            if why := reason_to_write(folder, part, config, name):
+                yield why
+
+
+def reason_to_write(
+    folder: Location, inputs: MergeInputs, config: RunConfig, name: str
+) -> str | None:
+    """Why a merge would write a dataset, by a quick look; None where it stands as it should."""
+    stats = read_stats(folder)
+    if stats is None:
+        is_there = is_ours(folder)
+        return f"{folder / RECORD}: is lost or damaged" if is_there else f"{folder}: is not written"
+    if stats.get("format") != name:
+        return f"{folder}: holds {stats.get('format')}, the settings ask for {name}"
+    if stats.get("version") == __version__:  # another would write it anew, but it is whole
+        is_of_these = stats["fingerprint"] == inputs.fingerprint(config, name)
+    else:
+        is_of_these = inputs.samples.items() <= stats["samples"].items()
+    if not is_of_these and not inputs.missing:  # of shards that failed it may have what is lost now
+        return f"{folder}: is not of the results and settings that are there now"
+    return next(quick_problems(folder, stats), None)
 
 
 def datasets_on_file(state: RunState, config: RunConfig) -> dict[str, Version]:

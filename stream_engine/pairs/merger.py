@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from stream_engine import __version__
 from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.formats import export_class
@@ -137,7 +138,7 @@ def write_formats(
     for name in folders:
         export_class(name)
     config = configs[inputs.number or len(configs)]
-    made_from = {name: inputs.fingerprint(config, pipeline, name) for name in folders}
+    made_from = {name: inputs.fingerprint(config, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
     for name in folders.keys() - set(stale):
         remove_older_rows(folders[name])
@@ -151,7 +152,7 @@ def write_formats(
                     Publication(folders[name]),
                     stack.enter_context(store.scratch_folder(folders[name])),
                     config,
-                    made_by=fingerprint(inputs.settings(config, pipeline, name)),
+                    made_by=fingerprint(inputs.settings(config, name)),
                 )
                 for name in stale
             ]
@@ -197,6 +198,7 @@ def build(
             f"{statistics.num_samples} samples were read, the results' headers say {scored}"
         )
     return {
+        "version": __version__,
         "pipeline": pipeline.name,
         "samples": {
             **inputs.samples,

@@ -70,7 +70,7 @@ def write_ranking(
         config = configs[number]
     inputs.check_complete(allow_partial=allow_partial)
     target = folder or place.export_dir(format)
-    made_from = inputs.fingerprint(config, pipeline, format)
+    made_from = inputs.fingerprint(config, format)
     if is_current(target, inputs, made_from):
         remove_older_rows(target)
     else:

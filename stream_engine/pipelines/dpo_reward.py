@@ -175,15 +175,17 @@ def _rewards(
     """Scores of one sample's answers from the reward model's log-probs of their scored ids, and the
     base model's where it is not the instruct model."""
     scorable = [answer for answer in rollouts.answers if answer.scored_ids]
-    empty = [answer.index for answer in rollouts.answers if not answer.scored_ids]
+    unscored: dict[str, list[int]] = {}
+    for answer in rollouts.answers:
+        if not answer.scored_ids:
+            reason = "answer_too_long" if answer.text.strip() else "no_tokens"
+            unscored.setdefault(reason, []).append(answer.index)
     base = base_logps or [answer.scored_logps for answer in scorable]
     scores = [_score(a, logps, b, beta) for a, logps, b in zip(scorable, token_logps, base)]
     if base_logps is not None:
         for score, logps in zip(scores, base_logps):
             score.details["base_token_logps"] = list(logps)
-    return SampleRewards(
-        key=rollouts.key, scores=scores, unscored={"no_tokens": empty} if empty else {}
-    )
+    return SampleRewards(key=rollouts.key, scores=scores, unscored=unscored)
 
 
 def _score(

@@ -2,12 +2,14 @@
 
 The ids that were sampled, if they were, are not known; those of the text alone stand in for them,
 with the end token behind an answer that was not cut off. One prompt is prefilled a question and all
-its answers run over it, so that what later stages see is as complete as of sampled answers.
+its answers run over it, so that what later stages see is as complete as of sampled answers. One
+that does not fit the model behind its question stays a text without ids, and the others are scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stream_engine.errors import RecordError
@@ -33,7 +35,7 @@ def score_given_answers(
 
     by_key: dict[str, Sample] = {}
     prompts: dict[str, tuple[PromptDigest, int]] = {}  # digest, number of tokens
-    ids: dict[str, list[list[int]]] = {}
+    ids: dict[str, Sequence[Sequence[int]]] = {}
     refused: list[Failure] = []
     end = engine.model.end_token_id(engine.stop_token_ids)
 
@@ -51,12 +53,12 @@ def score_given_answers(
             try:
                 if isinstance(prompt, RecordError):
                     raise prompt
-                ids[key] = [
-                    # what an answer that was cut off lacks
+                rows = [
                     engine.model.encode_answer(answer.text)
-                    + ([end] if answer.finish_reason == "stop" else [])
+                    + [end] * (answer.finish_reason == "stop")  # not where it was cut off
                     for answer in by_key[key].answers
                 ]
+                ids[key] = without_too_long(rows, functools.partial(engine.fits, prompt))
             except RecordError as error:
                 refused.append(failure(key, error.reason, error.detail))
                 continue
@@ -85,6 +87,13 @@ def score_given_answers(
                 asked="" if asked == sample.question else asked,
             )
     yield from refused
+
+
+def without_too_long(rows: list[list[int]], fits: Callable[[int], bool]) -> Sequence[Sequence[int]]:
+    """The ids of a question's answers, none for those that do not fit the model; all of them where
+    fewer than two would be left to compare."""
+    left = [row if fits(len(row)) else [] for row in rows]
+    return left if sum(map(bool, left)) >= 2 else rows
 
 
 def unscored_answers(sample: Sample) -> SampleRollouts:

@@ -91,5 +91,5 @@ class ReportedRun:
     def is_merged(self) -> bool:
         """Whether the dataset was made from the results that are there now."""
         config = self.config
-        made_from = self.inputs.fingerprint(config, self.pipeline, config.format[0])
+        made_from = self.inputs.fingerprint(config, config.format[0])
         return self.stats.get("fingerprint") == made_from

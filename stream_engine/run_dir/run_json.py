@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -40,7 +41,7 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_header
 from stream_engine.run_dir.rounds import Fingerprints, Round, StageInputs, fingerprints_of
 from stream_engine.run_dir.sealed import is_broken, sealed
-from stream_engine.run_dir.state import SHARD_LEASE, numbered
+from stream_engine.run_dir.state import SHARD_LEASE, by_index, numbered
 from stream_engine.run_dir.versions import versions
 from stream_engine.store import files
 from stream_engine.store.base import Version
@@ -56,6 +57,7 @@ PATH_SETTINGS = (
     "vision_tower_path",
 )
 POLL_S = 0.05
+FEW_NAMES = 32
 
 
 class RunFile(msgspec.Struct, kw_only=True):
@@ -276,8 +278,10 @@ def at_work(run_dir: RunDir) -> list[str]:
 
 
 def has_results(run_dir: RunDir, stage: Stage, first_shard: int = 0) -> bool:
-    """Whether a shard from this one on has a result of a stage."""
-    return any(index >= first_shard for index, _ in numbered(run_dir.results_dir(stage)))
+    """Whether a shard from this one on has a result of a stage; a few names mostly tell."""
+    folder, names = run_dir.results_dir(stage), count()
+    few = by_index(files.list_files(folder, wanted=lambda name: next(names) < FEW_NAMES))
+    return max(few, default=-1) >= first_shard or any(i >= first_shard for i, _ in numbered(folder))
 
 
 def discard(run_dir: RunDir, stage: Stage, *, keep: str, first_shard: int = 0) -> None:

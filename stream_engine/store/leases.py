@@ -14,6 +14,7 @@ each holder of a name.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -30,11 +31,15 @@ from stream_engine.store.base import Entry, Location, Version
 from stream_engine.store.processes import process_start, system_identity
 from stream_engine.timing import spent_on
 
+logger = logging.getLogger(__name__)
+
 BEATS_PER_TIMEOUT = 6
 SUFFIX = ".json"
 ATTEMPTS = 3
 """To take a lease whose file changes meanwhile; whoever won it is found holding it."""
 POLL_S = 0.2
+TELL_AFTER_S = 3.0
+"""A wait that is longer is told."""
 MANY_LEASES = 64
 BEATING_S = 10.0
 """Where there are many leases, one that was renewed so lately is taken for held without a look."""
@@ -89,7 +94,22 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the last heartbeat."""
     is_alive: bool | None
     is_stale: bool
+    silent_s: float
+    """Without a heartbeat for so many seconds it is taken over."""
     version: Version
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether beats are missing."""
+        return self.age_s >= self.silent_s / 2
+
+    def __str__(self) -> str:
+        """Who holds it, and when it will be taken over."""
+        told = f"{self.worker_id} (process {self.pid} of {self.host}), which has held "
+        told += f"{self.name!r} for {self.held_s:.0f} s"
+        if not self.is_silent:
+            return f"{told} and is alive"
+        return f"{told}; silent for {self.age_s:.0f} s, taken over after {self.silent_s:.0f} s"
 
 
 class Lease:
@@ -141,10 +161,12 @@ class Lease:
     @classmethod
     def wait_for(cls, folder: Location, name: str, *, worker_id: str, timeout_s: float) -> Lease:
         """Take the lease as soon as it is free or stale, however long that takes."""
+        wait = Wait(folder, name, timeout_s=timeout_s)
         while True:
             lease = cls.acquire(folder, name, worker_id=worker_id, timeout_s=timeout_s)
             if lease is not None:
                 return lease
+            wait.tell()
             time.sleep(POLL_S)
 
     @spent_on("leases")
@@ -213,6 +235,31 @@ class Lease:
             self._is_lost = True
 
 
+class Wait:
+    """Somebody's wait for a lease. `tell` says for whom, when it is long, and again when another
+    holds it, or the holder has fallen silent."""
+
+    def __init__(self, folder: Location, name: str, *, timeout_s: float) -> None:
+        self.folder = folder
+        self.name = name
+        self.timeout_s = timeout_s
+        self.next_look = time.monotonic() + TELL_AFTER_S
+        self.told: set[tuple[str, bool]] = set()
+
+    def tell(self) -> None:
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + TELL_AFTER_S
+        found = files.read(self.folder / f"{self.name}{SUFFIX}")
+        if found is None:
+            return
+        lease = lease_info(found[1], holder_of(*found), files.now(self.folder), is_read=True)
+        if (kind := (lease.worker_id, lease.is_silent)) not in self.told:
+            self.told.add(kind)
+            longer_s = max(lease.silent_s, self.timeout_s)
+            logger.info("waiting for %s", msgspec.structs.replace(lease, silent_s=longer_s))
+
+
 def write(path: Location, holder: Holder, version: Version | None) -> Version:
     """Put a lease's content over that version. A power cut may take it: its process is gone too."""
     return files.replace(path, msgspec.json.encode(holder), version, durable=False)
@@ -268,6 +315,7 @@ def lease_info(entry: Entry, holder: Holder, now: float, *, is_read: bool) -> Le
         age_s=age_of(entry, now),
         is_alive=is_alive(holder) if is_read else None,
         is_stale=is_read and is_stale(holder, entry, now),
+        silent_s=holder.timeout_s,
         version=entry.version,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stream_engine.config import Stage
+from stream_engine.pairs.merge_inputs import named_shards
 from stream_engine.ranks import Rank
 from stream_engine.run_dir.state import RunState, Shard
 
@@ -33,6 +34,20 @@ def looks_apart_s(state: RunState, rank: Rank) -> float:
     if not state.asks_by_name(state.most_missing):
         longer *= max(1.0, len(state.shards) / MANY_SHARDS)
     return IDLE_S * max(1.0, longer)
+
+
+def waited_for(state: RunState) -> str:
+    """What a worker waits for that finds nothing to do, in words."""
+    held = {lease.worker_id: index for index, lease in sorted(state.holders().items())}
+    if held:
+        worker, index = next(iter(held.items()))
+        more = f" and {len(held) - 1} more" * (len(held) > 1)
+        return f"waiting for {worker} (shard {index}){more}"
+    failed = [shard for shard in state.shards if shard.index in state.failures]
+    waits = [shard.index for shard in failed if state.wait_s(shard) and not state.is_failed(shard)]
+    if waits:
+        return f"waiting to try {named_shards(waits)} again"
+    return "waiting for other workers"
 
 
 def is_takeable(state: RunState, stages: Sequence[Stage], shard: Shard) -> bool:

@@ -21,7 +21,7 @@ from stream_engine.inputs.sources import input_fingerprint
 from stream_engine.run_dir.next_round import refuse_old_round
 from stream_engine.run_dir.run_json import forget_source
 from stream_engine.run_dir.state import RunState
-from stream_engine.store.leases import Lease
+from stream_engine.store.leases import Lease, Wait
 from stream_engine.store.locations import canonical_source
 from stream_engine.work.catching import caught
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+INGEST_LEASE = "ingest"
 MIN_RECORDS_TO_JUDGE = 200
 VERIFY_S = 1.0
 """How often a reader asks whether it still holds the lease."""
@@ -53,6 +54,8 @@ class InputQueue:
         self.manifest_start = 0
         self.num_added = 0
         self.held: Lease | None = None
+        timeout_s = config.lease_timeout_s
+        self.wait = Wait(self.run_dir.leases_dir, INGEST_LEASE, timeout_s=timeout_s)
         self.verified = 0.0
 
     def begin(self, *, read_input: bool) -> None:
@@ -68,6 +71,7 @@ class InputQueue:
             return True
         lease = self.lease()
         if lease is None:
+            self.wait.tell()
             return False
         try:
             with lease:
@@ -193,7 +197,7 @@ class InputQueue:
     def lease(self) -> Lease | None:
         return Lease.acquire(
             self.run_dir.leases_dir,
-            "ingest",
+            INGEST_LEASE,
             worker_id=self.worker,
             timeout_s=self.config.lease_timeout_s,
         )

@@ -30,11 +30,11 @@ from stream_engine.store import files
 from stream_engine.store.leases import Lease
 from stream_engine.text import describe
 from stream_engine.timing import spent_on
+from stream_engine.work import order
 from stream_engine.work.attempts import Attempts
 from stream_engine.work.catching import caught
 from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.meter import Meter
-from stream_engine.work.order import MANY_DONE, in_order, is_own, is_takeable, looks_apart_s
 from stream_engine.work.placement import decide_placement, worker_memory
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.reading import InputQueue
@@ -144,18 +144,18 @@ class Worker:
             if num_idle > 1:
                 if is_ingested and (self.is_settled() or not do_shards):
                     return num_mine
-                self.show("waiting for other workers")
+                self.show(order.waited_for(self.state))
                 time.sleep(self.idle_s())
 
     def idle_s(self) -> float:
         """Seconds that a worker waits which finds nothing to do."""
-        return min(looks_apart_s(self.state, self.rank), LONGEST_IDLE_S)
+        return min(order.looks_apart_s(self.state, self.rank), LONGEST_IDLE_S)
 
     def look(self, num_idle: int) -> None:
         """See how the run stands; at everything, before it is believed that nothing is left."""
         was_settled = num_idle > 1 and self.is_settled()
         if num_idle == 0:
-            self.state.refresh(max_age_s=max(REFRESH_S, looks_apart_s(self.state, self.rank)))
+            self.state.refresh(max_age_s=max(REFRESH_S, order.looks_apart_s(self.state, self.rank)))
         elif num_idle == 1:
             self.state.refresh(only_missing=True)
         else:
@@ -203,15 +203,15 @@ class Worker:
         others = [stages for stages in self.passes if stages != self.current_pass]
         held, num_done = self.state.holders(), 0
         for stages in (self.current_pass, *others) if self.passes else ():
-            for index in in_order(self.state, stages, self.shards, self.rank):
+            for index in order.in_order(self.state, stages, self.shards, self.rank):
                 shard = self.state.shards[index]
-                if shard.index in held or not is_takeable(self.state, stages, shard):
+                if shard.index in held or not order.is_takeable(self.state, stages, shard):
                     continue
-                if not is_own(shard.index, self.rank):  # its worker may have done it meanwhile
+                if not order.is_own(shard.index, self.rank):  # who may have done it by now
                     self.state.refresh_shard(shard)
-                if not is_takeable(self.state, stages, shard):
+                if not order.is_takeable(self.state, stages, shard):
                     num_done += 1
-                    if num_done == MANY_DONE:  # so much has changed: to look at all is less work
+                    if num_done == order.MANY_DONE:  # to look at all is less work
                         self.state.refresh(only_missing=True)
                     continue
                 lease = self.lease(shard_lease(shard.index))

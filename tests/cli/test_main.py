@@ -29,8 +29,14 @@ def test_the_steps_alone_make_a_run(
     assert main(["status", run_dir, "--check"]) == 1  # work is left
     assert main(["work", run_dir]) == 0
     assert not (tmp_path / "w/dataset").exists()
+    assert main(["status", run_dir, "--check"]) == 1  # its dataset is not written
     assert main(["merge", run_dir, "--echo_twice"]) == 0  # an option of the run's own pipeline
     assert main(["status", run_dir, "--check"]) == 0
+    rows = rows_file(tmp_path / "w/dataset")
+    rows.write_bytes(rows.read_bytes()[:100])
+    capsys.readouterr()
+    assert main(["status", run_dir, "--check"]) == 1
+    assert f"dataset: {rows}: 100 bytes" in capsys.readouterr().out
     more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)
     assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
     assert main(["export", run_dir, "--format", "trl,ms_swift_jsonl"]) == 0

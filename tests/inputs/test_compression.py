@@ -2,12 +2,17 @@
 
 import bz2
 import gzip
+import io
 import lzma
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from stream_engine.inputs.compression import decompressed
+from stream_engine.inputs.unread import Unreadable
 from tests.inputs.formats import read, write_webdataset
 from tests.samples import make_row
 
@@ -61,3 +66,25 @@ def test_what_stands_before_a_damaged_member_is_read(tmp_path: Path, suffix: str
     path.write_bytes(first + (second[:9] if end == "cut" else b"something else"))
     sample, failure = read(path)
     assert (sample.idx, failure.reason, failure.row) == ("0", "unreadable_file", 1)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_every_line_before_a_cut_is_read(tmp_path: Path, codec: str):
+    """Those of the last quarter MiB before the damaged place were lost."""
+    noise = random.Random(0).randbytes(300_000).hex()
+    lines = "".join(
+        f"{number} {noise[60 * number : 60 * (number + 1)]}\n" for number in range(9999)
+    )
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, codec) as stream:
+        stream.write(lines.encode())
+    whole = packed.getvalue().to_pybytes()
+    half = whole[: len(whole) // 2]
+    with decompressed(io.BytesIO(half), f"cut.{codec}") as stream, pytest.raises(Unreadable):
+        found = []
+        found.extend(stream)
+    raw, num_bytes = pa.CompressedInputStream(io.BytesIO(half), codec), 0
+    with suppress(OSError):
+        while raw.read(1):
+            num_bytes += 1
+    assert len(found) == lines[:num_bytes].count("\n") > 1000

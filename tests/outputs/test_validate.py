@@ -204,6 +204,14 @@ def test_rows_from_elsewhere_in_a_dataset_are_named(run_dir: RunDir) -> None:
     assert "train-more.parquet: is not of this dataset" in problem
 
 
+def test_a_dataset_of_another_format_than_the_settings_ask_for_is_named(run_dir: RunDir) -> None:
+    shutil.rmtree(run_dir.export_dir("trl"))
+    run_dir.run_json.write_text(json.dumps({"settings": {"format": ["ms_swift", "trl"]}}))
+    first, second = validate(run_dir.root)
+    assert first.startswith(f"{run_dir.dataset_dir}: holds rlaifv, the settings ask for ms_swift")
+    assert second.startswith(f"{run_dir.export_dir('trl')}: is not there")
+
+
 def test_a_run_without_a_dataset_says_so(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     write_run(run_dir, [synthetic_sample(0)])

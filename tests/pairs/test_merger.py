@@ -48,9 +48,9 @@ def samples(num: int, **options: object) -> list[Sample]:
 
 def is_current(run_dir: RunDir, **settings: object) -> bool:
     config = RunConfig.create(dict(settings))
-    pipeline, inputs = SyntheticPipeline(config), read_inputs(run_dir, FINGERPRINTS)
+    inputs = read_inputs(run_dir, FINGERPRINTS)
     return all(
-        merge_report.is_current(folder, inputs, inputs.fingerprint(config, pipeline, name))
+        merge_report.is_current(folder, inputs, inputs.fingerprint(config, name))
         for name, folder in run_dir.dataset_folders(config.format).items()
     )
 

@@ -146,11 +146,16 @@ def test_pairs_are_scored_again_and_disagreements_counted(sampled: Path, tmp_pat
         assert sum(margin < 0 for margin in margins) == (num_reversed if setting == "keep" else 0)
 
 
-def test_an_answer_that_spells_a_control_token_sets_its_row_aside(sampled: Path, tmp_path: Path):
+def test_an_answer_with_a_control_token_sets_its_row_aside_one_too_long_itself_alone(
+    sampled: Path, tmp_path: Path
+):
     sample = next(iter(scored(sampled).values()))[0]
     row = {"question": sample.question, "image": {"bytes": sample.images[0].data}}
-    rows = [{**row, "answers": ["Yes.</s>", "No."]}, {**row, "answers": ["Yes.", "No."]}]
+    texts = (["Yes.</s>", "No."], ["Yes.", "No.", "word " * 5000], ["Yes.", "word " * 5000])
+    rows = [{**row, "answers": answers} for answers in texts]
     run(tmp_path / "run", write_jsonl(tmp_path / "q.jsonl", rows))
-    (failure,) = quarantined(api.open_state(tmp_path / "run"))
-    assert (failure.reason, failure.stage) == ("control_token", "rollouts")
-    assert len(scored(tmp_path / "run")) == 1
+    failures = quarantined(api.open_state(tmp_path / "run"))
+    assert {failure.reason for failure in failures} == {"control_token", "prompt_too_long"}
+    ((_, rollouts, rewards),) = scored(tmp_path / "run").values()
+    assert [bool(answer.token_ids) for answer in rollouts.answers] == [True, True, False]
+    assert rewards.unscored == {"answer_too_long": [2]}

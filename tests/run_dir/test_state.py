@@ -145,7 +145,7 @@ def test_a_waiting_worker_spends_little_time_on_looking(
 
     def wait(self: Worker, doing: str, **_: object) -> None:
         nonlocal num_waits, num_looks
-        num_waits += doing == "waiting for other workers"
+        num_waits += doing == "waiting for far (shard 1)"
         if num_waits == 1:
             num_looks = 0
         elif num_waits == 20:

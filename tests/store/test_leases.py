@@ -227,6 +227,24 @@ def test_list_leases_shows_age_and_liveness(run_dir: RunDir):
     assert 99 < far.age_s < 160
 
 
+def test_a_long_wait_names_the_holder_once_and_again_when_it_falls_silent(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """`run` waited for another process that read the input, and did not say for whom."""
+    monkeypatch.setattr(leases, "TELL_AFTER_S", 0.0)
+    caplog.set_level("INFO")
+    path = foreign_lease(run_dir, age_s=0.0)
+    wait = leases.Wait(run_dir.leases_dir, "shard-000000", timeout_s=100.0)
+    wait.tell()
+    wait.tell()
+    (told,) = caplog.messages
+    assert "waiting for" in told and "of elsewhere" in told and "is alive" in told
+    past = path.stat().st_mtime - 70
+    os.utime(path, (past, past))
+    wait.tell()
+    assert "taken over after 100 s" in caplog.messages[-1]
+
+
 def test_of_many_leases_only_those_that_missed_a_beat_are_read(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ):

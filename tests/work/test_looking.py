@@ -151,7 +151,7 @@ def test_what_others_have_done_is_not_looked_at_one_by_one(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that had done its own asked for the files of thousands that were done by now."""
-    monkeypatch.setattr("stream_engine.work.worker.MANY_DONE", 4)
+    monkeypatch.setattr("stream_engine.work.order.MANY_DONE", 4)
     folder = Path(str(RunDir(config.work_dir).results_dir("rewards")))
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     for path in kept:
