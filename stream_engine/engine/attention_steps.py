@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from stream_kernels import HostLayout, attention_with_lse, merge_by_lse, prefix_attention
+from stream_kernels.cpu.decode_layer import DecodeLayers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -143,6 +144,9 @@ class DecodeStep:
     row_slots: Tensor  # [R]
     suffix_lengths: Tensor  # [R], the step's own token counted
     host: HostLayout | None = None
+    layers: DecodeLayers | None = (
+        None  # what the layers of this step share, where one call does each
+    )
 
     def __post_init__(self) -> None:
         self._slots = self.row_slots.long()
@@ -243,10 +247,7 @@ def stream_engine_attention(
     step = _active_step.get()
     if step is None:
         return causal_attention(query, key, value, scale).transpose(1, 2), None
-    window = kwargs.get("sliding_window")
-    if window is not None:
-        known = step.cache.sliding_window
-        step.cache.sliding_window = window if known is None else min(window, known)
+    step.cache.note_window(kwargs.get("sliding_window"))
     return step.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
 
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from stream_kernels.cpu import layer_steps
+from stream_kernels.cpu import decode_layer, layer_steps
 from stream_kernels.gemm import linear, linears
 from torch import Tensor, nn
 
 from stream_engine.engine.attention_steps import (
     ATTENTION_NAME,
+    DecodeStep,
     active,
     causal_attention,
     current_step,
@@ -52,7 +53,8 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """hidden_states [1, N, D], and the cosines and sines [1, N, head size]."""
         layer = cast(Any, self)
-        is_step = current_step() is not None and attention_mask is None
+        step = current_step()
+        is_step = step is not None and attention_mask is None
         if not is_step or layer.self_attn.config._attn_implementation != ATTENTION_NAME:
             return super().forward(
                 hidden_states,
@@ -62,8 +64,58 @@ class FusedLayer(nn.Module):
             )
         assert position_embeddings is not None
         x = hidden_states[0]
+        if isinstance(step, DecodeStep):
+            products = _products(layer)
+            if _decodes_in_one_call(products, layer.self_attn.head_dim):
+                return _decoded(layer, products, step, x, *position_embeddings)[None]
         x = _attended(layer, x, *position_embeddings).add_(x)
         return _fed_forward(layer, x).add_(x)[None]
+
+
+def _products(layer: Any) -> tuple[Any, ...]:
+    """The layers that LINEARS names."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+def _decodes_in_one_call(products: Sequence[Any], head_size: int) -> bool:
+    weights = [each.weight for each in products]
+    return decode_layer.serves(weights[0].dtype, head_size, weights)
+
+
+def _decoded(
+    layer: Any,
+    products: Sequence[Any],
+    step: DecodeStep,
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+) -> Tensor:
+    """What a layer makes of x [N, D], one token a row."""
+    attention = layer.self_attn
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    if step.layers is None:
+        size = attention.head_dim
+        heads, kv_heads, inner = (products[i].weight.shape[0] for i in (0, 1, 4))
+        step.layers = decode_layer.DecodeLayers(
+            x.contiguous(),
+            decode_layer.Sizes(heads // size, kv_heads // size, size, inner),
+            (cosines[0], sines[0]),
+            (step.prefix_spans, step.group_rows, step.row_slots, step.suffix_lengths),
+        )
+    weights = decode_layer.Weights(
+        [each.weight for each in norms],
+        [each.variance_epsilon for each in norms],
+        [each.weight for each in products],
+        [each.bias for each in products],
+    )
+    step.cache.note_window(_window(attention))
+    store = step.cache.store(attention.layer_idx, step.layers.key.transpose(0, 1)[None])
+    slabs = store.prefix_key, store.prefix_value, store.suffix_key, store.suffix_value
+    return step.layers.run(x.contiguous(), weights, decode_layer.Slabs(*slabs), attention.scaling)
 
 
 def _attended(layer: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

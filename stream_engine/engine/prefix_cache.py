@@ -175,6 +175,12 @@ class KVCache:
             for t in (s.prefix_key, s.prefix_value, s.suffix_key, s.suffix_value)
         )
 
+    def note_window(self, window: int | None) -> None:
+        """A layer attends to so many tokens: the narrowest of all is kept."""
+        if window is not None:
+            known = self.sliding_window
+            self.sliding_window = window if known is None else min(window, known)
+
     def store(self, layer: int, key: Tensor) -> LayerStore:
         """The layer's slabs, as large as the allocators now say. `key` [1, Hkv, N, D] shows how."""
         heads, size = key.shape[1], key.shape[3]

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import torch
-from stream_kernels.cpu import layer_steps
+from stream_kernels.cpu import decode_layer, layer_steps
 from stream_kernels.gemm import onednn_pays
 from torch import nn
 
@@ -72,6 +72,28 @@ def test_layers_in_fewer_passes_draw_the_same_answers(make_engine, monkeypatch):
         ids, logps = scored(plain.rows[0])
         assert fused[plain.key][0] == ids
         assert fused[plain.key][1] == pytest.approx(logps, abs=1e-5)
+
+
+@needs_layer_steps
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_in_one_call_computes_the_same_bits(checkpoint, dtype, monkeypatch):
+    model = load_model(checkpoint, ModelConfig(dtype=dtype))
+    sampling = ResolvedSampling(
+        temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=6
+    )
+    engine = Engine(model, sampling)
+    taken = []
+    run = decode_layer.DecodeLayers.run
+    counted = lambda *arguments: taken.append(1) or run(*arguments)  # noqa: E731
+    monkeypatch.setattr(decode_layer.DecodeLayers, "run", counted)
+    in_one = {g.key: [scored(row) for row in g.rows] for g in engine.generate(ask(engine, 3))}
+    if not taken:
+        pytest.skip("the products of this format are torch's on this machine")
+    assert len(taken) == len(model.backbone.layers) * 5  # the first token comes of the prompt
+    monkeypatch.setattr(fused_layers, "_decodes_in_one_call", lambda *_: False)
+    for apart in engine.generate(ask(engine, 3)):
+        assert [scored(row) for row in apart.rows] == in_one[apart.key]
+    assert len(taken) == len(model.backbone.layers) * 5
 
 
 @needs_layer_steps

@@ -385,9 +385,9 @@ int64_t runs_here(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-/* `parallel` is GOMP_parallel, or null for one thread. */
-void decode_attention(const Arguments *a,
-                      void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+/* 1. `parallel` is GOMP_parallel, or null for one thread. */
+int64_t decode_attention(const Arguments *a,
+                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
     int64_t rows = rows_of_a_task(a), all = a->widest * (a->heads / a->kv_heads);
     Work work = {a, rows, (all + rows - 1) / rows, 0, 0};
     work.num_tasks = a->num_groups * a->kv_heads * work.chunks;
@@ -395,4 +395,5 @@ void decode_attention(const Arguments *a,
         parallel(take_tasks, &work, (unsigned)a->num_threads, 0);
     else
         take_tasks(&work);
+    return 1;
 }

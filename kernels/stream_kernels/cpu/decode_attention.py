@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -40,7 +41,7 @@ def _function() -> Any:
         return None
     function = library.decode_attention
     function.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
-    function.restype = None
+    function.restype = ctypes.c_int64
     return function if compiled.agrees("attention", lambda: _agrees(function)) else None
 
 
@@ -111,23 +112,32 @@ def _attend(
     scale: float,
     new: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    spans, group_rows, slots, lengths = (part.contiguous() for part in layout)
     out = torch.empty(query.shape, dtype=query.dtype)
-    new_key, new_value = (None, None) if new is None else _alike(new)
-    arguments = Arguments(
-        query.data_ptr(),
-        prefix[0].data_ptr(),
-        prefix[1].data_ptr(),
-        None if new_key is None else new_key.data_ptr(),
-        None if new_value is None else new_value.data_ptr(),
-        suffix[0].data_ptr(),
-        suffix[1].data_ptr(),
-        out.data_ptr(),
-        spans.data_ptr(),
-        group_rows.data_ptr(),
-        slots.data_ptr(),
-        lengths.data_ptr(),
-        *group_rows.shape,
+    arguments = Arguments()
+    parts = [part.contiguous() for part in layout]
+    new = None if new is None else _alike(new)
+    fill(arguments, query, prefix, suffix, parts, new, out, scale)
+    function(ctypes.byref(arguments), compiled.parallel())
+    return out
+
+
+def fill(
+    arguments: Arguments,
+    query: Tensor,
+    prefix: Sequence[Tensor],
+    suffix: Sequence[Tensor],
+    layout: Sequence[Tensor],
+    new: Sequence[Tensor] | None,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """Tell the C function what `decode_attention` is told; `layout` is dense, and of `new` both
+    have the same strides."""
+    given = query, *prefix, *((None, None) if new is None else new), *suffix, out, *layout
+    for name, tensor in zip(POINTERS, given, strict=True):
+        setattr(arguments, name, None if tensor is None else tensor.data_ptr())
+    numbers = (
+        *layout[1].shape,
         query.shape[1],
         prefix[0].shape[0],
         query.shape[2],
@@ -135,12 +145,12 @@ def _attend(
         *query.stride()[:2],
         prefix[0].stride(0),
         *suffix[0].stride()[:2],
-        *((0, 0) if new_key is None else new_key.stride()[:2]),
+        *((0, 0) if new is None else new[0].stride()[:2]),
         torch.get_num_threads(),
-        scale * math.log2(math.e),
     )
-    function(ctypes.byref(arguments), compiled.parallel())
-    return out
+    for name, number in zip(NUMBERS, numbers, strict=True):
+        setattr(arguments, name, number)
+    arguments.scale = scale * math.log2(math.e)
 
 
 def _alike(new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

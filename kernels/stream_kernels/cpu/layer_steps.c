@@ -141,8 +141,8 @@ static void take_rows(void *data) {
 }
 
 /* Rows are shared out where they are many: for few, waking threads takes longer than the work. */
-static void run(const Layer *a, int64_t row_elements, void (*row)(const Layer *, int64_t),
-                Parallel *parallel) {
+static int64_t run(const Layer *a, int64_t row_elements, void (*row)(const Layer *, int64_t),
+                   Parallel *parallel) {
     int64_t each = PER_THREAD / row_elements;
     if (each < 1) each = 1;
     Work work = {a, row, each, (a->rows + each - 1) / each, 0};
@@ -151,15 +151,20 @@ static void run(const Layer *a, int64_t row_elements, void (*row)(const Layer *,
         parallel(take_rows, &work, (unsigned)threads, 0);
     else
         take_rows(&work);
+    return 1;
 }
 
 /* out = weight * (x / root of the mean square of its row) */
-void rms_norm(const Layer *a, Parallel *parallel) { run(a, a->size, norm_row, parallel); }
+int64_t rms_norm(const Layer *a, Parallel *parallel) {
+    return run(a, a->size, norm_row, parallel);
+}
 
 /* queries and keys [rows, heads, size]: (low, high) = (low cos - high sin, high cos + low sin) */
-void rotary(const Layer *a, Parallel *parallel) {
-    run(a, a->size * (a->heads + a->more_heads), rotate_row, parallel);
+int64_t rotary(const Layer *a, Parallel *parallel) {
+    return run(a, a->size * (a->heads + a->more_heads), rotate_row, parallel);
 }
 
 /* out = silu(x) * y */
-void silu_and_multiply(const Layer *a, Parallel *parallel) { run(a, a->size, gate_row, parallel); }
+int64_t silu_and_multiply(const Layer *a, Parallel *parallel) {
+    return run(a, a->size, gate_row, parallel);
+}

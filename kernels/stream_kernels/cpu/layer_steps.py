@@ -41,7 +41,7 @@ def _functions() -> tuple[Any, ...]:
     functions = tuple(getattr(library, name) for name in NAMES)
     for function in functions:
         function.argtypes = [ctypes.POINTER(Layer), ctypes.c_void_p]
-        function.restype = None
+        function.restype = ctypes.c_int64
     return functions if compiled.agrees("layer step", lambda: _agree(*functions)) else ()
 
 

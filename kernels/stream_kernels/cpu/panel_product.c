@@ -23,6 +23,7 @@
 typedef struct {
     const float *weight; /* panels [columns / PANEL][size][PANEL] */
     const float *bias;   /* [columns], or null */
+    const float *to;     /* [rows, columns] that the product is added to, or null */
     float *out;          /* [rows, columns] */
     int64_t columns;
 } Product;
@@ -46,11 +47,12 @@ typedef struct {
     int64_t column, row, end;
 } Task;
 
-/* What a group's turn fetches: `eighths` of a line with each element. */
+/* Elements of a panel, and what is fetched meanwhile: `eighths` of a line with each. */
 typedef struct {
-    const char *from;
+    int64_t from, size;
+    const char *next; /* null: nothing is fetched */
     int64_t eighths;
-} Fetch;
+} Span;
 
 static Task task_of(const Work *work, int64_t index) {
     int64_t panel = index / work->row_blocks, row = index % work->row_blocks * work->rows_each;
@@ -62,14 +64,15 @@ static Task task_of(const Work *work, int64_t index) {
     return (Task){product, from, panel * PANEL, row, end};
 }
 
-/* `count` rows, a constant, by `size` elements of a panel: added to `out`, or, of the first span, to
- * the bias. */
-INLINE void group(const int count, const float *panel, const float *x, int64_t size, int64_t stride,
-                  const Product *product, float *out, int64_t column, int is_first, Fetch fetch) {
+/* `count` rows, a constant, from `row` by a span of the panel: added to what spans before it gave. */
+INLINE void group(const int count, const Work *work, const Task *task, int64_t row, Span span) {
+    const Product *product = task->product;
+    int64_t stride = work->all->size, fetched = 0;
+    const float *panel = task->panel + span.from * PANEL;
+    const float *x = work->all->x + row * stride + span.from;
     float totals[GROUP][PANEL] __attribute__((aligned(64)));
-    int64_t fetched = 0;
-    for (int64_t from = 0; from < size; from += PIECE) {
-        int64_t end = smaller(from + PIECE, size);
+    for (int64_t from = 0; from < span.size; from += PIECE) {
+        int64_t end = smaller(from + PIECE, span.size);
         __m512 sums[GROUP][VECTORS];
 #pragma GCC unroll 6
         for (int i = 0; i < count; i++)
@@ -79,15 +82,15 @@ INLINE void group(const int count, const float *panel, const float *x, int64_t s
             __m512 weights[VECTORS];
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++) weights[j] = _mm512_load_ps(panel + j * WIDTH);
-            if (fetch.from) {
-                const char *line = fetch.from + fetched / 8 * LINE;
+            if (span.next) {
+                const char *line = span.next + fetched / 8 * LINE;
                 _mm_prefetch(line, _MM_HINT_T1);
-                if (fetch.eighths > 8) _mm_prefetch(line + LINE, _MM_HINT_T1);
-                if (fetch.eighths > 16) {
+                if (span.eighths > 8) _mm_prefetch(line + LINE, _MM_HINT_T1);
+                if (span.eighths > 16) {
                     _mm_prefetch(line + 2 * LINE, _MM_HINT_T1);
                     _mm_prefetch(line + 3 * LINE, _MM_HINT_T1);
                 }
-                fetched += fetch.eighths;
+                fetched += span.eighths;
             }
 #pragma GCC unroll 6
             for (int i = 0; i < count; i++) {
@@ -106,24 +109,25 @@ INLINE void group(const int count, const float *panel, const float *x, int64_t s
                 _mm512_store_ps(total, sums[i][j]);
             }
     }
+    int is_last = span.from + span.size == stride;
     for (int i = 0; i < count; i++) {
-        float *to = out + i * product->columns;
-        const float *before = is_first ? product->bias : to;
-        for (int64_t at = 0; at < PANEL; at += WIDTH) {
-            __mmask16 mask = mask_of(product->columns - column - at);
-            __m512 total = _mm512_load_ps(totals[i] + at);
-            if (before)
-                total = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, before + column + at), total);
-            _mm512_mask_storeu_ps(to + column + at, mask, total);
+        float *out = product->out + (row + i) * product->columns;
+        const float *before = span.from ? out : product->bias;
+        const float *to = is_last && product->to ? product->to + (row + i) * product->columns : 0;
+        for (int64_t j = 0; j < PANEL; j += WIDTH) {
+            int64_t at = task->column + j;
+            __mmask16 mask = mask_of(product->columns - at);
+            __m512 total = _mm512_load_ps(totals[i] + j);
+            if (before) total = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, before + at), total);
+            if (to) total = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + at), total);
+            _mm512_mask_storeu_ps(out + at, mask, total);
         }
     }
 }
 
-#define GROUP_OF(N)                                                                           \
-    TARGET static void group_##N(const float *panel, const float *x, int64_t size,            \
-                                 int64_t stride, const Product *product, float *out,          \
-                                 int64_t column, int is_first, Fetch fetch) {                 \
-        group(N, panel, x, size, stride, product, out, column, is_first, fetch);              \
+#define GROUP_OF(N)                                                                          \
+    TARGET static void group_##N(const Work *work, const Task *task, int64_t row, Span span) { \
+        group(N, work, task, row, span);                                                     \
     }
 GROUP_OF(1)
 GROUP_OF(2)
@@ -132,29 +136,26 @@ GROUP_OF(4)
 GROUP_OF(5)
 GROUP_OF(6)
 
-typedef void Group(const float *, const float *, int64_t, int64_t, const Product *, float *, int64_t,
-                   int, Fetch);
+typedef void Group(const Work *, const Task *, int64_t, Span);
 static Group *const groups[GROUP + 1] = {0,       group_1, group_2, group_3,
                                          group_4, group_5, group_6};
 
 /* A task; `following` is the panel that is wanted after it, or null. */
-TARGET static void multiply(const Work *work, Task task, const float *following) {
-    int64_t size = work->all->size, rows = task.end - task.row;
+TARGET static void multiply(const Work *work, const Task *task, const float *following) {
+    int64_t size = work->all->size, rows = task->end - task->row;
     int64_t num_groups = (rows + GROUP - 1) / GROUP;
     int64_t fetching = smaller(num_groups, FETCHING_GROUPS);
-    const Product *product = task.product;
     for (int64_t from = 0; from < size; from += work->span) {
-        int64_t elements = smaller(work->span, size - from), row = task.row;
+        int64_t elements = smaller(work->span, size - from), row = task->row;
         int64_t left = size - from - elements; /* of the panel, else the next one's beginning */
-        const float *next = left ? task.panel + (from + elements) * PANEL : following;
+        const float *next = left ? task->panel + (from + elements) * PANEL : following;
         int64_t lines = (left ? smaller(left, work->span) : work->span) * VECTORS;
         int64_t each = (lines + fetching - 1) / fetching;
         for (int64_t i = 0; i < num_groups; i++) {
             int64_t count = rows / num_groups + (i < rows % num_groups);
-            Fetch fetch = {0, (each * 8 + elements - 1) / elements};
-            if (next && i < fetching) fetch.from = (const char *)next + i * each * LINE;
-            groups[count](task.panel + from * PANEL, work->all->x + row * size + from, elements, size,
-                          product, product->out + row * product->columns, task.column, !from, fetch);
+            Span span = {from, elements, 0, (each * 8 + elements - 1) / elements};
+            if (next && i < fetching) span.next = (const char *)next + i * each * LINE;
+            groups[count](work, task, row, span);
             row += count;
         }
     }
@@ -167,14 +168,14 @@ static void take_tasks(void *data) {
         int64_t next = atomic_fetch_add(&work->next, 1);
         Task own = task_of(work, task);
         const float *following = next < work->num_tasks ? task_of(work, next).panel : 0;
-        multiply(work, own, following == own.panel ? 0 : following);
+        multiply(work, &own, following == own.panel ? 0 : following);
         task = next;
     }
 }
 
-/* `rows` and `size` are at least 1; panels begin at multiples of 64 bytes. */
-void panel_products(const Products *all,
-                    void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+/* 1. `rows` and `size` are at least 1; panels begin at multiples of 64 bytes. */
+int64_t panel_products(const Products *all,
+                       void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
     int64_t spans = (all->size + MOST_ELEMENTS - 1) / MOST_ELEMENTS, panels = 0;
     int64_t row_blocks = (all->rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t i = 0; i < all->num_products; i++)
@@ -186,4 +187,5 @@ void panel_products(const Products *all,
         parallel(take_tasks, &work, (unsigned)threads, 0);
     else
         take_tasks(&work);
+    return 1;
 }

@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
     """As the C file has it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "to", "out")),
         ("columns", ctypes.c_int64),
     )
 
@@ -49,7 +49,7 @@ def _function() -> Any:
         return None
     function = library.panel_products
     function.argtypes = [ctypes.POINTER(Products), ctypes.c_void_p]
-    function.restype = None
+    function.restype = ctypes.c_int64
     return function if compiled.agrees("panel_product", lambda: _agrees(function)) else None
 
 
@@ -102,11 +102,15 @@ def reads(weight: Tensor) -> bool:
     return is_packed and _lies_in_panels.get(tuple(weight.shape), False)
 
 
+def address(weight: Tensor) -> int:
+    """Where the panels of a weight that `reads` takes begin."""
+    return torch.ops.mkldnn.data_ptr(weight)
+
+
 def panel_products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """`x @ weight.T + bias` [..., V] of float32 x [..., D] with up to four weights of `reads`."""
-    address = torch.ops.mkldnn.data_ptr
     products = [(address(w), bias, w.shape[0]) for w, bias in zip(weights, biases, strict=True)]
     return _multiply(_function(), x, products)
 
@@ -120,7 +124,7 @@ def _multiply(
         return outs
     size = x.shape[-1]
     each = (
-        Product(address, None if bias is None else bias.data_ptr(), out.data_ptr(), columns)
+        Product(address, None if bias is None else bias.data_ptr(), None, out.data_ptr(), columns)
         for (address, bias, columns), out in zip(products, outs)
     )
     numbers = len(products), x.numel() // size, size, torch.get_num_threads()

@@ -18,7 +18,7 @@ class Product(ctypes.Structure):
     """As the C file has it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "out", "bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "out", "bias", "to")),
         *((name, ctypes.c_int64) for name in NUMBERS),
     )
 
@@ -80,6 +80,7 @@ def _multiply(
         weight.data_ptr(),
         out.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None,
         x.numel() // x.shape[-1],
         *weight.shape,
         dtype == torch.bfloat16,
