@@ -44,7 +44,7 @@ from stream_engine.engine.sampling import ResolvedSampling, resolve_sampling
 from stream_engine.engine.scheduler import Scheduler
 from stream_engine.engine.score import next_token_logps, score
 from stream_engine.engine.selftest import check_model
-from stream_engine.errors import RecordError
+from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models import load_model
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.pictures import decode_image
@@ -233,7 +233,10 @@ def load_engine(
     is_spread = config.tensor_parallel > 1 or config.offload is not None
     load = load_spread if is_spread else load_model
     model = model or load(role.path, config, name_hint=role.hint)
-    resolved = resolve_sampling(role.sampling or sampling, model.generation_defaults)
+    try:
+        resolved = resolve_sampling(role.sampling or sampling, model.generation_defaults)
+    except CheckpointError as error:
+        raise CheckpointError(f"{role.path}: {error}") from error
     if role.draws:
         for note in resolved.notes:
             logger.warning("%s: %s", role.path, note)

@@ -24,6 +24,7 @@ from stream_engine.engine.memory import DEFAULT_ROWS, DEFAULT_TOKENS
 from stream_engine.engine.prefix_cache import KVCache
 from stream_engine.engine.sampling import ResolvedSampling
 from stream_engine.engine.seen import SeenTokens
+from stream_engine.errors import CheckpointError
 from stream_engine.models.base import Prompt, VisionLanguageModel
 
 
@@ -49,7 +50,7 @@ class ModelRunner:
         )
         self.rows_per_question = rows_per_question
         self.counters: Counter[str] = Counter()
-        self.stop_token_ids = model.stop_token_ids | _stop_ids(model.generation_defaults)
+        self.stop_token_ids = model.stop_token_ids | _stop_ids(model)
         self.suppressed = (
             torch.tensor(model.suppressed_token_ids, device=model.device)
             if model.suppressed_token_ids
@@ -236,9 +237,15 @@ def max_positions(config: Any) -> int:
     return min(limits)
 
 
-def _stop_ids(generation_defaults: dict[str, Any]) -> frozenset[int]:
-    eos = generation_defaults.get("eos_token_id")
-    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+def _stop_ids(model: VisionLanguageModel) -> frozenset[int]:
+    eos = model.generation_defaults.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(
+            f"{model.checkpoint}: generation_config.json's eos_token_id is {eos!r}; it is the "
+            "number of a token, or a list of such"
+        )
+    return frozenset(ids)
 
 
 def _num_bytes(parameter: torch.nn.Parameter) -> int:

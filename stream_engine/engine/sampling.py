@@ -9,6 +9,7 @@ so that nothing is inherited, or left out, silently.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import msgspec
@@ -88,13 +89,35 @@ def resolve_sampling(config: SamplingConfig, checkpoint: dict[str, Any]) -> Reso
             sources[name] = f"default (the checkpoint's {greedy} is greedy)"
             left_out.append(f"{name} {theirs}")
         else:
-            values[name], sources[name] = theirs, "checkpoint"
+            is_used = config.temperature > 0 or name not in FILTERS
+            values[name] = _stated(name, theirs) if is_used else theirs
+            sources[name] = "checkpoint"
     if left_out:
         notes.append(
             f"generation_config.json describes greedy decoding ({greedy}), and this run draws; not "
             f"inherited: {', '.join(left_out)} (set them to have other than the defaults)"
         )
     return ResolvedSampling(**values, sources=sources, notes=tuple(notes))
+
+
+def _stated(name: str, value: Any) -> Any:
+    """A value of a generation_config.json, as this package has it.
+
+    Raises:
+        CheckpointError: for what is no such value.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    whole = name in ("top_k", "max_new_tokens")
+    if is_number and math.isfinite(value) and (not whole or value == int(value)):
+        value = int(value) if whole else float(value)
+        if name == "top_k" and value == -1:  # vLLM's way to say all
+            return 0
+        if {"top_p": 0 < value <= 1, "top_k": value >= 0}.get(name, value > 0):
+            return value
+    raise CheckpointError(
+        f"generation_config.json: {name} is {value!r}, which it cannot be; correct it, or set "
+        f"--{name}"
+    )
 
 
 def _unsupported_notes(checkpoint: dict[str, Any]) -> list[str]:
@@ -114,7 +137,7 @@ def _greedy_setting(checkpoint: dict[str, Any]) -> str | None:
         return "top_k 1"
     for name in ("top_p", "temperature"):
         value = checkpoint.get(name)
-        if value is not None and value < GREEDY_BELOW:
+        if isinstance(value, int | float) and value < GREEDY_BELOW:
             return f"{name} {value:g}"
     return None
 

@@ -68,8 +68,10 @@ def _check_model(runner: ModelRunner) -> dict[str, float | str]:
     cut = model.forward(embeds[:PREFIX], positions[:PREFIX])
     model.set_attention(ATTENTION_NAME)
     if not torch.isfinite(whole).all():
+        is_exact = model.dtype == torch.float32
+        remedy = "its weights are damaged" if is_exact else "try --dtype float32"
         raise CheckpointError(
-            f"{model.checkpoint} computes NaN or infinity in {model.dtype}; try --dtype float32"
+            f"{model.checkpoint} computes NaN or infinity in {model.dtype}; {remedy}"
         )
     tolerance = TOLERANCE.get(model.dtype, 1e-4)
     leak = _difference(cut, whole[:PREFIX])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.cells import as_list, as_records, is_missing
+from stream_engine.inputs.cells import as_list, as_records, from_text, is_missing
 from stream_engine.inputs.picture_values import pictures_in
 from stream_engine.records import IMAGE_MARK
 
@@ -32,6 +32,7 @@ CONTEXT_COLUMNS = ("system", "history")
 """What would be said before a question; where a row has them, it is not asked alone."""
 USERS = frozenset(("user", "human", "prompter"))
 LATER_TURNS = "later_turns"
+TURN_NAMES = ({"from", "value"}, {"role", "content"})
 PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "source")
 """Where a content part of type image keeps its picture, if it brings one."""
 TEXT_PARTS = frozenset(("text", "input_text"))
@@ -79,9 +80,16 @@ def with_question(row: Row, *, pairs: bool = False) -> tuple[Row, list[str]]:
 
 def turns_in(value: Any) -> Any:
     """A conversation's turns as a list, where the cell holds them in some way; else the cell."""
-    turns = as_records(as_list(value))
-    is_list = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    turns = as_records(from_text(as_list(value), "{}"))
+    if looks_like_turn(turns):
+        return [turns]
+    is_list = isinstance(turns, list) and turns and all(map(looks_like_turn, turns))
     return value if isinstance(value, str) and not is_list else turns  # "[1, 2], what follows?"
+
+
+def looks_like_turn(value: Any) -> bool:
+    """Whether a dict says who speaks and what."""
+    return isinstance(value, dict) and any(names <= value.keys() for names in TURN_NAMES)
 
 
 def refuse_context(row: Row, column: str) -> None:

@@ -94,6 +94,10 @@ def detect_family(checkpoint: str | Path, *, name_hint: str | None = None) -> st
                         f"promises {promised[0]}; drop the name or correct the path"
                     )
             return name
+    if not config.get("architectures"):
+        raise CheckpointError(
+            f"{checkpoint / 'config.json'} names no architectures; copy the line from the original"
+        )
     raise CheckpointError(
         f"{checkpoint} is {config.get('architectures')} (model_type {config.get('model_type')!r}), "
         f"which is not supported; supported families: {', '.join(families)}"
@@ -108,9 +112,12 @@ def load_model(
     Raises:
         CheckpointError: with the file or tensor at fault.
     """
+    from stream_engine.models.native import naming_checkpoint
+
     name = detect_family(checkpoint, name_hint=name_hint)
     families = installed("stream_engine.models") | MODEL_FAMILIES
-    return importlib.import_module(families[name]).load(Path(checkpoint), config)
+    with naming_checkpoint(Path(checkpoint)):
+        return importlib.import_module(families[name]).load(Path(checkpoint), config)
 
 
 def read_checkpoint_config(checkpoint: Path) -> dict[str, Any]:
@@ -127,9 +134,21 @@ def read_checkpoint_config(checkpoint: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         what = "has no config.json" if checkpoint.is_dir() else "is not a directory"
-        raise CheckpointError(f"{checkpoint} {what}; give the folder of a downloaded checkpoint")
+        raise CheckpointError(
+            f"{checkpoint} {what}; give the folder of a downloaded checkpoint"
+            + folders_within(checkpoint)
+        )
     refuse_broken_files(checkpoint)
     return read_json(path)
+
+
+def folders_within(checkpoint: Path) -> str:
+    """Which folders in this one may be meant: those of a training run, or the hub's snapshots."""
+    if any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*.bin")):
+        return ""
+    configs = [*checkpoint.glob("*/config.json"), *checkpoint.glob("snapshots/*/config.json")]
+    names = sorted(str(path.parent.relative_to(checkpoint)) for path in configs)
+    return f", here one of {', '.join(names[:3])}" if names else ""
 
 
 def promised_families(hint: str, families: list[str], config: dict[str, Any]) -> list[str]:

@@ -77,6 +77,11 @@ def load_into(
     filled: dict[str, nn.Parameter] = {}
     for name, tensor in weights.read(sources):
         target = sources[name]
+        if target in aliases and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{weights.file(name)}: {name} holds {tensor.dtype}: the weights are quantised; "
+                "give the folder of the unquantised checkpoint"
+            )
         loaded = _place(tensor, device, dtype)
         if target not in aliases:  # a persistent buffer
             _set(module, target, loaded)
@@ -163,9 +168,11 @@ def read_own_config(checkpoint: Path) -> dict[str, Any]:
     """
     stated = read_json(checkpoint / "config.json")
     if quantized := stated.get("quantization_config"):
+        is_told = isinstance(quantized, dict)
+        method = quantized.get("quant_method", "unnamed") if is_told else quantized
         raise CheckpointError(
             f"{checkpoint / 'config.json'}: the weights are quantised (quant_method "
-            f"{quantized.get('quant_method', 'unnamed')}), which is not supported for this format; "
+            f"{method}), which is not supported for this format; "
             f"give the folder of the unquantised checkpoint"
         )
     return stated

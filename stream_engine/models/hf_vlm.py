@@ -25,7 +25,9 @@ from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel, cache_argument
 from stream_engine.models.intact import read_json
 from stream_engine.models.native import (
+    QUESTION,
     adopt_own_logits,
+    check_template,
     end_token_ids,
     has_shareable_layers,
     load_native,
@@ -123,6 +125,7 @@ class HfVlm(VisionLanguageModel):
         marks = self.tokenizer.convert_ids_to_tokens(list(placeholders))
         own = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
         self._marks = {mark for mark in [*marks, *own] if isinstance(mark, str)}
+        check_template(checkpoint, self._rendered([{"type": "text", "text": QUESTION}]))
         self.places_images = self._keeps_order()
         self.turn_marks = self._template_words()
 
@@ -130,7 +133,7 @@ class HfVlm(VisionLanguageModel):
         return super().control_texts() | self._marks
 
     def closing_ids(self) -> list[int]:
-        parts = [{"type": "text", "text": word} for word in ("THE QUESTION", "THE ANSWER")]
+        parts = [{"type": "text", "text": word} for word in (QUESTION, "THE ANSWER")]
         turns = [{"role": w, "content": [p]} for w, p in zip(("user", "assistant"), parts)]
         try:
             text = self.processor.apply_chat_template(turns, tokenize=False)
@@ -152,9 +155,8 @@ class HfVlm(VisionLanguageModel):
 
     def _template_words(self) -> tuple[str, ...]:
         """The template's words in front of a user's text and of the answer, if they are plain."""
-        head, found, tail = self._rendered([{"type": "text", "text": "THE QUESTION"}]).partition(
-            "THE QUESTION"
-        )
+        text = self._rendered([{"type": "text", "text": QUESTION}])
+        head, found, tail = text.partition(QUESTION)
         words = [*head.split()[-1:], *tail.split()[-1:]] if found else []
         return tuple(word for word in words if word.endswith(":"))
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as hf_logging
@@ -24,6 +26,7 @@ from stream_engine.models.base import VisionLanguageModel
 from stream_engine.models.checkpoints import resolve_device, resolve_dtype
 from stream_engine.models.intact import read_json
 from stream_engine.models.weight_files import WeightFiles
+from stream_engine.text import describe
 
 CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose past is keys and values, which the engine's attention can share."""
@@ -43,7 +46,19 @@ LOAD_ERRORS = (
     AttributeError,
     ImportError,
     AssertionError,
+    ArithmeticError,
+    StrictDataclassError,  # of values of config.json
+    TemplateError,
 )
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+QUESTION = "THE QUESTION"
+"""What a chat template is tried with."""
+MIN_VOCABULARY = 300
+"""Tokens; transformers makes a tokenizer of a few from no file at all."""
 
 
 def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
@@ -84,6 +99,20 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
 
 
 @contextmanager
+def naming_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """The loading of a checkpoint: what libraries raise of its files becomes a CheckpointError.
+
+    Running out of memory and a lost device stay what they are.
+    """
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        raise CheckpointError(f"cannot load {checkpoint}: {described(error)}") from error
+
+
+@contextmanager
 def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> Iterator[None]:
     """A model's first forwards: what its own code raises becomes a CheckpointError with its class.
 
@@ -102,14 +131,29 @@ def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> Iterator[None
 
 def load_tokenizer(checkpoint: Path) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError."""
+    has_file = any((checkpoint / name).is_file() for name in TOKENIZER_FILES)
+    lacks = f"{checkpoint} has none of {', '.join(TOKENIZER_FILES)}; download its tokenizer too"
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint, local_files_only=True, trust_remote_code=False
         )
     except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"cannot load the tokenizer of {checkpoint}: {one_line(error)}"
+            f"cannot load the tokenizer of {checkpoint}: {described(error)}" if has_file else lacks
         ) from error
+    if not has_file and len(tokenizer) < MIN_VOCABULARY:
+        raise CheckpointError(lacks)
+    return tokenizer
+
+
+def check_template(checkpoint: Path, rendered: str) -> None:
+    """Raise CheckpointError where a chat template, here of QUESTION, does not give the user's text
+    as it is: it leaves it out, or writes a list of parts as Python does."""
+    if QUESTION not in rendered or f"'{QUESTION}'" in rendered:
+        raise CheckpointError(
+            f"{checkpoint}: its chat template makes {rendered[:200]!r} of {QUESTION!r}, which is "
+            "not what a user says; give the model's own chat_template.jinja"
+        )
 
 
 def logit_rules(text: PreTrainedConfig) -> tuple[float, float | None]:
@@ -196,6 +240,11 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def described(error: BaseException) -> str:
+    """An error with its type, cut where it is long."""
+    return describe(error)[:300]
 
 
 def one_line(error: BaseException) -> str:

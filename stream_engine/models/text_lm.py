@@ -19,7 +19,9 @@ from stream_engine.errors import CheckpointError, RecordError
 from stream_engine.models.base import Prompt, VisionLanguageModel
 from stream_engine.models.intact import read_json
 from stream_engine.models.native import (
+    QUESTION,
     adopt_own_logits,
+    check_template,
     end_token_ids,
     has_shareable_layers,
     load_native,
@@ -44,6 +46,7 @@ def load(checkpoint: Path, config: ModelConfig) -> TextModel:
         raise CheckpointError(f"{checkpoint} has no chat template; add chat_template.jinja")
     lm = load_native(AutoModelForCausalLM, checkpoint, config)
     model = TextModel(checkpoint, lm, tokenizer)
+    check_template(checkpoint, model.rendered(QUESTION))
     adopt_own_logits(model, lm)
     return model
 
@@ -70,11 +73,14 @@ class TextModel(VisionLanguageModel):
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         if images:
             raise RecordError("images_not_supported", f"{self.checkpoint.name} is a text model")
-        text = self.tokenizer.apply_chat_template(
+        ids = self.encode_text(self.rendered(question))  # with the template's special tokens
+        return Prompt(ids=ids, digest=self.digest(ids, None))
+
+    def rendered(self, question: str) -> str:
+        """The question in the checkpoint's chat template."""
+        return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
-        ids = self.encode_text(text)  # the template writes what special tokens there are
-        return Prompt(ids=ids, digest=self.digest(ids, None))
 
     def encode_images(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         return [None] * len(prompts)

@@ -26,6 +26,8 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
+OTHER_WEIGHTS = frozenset((".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".msgpack"))
+
 
 class WeightFiles:
     """The tensors of a checkpoint directory, and which of them have been used.
@@ -125,7 +127,20 @@ def _find_files(checkpoint: Path) -> dict[Path, list[str]]:
         raise CheckpointError(f"{checkpoint} is not a directory; give a downloaded checkpoint's")
     raise CheckpointError(
         f"{checkpoint} has no weights: none of {', '.join(INDEX_FILES + SINGLE_FILES)} is there"
+        + _others(checkpoint)
     )
+
+
+def _others(checkpoint: Path) -> str:
+    """What a folder without known weights holds in their place, and what helps."""
+    names = sorted(p.name for p in checkpoint.iterdir() if p.suffix in OTHER_WEIGHTS)
+    if not names:
+        return ""
+    of_index = [index for index in INDEX_FILES if names[0].startswith(f"{index.split('.')[0]}-0")]
+    remedy = (
+        f"download {of_index[0]} too" if of_index else "give the folder that transformers loads"
+    )
+    return f", but {some(names)}; {remedy}"
 
 
 def _table_of_contents(file: Path) -> dict[str, tuple[int, ...]]:

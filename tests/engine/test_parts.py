@@ -225,6 +225,27 @@ def test_settings_of_a_checkpoint_that_are_not_supported_are_named():
     assert resolve_sampling(SamplingConfig(), without).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("top_p", value) for value in ("0.9", 2.0, float("nan"), True)],
+        *[("top_k", value) for value in ("50", -2, 1.5)],
+        *[("repetition_penalty", value) for value in (0, "x")],
+        *[("max_new_tokens", value) for value in (0, float("inf"))],
+    ],
+)
+def test_a_value_that_a_setting_cannot_have_is_refused_by_name(name, value):
+    """Answers were drawn from whatever came of it, or each record failed."""
+    with pytest.raises(CheckpointError, match=f"{name} is .*, or set --{name}"):
+        resolve_sampling(SamplingConfig(), {name: value})
+
+
+def test_odd_values_that_say_something_are_followed():
+    resolved = resolve_sampling(SamplingConfig(), {"top_k": -1, "temperature": "0.7"})
+    assert resolved.top_k == 0
+    assert resolve_sampling(SamplingConfig(top_p=0.5), {"top_p": "0.9"}).top_p == 0.5
+
+
 def test_beam_search_of_a_checkpoint_is_refused():
     with pytest.raises(CheckpointError, match="beam"):
         resolve_sampling(SamplingConfig(), {"num_beams": 3})

@@ -66,6 +66,17 @@ def test_turns_in_a_cell_of_text_are_answers(tmp_path: Path):
     assert [(answer.text, answer.given_as) for answer in found.answers] == SIDES
 
 
+@pytest.mark.parametrize("text", ['[{"bbox": [1, 2], "label": "a"}]', '{"role": "cat"}', "['a']"])
+def test_an_answer_that_is_json_itself_is_text(tmp_path: Path, text: str):
+    found = one(tmp_path, {"question": "?", "chosen": text, "rejected": "b"}, given_answers="pairs")
+    assert [answer.text for answer in found.answers] == [text, "b"]
+    turns = '{"from": "gpt", "value": "a"}'
+    found = one(
+        tmp_path, {"question": "?", "chosen": turns, "rejected": "b"}, given_answers="pairs"
+    )
+    assert [answer.text for answer in found.answers] == ["a", "b"]
+
+
 def test_answers_to_another_question_than_the_rows_are_rejected(tmp_path: Path):
     sides = {"chosen": [turn("Else?", "user"), turn("Yes.")]}
     sides["rejected"] = [turn("Else?", "user"), turn("No.")]

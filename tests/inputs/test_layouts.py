@@ -120,7 +120,7 @@ def test_later_turns_are_left_out_and_said_so(tmp_path: Path):
         ({"messages": [{"role": "user", "content": "?", "images": ["b"]}]}, "missing_image_file"),
         ({"messages": [{"role": "user", "parts": [TEXT]}]}, "unknown_turns"),
         ({"conversations": "human: Why?"}, "unknown_turns"),
-        ({"conversations": {"from": "human", "value": "Why?"}}, "unknown_turns"),
+        ({"conversations": {"from": "human", "text": "Why?"}}, "unknown_turns"),
         ({"messages": chat(("user", "Why?")), "system": "Be brief."}, "turns_before_question"),
         ({"question": "And?", "history": [["Why?", "So."]]}, "turns_before_question"),
     ],

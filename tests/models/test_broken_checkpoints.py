@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,7 +181,80 @@ def no_config(folder: Path) -> str:
     return r"m has no config\.json"
 
 
+def shards_without_their_index(folder: Path) -> str:
+    (folder / INDEX).unlink()
+    return rf"is there, but {FIRST}, {SECOND}; download model\.safetensors\.index\.json too"
+
+
+def another_programs_weights(folder: Path) -> str:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "model.gguf").touch()
+    return r"is there, but model\.gguf; give the folder that transformers loads"
+
+
+def folder_of_a_training_run(folder: Path) -> str:
+    shutil.copytree(folder, folder / "checkpoint-500")
+    for path in folder.glob("*.*"):
+        path.unlink()
+    return r"m has no config\.json; .*, here one of checkpoint-500$"
+
+
+def folder_of_the_hubs_cache(folder: Path) -> str:
+    shutil.copytree(folder, folder / "snapshots/0123")
+    for path in folder.glob("*.*"):
+        path.unlink()
+    return r"m has no config\.json; .*, here one of snapshots/0123$"
+
+
+def no_architectures(folder: Path) -> str:
+    state(folder, architectures=None)
+    return r"config\.json names no architectures"
+
+
+def layers_of_no_number(folder: Path) -> str:
+    state(folder, num_hidden_layers=None)
+    return r"cannot load .*m: .*'num_hidden_layers' expected int"
+
+
+def no_heads(folder: Path) -> str:
+    state(folder, num_attention_heads=0)
+    return r"cannot load .*m: ZeroDivisionError"
+
+
+def unknown_activation(folder: Path) -> str:
+    state(folder, hidden_act="nope")
+    return r"cannot load .*m: KeyError: 'nope'"
+
+
+def quantised_as_a_word(folder: Path) -> str:
+    state(folder, quantization_config="awq")
+    return r"config\.json: the weights are quantised \(quant_method awq\)"
+
+
+def whole_numbers(folder: Path) -> str:
+    """They were taken for the weights."""
+    edit(folder, lambda tensors: tensors.update({NORM: torch.ones(48, dtype=torch.int8)}))
+    return r"model\.norm\.weight holds torch\.int8: the weights are quantised"
+
+
+def state(folder: Path, **fields: object) -> None:
+    """Rewrite config.json with these fields."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 BREAKS = [
+    shards_without_their_index,
+    another_programs_weights,
+    folder_of_a_training_run,
+    folder_of_the_hubs_cache,
+    no_architectures,
+    layers_of_no_number,
+    no_heads,
+    unknown_activation,
+    quantised_as_a_word,
+    whole_numbers,
     missing_tensor,
     extra_tensor,
     wrong_shape,

@@ -302,9 +302,16 @@ def no_template(folder: Path) -> str:
     return "has no chat template"
 
 
+def template_of_plain_texts(folder: Path) -> str:
+    """The list of texts and pictures was asked as Python writes it."""
+    template = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return "its chat template makes .* of 'THE QUESTION', which is not what a user says"
+
+
 def no_tokenizer(folder: Path) -> str:
     (folder / "tokenizer.json").unlink()
-    return "tokenizer"
+    return r"has none of tokenizer\.json"
 
 
 def foreign_processor(folder: Path) -> str:
@@ -338,6 +345,7 @@ BREAKS = [
     half,
     adapter,
     no_template,
+    template_of_plain_texts,
     no_tokenizer,
     foreign_processor,
     encoder_decoder,

@@ -334,6 +334,30 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path):
         load_model(folder, CPU)
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("Hi", "its chat template makes 'Hi' of 'THE QUESTION'"),
+        ("{{ raise_exception('say who you are') }}", "TemplateError: say who you are"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_asks_nothing_is_refused(tmp_path, template, says):
+    """Each record failed by itself, or a question was asked that was not there."""
+    folder = write_text(tmp_path / "m", "llama")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=says):
+        load_model(folder, CPU)
+
+
+def test_a_text_model_without_its_tokenizer_is_refused_by_the_files_names(tmp_path):
+    folder = write_text(tmp_path / "m", "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"has none of tokenizer\.json, .*download its tok"):
+        load_model(folder, CPU)
+
+
 def test_a_bin_checkpoint_loads_and_a_pickled_payload_does_not(tmp_path, llama):
     folder = write_text(tmp_path / "m", "llama")
     tensors = load_model(folder, CPU).backbone.state_dict()
