@@ -1,8 +1,8 @@
 """One token a row and its log-prob, with one uniform number a row and no sort of the vocabulary.
 
-The CPU form, compiled where no filter is asked for, finds the token by a two-level inverse CDF:
-sums of short blocks first, then the block. Every step works on each row alone, so a row's token
-does not depend on its neighbours.
+The CPU form, compiled where that can be had, finds the token by a two-level inverse CDF: sums of
+short blocks first, then the block. Every step works on each row alone, so a row's token does not
+depend on its neighbours.
 Legend: R rows, V vocabulary, J blocks of a row, W columns of a block.
 """
 
@@ -63,11 +63,8 @@ def sample(
         from stream_kernels.gpu.sample import sample_cuda
 
         return sample_cuda(logits, uniforms, **options)
-    is_filtered = 0 < top_k < logits.shape[1] or top_p < 1
-    if not is_filtered and temperature > 0 and penalized is None and serves(logits):
-        tokens, logps = draw_tokens(logits, uniforms, temperature=temperature, suppress=suppress)
-    else:
-        tokens, logps = _sample_in_slabs(logits, uniforms, **options)
+    takes = draw_tokens if serves(logits, options["penalized"]) else _sample_in_slabs
+    tokens, logps = takes(logits, uniforms, **options)
     raise_on_nan(logps)
     return tokens, logps
 
