@@ -164,9 +164,10 @@ TILES static void some_columns(const Work *work, int64_t stretch, int64_t first,
     for (int64_t tile = 0; tile < row_tiles; tile += 2)
         for (int64_t column = first; column < last; column += COLUMNS) {
             int64_t from = smaller(column, s->columns - COLUMNS);
-            int has_two = tile + 1 < row_tiles, has_next = column + 2 * COLUMNS <= s->columns;
+            int has_two = tile + 1 < row_tiles;
+            int fetches = tile == 0 && column + 2 * COLUMNS <= s->columns;
             multiply(weight + from * s->size, s->size, work->x + tile * bytes, has_two,
-                     has_next && tile == 0, sums);
+                     fetches ? weight + (column + COLUMNS) * s->size : 0, sums);
             absorb(s, sums[0], tile * SIDE, stretch, from, column - from);
             if (has_two) absorb(s, sums[2], (tile + 1) * SIDE, stretch, from, column - from);
         }

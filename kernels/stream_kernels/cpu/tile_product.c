@@ -66,9 +66,17 @@ TARGET static void give(const Product *p, const float *sums, int64_t row, int64_
     }
 }
 
-/* A block of rows by a block of columns; caches hold what both read. */
-TILES static void multiply_blocks(const Work *work, int64_t rows_from, int64_t columns_from) {
+/* The first of a task's columns; `columns`, where there is no such task. */
+static int64_t columns_of(const Work *work, int64_t task) {
+    return smaller(task / work->row_blocks * work->columns_each, work->product->columns);
+}
+
+/* A block of rows by a block of columns; caches hold what both read. The weight from `following` on
+ * is wanted next. */
+TILES static void multiply_blocks(const Work *work, int64_t task, int64_t following) {
     const Product *p = work->product;
+    int64_t rows_from = task % work->row_blocks * work->rows_each;
+    int64_t columns_from = columns_of(work, task);
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     int64_t row_tiles = tiles_of(p->rows), bytes = p->size / STEP * TILE_BYTES;
     int64_t first = rows_from / SIDE, end = smaller(row_tiles, first + work->rows_each / SIDE);
@@ -77,9 +85,10 @@ TILES static void multiply_blocks(const Work *work, int64_t rows_from, int64_t c
         for (int64_t column = columns_from; column < last; column += COLUMNS) {
             /* the last ones may be fewer: some are then computed twice */
             int64_t from = smaller(column, p->columns - COLUMNS);
-            int has_two = tile + 1 < end, has_next = column + 2 * COLUMNS <= p->columns;
+            int64_t next = column + COLUMNS < last ? column + COLUMNS : following;
+            int has_two = tile + 1 < end, fetches = tile == first && next + COLUMNS <= p->columns;
             multiply(p->weight + from * p->size, p->size, work->x + tile * bytes, has_two,
-                     has_next && tile == first, sums);
+                     fetches ? p->weight + next * p->size : 0, sums);
             for (int64_t i = 0; i < (has_two ? 4 : 2); i++)
                 give(p, sums[i], (tile + i / 2) * SIDE, from + i % 2 * SIDE);
         }
@@ -88,9 +97,13 @@ TILES static void multiply_blocks(const Work *work, int64_t rows_from, int64_t c
 TILES static void take_blocks(void *data) {
     Work *work = data;
     Configuration before = take_tiles();
-    for (int64_t task; (task = atomic_fetch_add(&work->next, 1)) < work->num_tasks;)
-        multiply_blocks(work, task % work->row_blocks * work->rows_each,
-                        task / work->row_blocks * work->columns_each);
+    int64_t task = atomic_fetch_add(&work->next, 1);
+    while (task < work->num_tasks) {
+        int64_t next = atomic_fetch_add(&work->next, 1), following = columns_of(work, next);
+        int is_other = following != columns_of(work, task);
+        multiply_blocks(work, task, is_other ? following : work->product->columns);
+        task = next;
+    }
     give_tiles_back(before);
 }
 

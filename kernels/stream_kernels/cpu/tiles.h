@@ -57,10 +57,10 @@ TARGET static inline char *laid_out(const uint16_t *x, int64_t rows, int64_t siz
 }
 
 /* COLUMNS rows of a weight by one or two tiles of x, over all of their elements: sums[0] and [1] are
- * the first and second tile of the weight by the first of x, sums[2] and [3] by the second. With
- * `fetches` the weight's next rows are fetched meanwhile. */
+ * the first and second tile of the weight by the first of x, sums[2] and [3] by the second. `next`,
+ * as many rows, or null, is fetched meanwhile. */
 TILES static inline void multiply(const uint16_t *weight, int64_t size, const char *x, int has_two,
-                                  int fetches, float sums[4][SIDE * SIDE]) {
+                                  const uint16_t *next, float sums[4][SIDE * SIDE]) {
     int64_t steps = size / STEP, stride = size * 2;
     _tile_zero(0);
     _tile_zero(1);
@@ -68,9 +68,9 @@ TILES static inline void multiply(const uint16_t *weight, int64_t size, const ch
     _tile_zero(3);
     for (int64_t step = 0; step < steps; step++, x += TILE_BYTES) {
         const char *from = (const char *)weight + step * STEP * 2;
-        if (fetches)
+        if (next)
             for (int64_t i = 0; i < COLUMNS; i++)
-                _mm_prefetch(from + (COLUMNS + i) * stride, _MM_HINT_T0);
+                _mm_prefetch((const char *)(next + step * STEP) + i * stride, _MM_HINT_T0);
         _tile_loadd(4, from, stride);
         _tile_loadd(5, from + SIDE * stride, stride);
         _tile_loadd(6, x, SIDE * 4);
