@@ -86,7 +86,7 @@ the work directory:
                                        manifest-00001.jsonl, has their samples and checksums
     results/rollouts/000012.msgpack    answers;  results/rewards/000012.msgpack  scores
     rankings/000012.msgpack            what ranking made of these; may be deleted, a merge that
-                                       needs it makes it again
+                                       needs it makes it again; *.milestones, what merges counted
     failures/000012.json               why a shard failed
     quarantine/                        records set aside, with their reasons; a file's name ends in
                                        random digits, and a result or the manifest names it

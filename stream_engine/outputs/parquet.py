@@ -38,7 +38,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows: int
     bytes: int
     origin: str = ""
-    """Hash of what its rows, and those before them in its split, were made from."""
+    """Hash of what all rows up to its last, and to the end of that one's shard, were made from."""
 
 
 class ParquetParts:
@@ -112,6 +112,10 @@ class ParquetParts:
     def _keep(self, batch: pyarrow.RecordBatch, origin: str) -> None:
         if batch.num_rows:
             self.batches.append((batch, origin))
+
+    def origins(self) -> set[str]:
+        """Those that are, or may come to be, of a part's last row."""
+        return {*self.part_origins, *(origin for _, origin in self.batches)}
 
     def close(self) -> list[Part]:
         """Finish the last part and give all parts their names.

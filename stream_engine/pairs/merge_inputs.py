@@ -71,12 +71,11 @@ class MergeInputs:
     def newest(self) -> float:
         return max(self.modified.values(), default=0.0)
 
-    def shards(self) -> Iterator[ShardInfo]:
-        """The shards that take part, in order."""
-        missing = set(self.missing)
-        for info in self.manifest.shards:
-            if info.index not in missing and self.number in (None, self.round_of(info.index)):
-                yield info
+    def shards(self, start: int = 0) -> Iterator[ShardInfo]:
+        """The shards that take part, in order, but for the first `start`."""
+        there = [index for index, _, counts in self.digest if counts is not None]
+        offsets = self.manifest.shards.offsets
+        return self.manifest.shards.at([offsets[index] for index in there[start:]])
 
     def round_of(self, index: int) -> int:
         """The number of a shard's round."""
@@ -184,7 +183,7 @@ def read_inputs(run_dir: RunDir, fingerprints: Mapping[Stage, str]) -> MergeInpu
     inputs = MergeInputs(Manifest.load(run_dir), fingerprints)
     without_tar = set(damaged_tars(run_dir, fingerprints))
     written = {stage: dict(numbered(run_dir.results_dir(stage))) for stage in STAGES}
-    for info in inputs.manifest.shards:
+    for info in inputs.manifest.slim:
         counts = None
         if info.index not in without_tar and all(info.index in written[s] for s in STAGES):
             of_round = inputs.fingerprints.of(info.index)
@@ -233,7 +232,7 @@ def seen_inputs(state: RunState) -> MergeInputs:
 
 def complete_counts(
     run_dir: RunDir,
-    info: ShardInfo,
+    info: Shard,
     fingerprints: Mapping[Stage, str],
     results: dict[int, Checksums],
 ) -> ShardCounts | None:
@@ -266,7 +265,7 @@ def counts_of(num_samples: int, rollouts: ResultHeader, rewards: ResultHeader) -
     )
 
 
-def check_header(run_dir: RunDir, info: ShardInfo, header: ResultHeader, num_inputs: int) -> None:
+def check_header(run_dir: RunDir, info: Shard, header: ResultHeader, num_inputs: int) -> None:
     """Samples in = results + quarantined, and no more samples than there are."""
     outcomes = header.num_results + header.num_quarantined
     if header.num_samples != outcomes or header.num_samples > num_inputs:

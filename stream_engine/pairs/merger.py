@@ -2,10 +2,11 @@
 
 Two passes over the shards in order. The first takes their rankings, which are small numbers a pair
 (rankings.py), and counts: balance, bounds of the margins. The second decides about every pair, has
-the texts and images of those that stay read (rows.py) and writes. Both see the same pairs in the
-same order, since ranking and filters are pure. What a shard takes by itself, other processes do
-(helpers.py); what concerns all of them is done here. Parts of the dataset that stands which would
-be made again as they are, are copied (reuse.py).
+the texts and images of those that stay read (rows.py) and writes (second_pass.py). Both see the
+same pairs in the same order, since ranking and filters are pure. What a shard takes by itself,
+other processes do (helpers.py); what concerns all of them is done here. Parts of the dataset that
+stands which would be made again as they are, are copied (reuse.py), and both passes go on from what
+the last merge had counted, as far as that still holds (milestones.py).
 
 A dataset is written in a scratch folder and published when it is complete (outputs/publication.py),
 so a killed merge leaves the old one. Its stats.json holds a hash of what it was made from: while
@@ -19,20 +20,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import groupby, islice, takewhile
-from operator import itemgetter
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import Any
 
 from stream_engine import __version__
 from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.formats.base import Split
 from stream_engine.outputs.publication import Publication, remove_older_rows
 from stream_engine.pairs.balance import Balances
 from stream_engine.pairs.helpers import Crew, Ranked, RankOrder
@@ -43,12 +38,11 @@ from stream_engine.pairs.merge_report import (
     is_current,
     read_report,
 )
+from stream_engine.pairs.milestones import Counted, chain_of
 from stream_engine.pairs.pair_output import PairOutput
 from stream_engine.pairs.rankings import kept_ranking, ranking_settings
-from stream_engine.pairs.reuse import Origins, find
 from stream_engine.pairs.rounds import configs_of_rounds, told_of_rounds
-from stream_engine.pairs.rows import Chunk, RowsOrder, WrittenPair, written_pairs
-from stream_engine.pairs.statistics import RunStatistics
+from stream_engine.pairs.second_pass import Decisions, beginning, take_examples, write_pairs
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
@@ -153,15 +147,17 @@ def write_formats(
                     stack.enter_context(store.scratch_folder(folders[name])),
                     config,
                     made_by=fingerprint(inputs.settings(config, name)),
+                    milestones=run_dir.milestones(name, inputs.number),
                 )
                 for name in stale
             ]
-            common = build(run_dir, config, pipeline, inputs, outputs)
+            common, counted = build(run_dir, config, pipeline, inputs, outputs)
             common["rounds"] = told_of_rounds(configs, inputs)
             for output in outputs:
                 output.finish(config, {**common, "fingerprint": made_from[output.name]})
             for output in outputs:
                 output.publish()
+                output.keep_milestones(counted)
     return read_report(folders, is_new=bool(stale))
 
 
@@ -171,33 +167,38 @@ def build(
     pipeline: Pipeline,
     inputs: MergeInputs,
     outputs: list[PairOutput],
-) -> dict[str, Any]:
-    """Both passes; returns what the statistics of all formats have in common."""
-    ranking = config.part(RankingConfig)
-    balances = Balances(pipeline.length_balance, ranking, inputs.round_of)
-    statistics = RunStatistics()
+) -> tuple[dict[str, Any], Counted]:
+    """Both passes; returns what the statistics of all formats have in common, and the first."""
+    balances = Balances(pipeline.length_balance, config.part(RankingConfig), inputs.round_of)
+    chain = chain_of(inputs, ranking_settings(pipeline))
+    kept = functools.partial(kept_rankings, run_dir, pipeline, inputs)
     formats = [output.name for output in outputs]
     scored = inputs.samples["scored"]
     settings = config.part(OutputConfig)
     with Crew(run_dir, pipeline, settings, formats, num_samples=scored) as crew:
-        for info, ranked in rankings(kept_rankings(run_dir, pipeline, inputs), crew):
-            statistics.add_shard(ranked)
-            for pair in ranked.pairs:
-                balances.of(info.index).count(pair)
-        if not config.debug:  # its lines are made with the rows
-            keep_parts(config, kept_rankings(run_dir, pipeline, inputs), balances, outputs)
-        bounds = statistics.least_margin, statistics.greatest_margin
+        counted = count_all(kept, chain, balances, outputs, crew)
+        statistics = counted.statistics
         for output in outputs:
-            output.statistics.set_margin_bounds(*bounds)
+            output.statistics.set_margin_bounds(statistics.least_margin, statistics.greatest_margin)
+            if not config.debug:  # its lines are made with the rows
+                output.keep_parts(chain, balances)
+        decide = functools.partial(
+            Decisions, chain, balances, outputs, test_fraction=config.test_fraction
+        )
+        if milestone := beginning(outputs):
+            take_examples(decide(), rankings_again(kept(), crew), outputs, crew)
+            for output in outputs:
+                output.begin(milestone)
         folder = run_dir.debug_dir if inputs.number is None else None
         with DebugFiles(folder if config.debug else None) as debug:
-            shards = rankings_again(kept_rankings(run_dir, pipeline, inputs), crew)
-            dropped = write_pairs(config, shards, balances, outputs, debug, crew)
+            decisions = decide(after=milestone)
+            shards = rankings_again(kept(decisions.num_shards), crew)
+            write_pairs(decisions, shards, outputs, debug, crew)
     if statistics.num_samples != scored:
         raise ConservationError(
             f"{statistics.num_samples} samples were read, the results' headers say {scored}"
         )
-    return {
+    common = {
         "version": __version__,
         "pipeline": pipeline.name,
         "samples": {
@@ -205,18 +206,43 @@ def build(
             "with_candidates": statistics.num_samples_with_candidates,
         },
         "missing_shards": inputs.missing,
-        "pairs": {"candidates": statistics.num_candidates, "dropped": dropped},
+        "pairs": {"candidates": statistics.num_candidates, "dropped": decisions.dropped},
         **statistics.to_dict(pipeline.judge_rates),
         "resolved_sampling": resolved_sampling(run_dir, inputs.number),
     }
+    return common, counted
+
+
+def count_all(
+    kept: Callable[[int], Iterator[tuple[ShardInfo, Ranked | RankOrder]]],
+    chain: Sequence[str],
+    balances: Balances,
+    outputs: list[PairOutput],
+    crew: Crew,
+) -> Counted:
+    """First pass, from where one of the old datasets had come; `balances` count."""
+    olds = [old for output in outputs if (old := output.old.counted) and old.holds(chain)]
+    old = max(olds, key=lambda one: one.num_shards, default=Counted())
+    statistics = old.statistics
+    balances.begin_with(old.balances)
+    for info, ranked in rankings(kept(old.num_shards), crew):
+        statistics.add_shard(ranked)
+        balances.of(info.index).count_all(ranked.pairs)
+    return Counted(
+        num_shards=len(chain) - 1,
+        link=chain[-1],
+        statistics=statistics,
+        balances=balances.counts,
+    )
 
 
 def kept_rankings(
-    run_dir: RunDir, pipeline: Pipeline, inputs: MergeInputs
+    run_dir: RunDir, pipeline: Pipeline, inputs: MergeInputs, start: int = 0
 ) -> Iterator[tuple[ShardInfo, Ranked | RankOrder]]:
-    """The ranking that is kept of each shard, in order; else the order to make it."""
+    """The ranking that is kept of each shard but the first `start`, in order; else the order to
+    make it."""
     settings = ranking_settings(pipeline)
-    for info in inputs.shards():
+    for info in inputs.shards(start):
         results = inputs.results[info.index]
         kept = kept_ranking(run_dir, info.index, settings=settings, results=results)
         order = RankOrder(info=info, results=results, settings=settings)
@@ -239,97 +265,3 @@ def rankings_again(
     not be kept, this process makes it again."""
     for info, order in orders:
         yield info, order.ranking if isinstance(order, Ranked) else crew.rank(order)
-
-
-def orders_of(
-    shards: Iterable[tuple[ShardInfo, RankedShard]], balances: Balances
-) -> Iterator[tuple[RankedShard, RowsOrder]]:
-    """The decision about every pair, a shard at a time."""
-    for info, ranked in shards:
-        balance = balances.of(info.index)
-        order = RowsOrder(
-            info=info,
-            results=ranked.results,
-            pairs=ranked.pairs,
-            reasons=[balance.reason_to_drop(pair) for pair in ranked.pairs],
-            round=balances.round_of(info.index),
-        )
-        yield ranked, order
-
-
-def keep_parts(
-    config: RunConfig,
-    kept: Iterator[tuple[ShardInfo, Ranked | RankOrder]],
-    balances: Balances,
-    outputs: list[PairOutput],
-) -> None:
-    """Decide about pairs as the second pass will, as long as parts of the old datasets can stay."""
-    there = takewhile(lambda one: isinstance(one[1], Ranked), kept)
-    shards = ((info, one.ranking) for info, one in there if isinstance(one, Ranked))
-    orders = (order for _, order in orders_of(shards, balances.copy()))
-    find([output.reuse for output in outputs], orders, config.test_fraction)
-    for output in outputs:
-        output.keep_parts()
-
-
-class ShardRows(NamedTuple):
-    """A shard, its pairs that are written, and the origin of its rows in each split."""
-
-    number: int
-    written: list[WrittenPair]
-    origins: dict[Split, str]
-
-
-def write_pairs(
-    config: RunConfig,
-    shards: Iterator[tuple[ShardInfo, RankedShard]],
-    balances: Balances,
-    outputs: list[PairOutput],
-    debug: DebugFiles,
-    crew: Crew,
-) -> Counter[str]:
-    """Second pass: write what is kept; returns the reasons of what no format gets."""
-    all_dropped: Counter[str] = Counter()
-
-    def orders() -> Iterator[tuple[ShardRows, RowsOrder | Chunk]]:
-        origins = Origins()
-        for ranked, order in orders_of(shards, balances):
-            all_dropped.update(ranked.dropped)
-            all_dropped.update([reason for reason in order.reasons if reason is not None])
-            if not ranked.counts.num_samples:
-                continue
-            written = list(written_pairs(order, config.test_fraction))
-            origins.add(order, written)
-            label = ShardRows(order.info.index, written, dict(origins.of))
-            if any(output.example is None for output in outputs):
-                yield label, msgspec.structs.replace(order, wants_example=True)
-                continue
-            there = [
-                split
-                for split, num_rows in origins.rows.items()
-                if all(output.is_there(split, num_rows) for output in outputs)
-            ]
-            if written and all(pair.split in there for pair in written):
-                yield label, rows_there(len(written), there, outputs)
-            else:
-                yield label, msgspec.structs.replace(order, there=there)
-
-    for shard, chunks in groupby(crew.answers(orders()), key=itemgetter(0)):
-        left = iter(shard.written)
-        for _, chunk in chunks:
-            assert isinstance(chunk, Chunk)
-            pairs = list(islice(left, chunk.num_pairs))
-            if len(pairs) < chunk.num_pairs:
-                raise ConservationError(f"shard {shard.number}: a pair was written twice")
-            for output in outputs:
-                output.take(chunk, pairs, shard.origins)
-            debug.write(chunk.debug)
-        if next(left, None) is not None:
-            raise ConservationError(f"shard {shard.number}: a pair was not written")
-    return all_dropped
-
-
-def rows_there(num_pairs: int, there: list[Split], outputs: list[PairOutput]) -> Chunk:
-    """What stands for a shard none of whose rows are made."""
-    refusals: dict[str, list[str | None]] = {output.name: [None] * num_pairs for output in outputs}
-    return Chunk(num_pairs=num_pairs, there=there, refusals=refusals)

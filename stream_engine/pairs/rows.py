@@ -7,6 +7,7 @@ takes no more memory than another.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -65,9 +66,11 @@ class WrittenPair(NamedTuple):
 
 def written_pairs(order: RowsOrder, test_fraction: float) -> Iterator[WrittenPair]:
     """The pairs of an order that are to be written."""
-    for pair in order.written():
-        key = order.info.keys[pair.sample]
-        yield WrittenPair(pair, key, split_of(key, test_fraction), order.round)
+    for place, pairs in groupby(order.written(), operator.attrgetter("sample")):
+        key = order.info.keys[place]
+        split = split_of(key, test_fraction)
+        for pair in pairs:
+            yield WrittenPair(pair, key, split, order.round)
 
 
 class Chunk(msgspec.Struct, kw_only=True, tag="chunk"):

@@ -1,14 +1,19 @@
 """What stats.json says about a dataset: counts, margins, lengths, the judge.
 
 Collected in the merger's two passes, in memory that does not grow with the number of pairs:
-counters, and histograms over word counts and over fixed bins of the margin.
+counters, and histograms over word counts and over fixed bins of the margin. All can be written down
+and gone on with: the same numbers in the same order come to the same, whoever takes a break.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
 
 from stream_engine.pairs.balance import Lengths
 from stream_engine.records import SampleRewards, SampleRollouts
@@ -16,20 +21,31 @@ from stream_engine.run_dir.rankings import AnswerCounts, RankedPair, RankedShard
 
 NUM_MARGIN_BINS = 40
 
+K = TypeVar("K", bound=Hashable)
 
-class LengthWins:
+
+def add_up(total: dict[K, int], more: Iterable[K] | Mapping[K, int]) -> None:
+    """Count values, or add counts of them."""
+    for value, n in Counter(more).items():
+        total[value] = total.get(value, 0) + n
+
+
+class LengthWins(msgspec.Struct):
     """How often the chosen answer is the longer one: judges favour length."""
 
-    def __init__(self) -> None:
-        self.longer = 0
-        self.shorter = 0
-        self.equal = 0
+    longer: int = 0
+    shorter: int = 0
+    equal: int = 0
 
     def add(self, candidate: Lengths) -> None:
-        difference = candidate.chosen_words - candidate.rejected_words
-        self.longer += difference > 0
-        self.shorter += difference < 0
-        self.equal += difference == 0
+        self.add_all([candidate])
+
+    def add_all(self, candidates: Iterable[Lengths]) -> None:
+        differences = [one.chosen_words - one.rejected_words for one in candidates]
+        longer, equal = sum([one > 0 for one in differences]), differences.count(0)
+        self.longer += longer
+        self.shorter += len(differences) - longer - equal
+        self.equal += equal
 
     def to_dict(self) -> dict[str, Any]:
         """`rate` is longer / (longer + shorter); 0.5 shows no bias."""
@@ -42,25 +58,24 @@ class LengthWins:
         }
 
 
-class RunStatistics:
+class RunStatistics(msgspec.Struct):
     """First pass: every answer of every scored sample, and the pairs before the balance."""
 
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.num_samples_with_candidates = 0
-        self.num_candidates = 0
-        self.num_answers = 0
-        self.num_tokens = 0
-        self.num_scored = 0
-        self.finish_reasons: Counter[str] = Counter()
-        self.unscored: Counter[str] = Counter()
-        self.num_brought = 0
-        self.models: Counter[str] = Counter()
-        self.given_pairs: Counter[str] = Counter()
-        self.judge: defaultdict[str, float] = defaultdict(float)
-        self.length_wins = LengthWins()
-        self.least_margin = float("inf")
-        self.greatest_margin = float("-inf")
+    num_samples: int = 0
+    num_samples_with_candidates: int = 0
+    num_candidates: int = 0
+    num_answers: int = 0
+    num_tokens: int = 0
+    num_scored: int = 0
+    num_brought: int = 0
+    finish_reasons: dict[str, int] = {}
+    unscored: dict[str, int] = {}
+    models: dict[str, int] = {}
+    given_pairs: dict[str, int] = {}
+    judge: dict[str, float] = {}
+    length_wins: LengthWins = msgspec.field(default_factory=LengthWins)
+    least_margin: float = float("inf")
+    greatest_margin: float = float("-inf")
 
     def add_sample(self, rollouts: SampleRollouts, rewards: SampleRewards) -> None:
         """Count the answers and verdicts of one sample."""
@@ -73,21 +88,19 @@ class RunStatistics:
         self.num_tokens += counts.num_tokens
         self.num_scored += counts.num_scored
         self.num_brought += counts.num_brought
-        self.finish_reasons.update(counts.finish_reasons)
-        self.models.update(counts.models)
-        self.given_pairs.update(counts.given_pairs)
-        self.unscored.update(counts.unscored)
+        add_up(self.finish_reasons, counts.finish_reasons)
+        add_up(self.models, counts.models)
+        add_up(self.given_pairs, counts.given_pairs)
+        add_up(self.unscored, counts.unscored)
         for name, values in counts.judge.items():
-            for value in values:  # one by one: their sum depends on the order
-                self.judge[name] += value
+            self.judge[name] = added(values, self.judge.get(name, 0.0))
 
     def add_shard(self, ranked: RankedShard) -> None:
         """Count a shard: its answers, and the pairs that ranking made of them."""
         self.add_counts(ranked.counts)
         self.num_samples_with_candidates += ranked.num_samples_with_candidates
         self.num_candidates += ranked.num_candidates
-        for pair in ranked.pairs:
-            self.length_wins.add(pair)
+        self.length_wins.add_all(ranked.pairs)
         margins = [pair.margin for pair in ranked.pairs]
         self.least_margin = min([self.least_margin, *margins])
         self.greatest_margin = max([self.greatest_margin, *margins])
@@ -109,7 +122,9 @@ class RunStatistics:
                 "ids_from_text": self.num_brought,
                 "models": dict(sorted(self.models.items())),
             },
-            "given_pairs": {name: self.given_pairs[name] for name in VERDICTS if self.given_pairs},
+            "given_pairs": {
+                name: self.given_pairs.get(name, 0) for name in VERDICTS if self.given_pairs
+            },
             "judge": {
                 "counts": {name: rounded(n) for name, n in sorted(self.judge.items())},
                 "rates": rates,
@@ -165,69 +180,27 @@ def verdicts_on_given(rollouts: SampleRollouts, rewards: SampleRewards) -> Itera
                 yield "tied" if better == worse else "agreed" if better > worse else "reversed"
 
 
-class PairStatistics:
-    """Second pass: the pairs that one format holds."""
-
-    def __init__(self) -> None:
-        self.num_pairs = 0
-        self.num_samples = 0
-        self.last_key = ""
-        self.dropped: Counter[str] = Counter()
-        self.margins = Histogram(0.0, 0.0)
-        self.chosen_words: Counter[int] = Counter()
-        self.rejected_words: Counter[int] = Counter()
-        self.length_wins = LengthWins()
-        self.finish_reasons: Counter[str] = Counter()
-
-    def set_margin_bounds(self, least: float, greatest: float) -> None:
-        """What the first pass found, before any pair is added."""
-        self.margins = Histogram(least, greatest)
-
-    def add_pair(self, pair: RankedPair, key: str) -> None:
-        """Count a pair of the sample of that key; those of a sample come one after the other."""
-        self.num_pairs += 1
-        self.num_samples += key != self.last_key
-        self.last_key = key
-        self.margins.add(pair.margin)
-        self.chosen_words[pair.chosen_words] += 1
-        self.rejected_words[pair.rejected_words] += 1
-        self.length_wins.add(pair)
-        self.finish_reasons[f"chosen_{pair.chosen_finish}"] += 1
-        self.finish_reasons[f"rejected_{pair.rejected_finish}"] += 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """The parts of stats.json about the pairs of this dataset."""
-        chosen, rejected = words_summary(self.chosen_words), words_summary(self.rejected_words)
-        return {
-            "margin": self.margins.to_dict(),
-            "words": {
-                "chosen": chosen,
-                "rejected": rejected,
-                "mean_difference": rounded(chosen["mean"] - rejected["mean"]),
-            },
-            "length_wins": self.length_wins.to_dict(),
-            "pair_finish_reasons": dict(sorted(self.finish_reasons.items())),
-        }
-
-
-class Histogram:
+class Histogram(msgspec.Struct):
     """Counts over equal bins between two known bounds."""
 
-    def __init__(self, least: float, greatest: float) -> None:
-        self.least = least
-        self.greatest = greatest
-        self.counts = [0] * NUM_MARGIN_BINS
-        self.total = 0.0
-        self.low = float("inf")
-        self.high = float("-inf")
+    least: float
+    greatest: float
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * NUM_MARGIN_BINS)
+    total: float = 0.0
+    low: float = float("inf")
+    high: float = float("-inf")
 
     def add(self, value: float) -> None:
-        span = self.greatest - self.least
-        place = int((value - self.least) / span * len(self.counts)) if span > 0 else 0
-        self.counts[min(place, len(self.counts) - 1)] += 1
-        self.total += value
-        self.low = min(self.low, value)
-        self.high = max(self.high, value)
+        self.add_all([value])
+
+    def add_all(self, values: Sequence[float]) -> None:
+        num_bins, least, span = len(self.counts), self.least, self.greatest - self.least
+        places = [int((value - least) / span * num_bins) if span > 0 else 0 for value in values]
+        for place, n in Counter(places).items():
+            self.counts[min(place, num_bins - 1)] += n
+        self.total = added(values, self.total)
+        self.low = min([self.low, *values])
+        self.high = max([self.high, *values])
 
     def to_dict(self) -> dict[str, Any]:
         num = sum(self.counts)
@@ -248,7 +221,53 @@ class Histogram:
         }
 
 
-def words_summary(counts: Counter[int]) -> dict[str, Any]:
+class PairStatistics(msgspec.Struct):
+    """Second pass: the pairs that one format holds."""
+
+    margins: Histogram = msgspec.field(default_factory=lambda: Histogram(0.0, 0.0))
+    num_pairs: int = 0
+    num_samples: int = 0
+    last_key: str = ""
+    chosen_words: dict[int, int] = {}
+    rejected_words: dict[int, int] = {}
+    length_wins: LengthWins = msgspec.field(default_factory=LengthWins)
+    finish_reasons: dict[str, int] = {}
+
+    def set_margin_bounds(self, least: float, greatest: float) -> None:
+        """What the first pass found, before any pair is added."""
+        self.margins = Histogram(least, greatest)
+
+    def add_pairs(self, pairs: Sequence[RankedPair], keys: Sequence[str]) -> None:
+        """Count pairs of the samples of these keys; those of a sample come one after the other."""
+        if not pairs:
+            return
+        self.num_pairs += len(pairs)
+        self.num_samples += sum(map(operator.ne, keys, [self.last_key, *keys[:-1]]))
+        self.last_key = keys[-1]
+        self.margins.add_all([pair.margin for pair in pairs])
+        add_up(self.chosen_words, [pair.chosen_words for pair in pairs])
+        add_up(self.rejected_words, [pair.rejected_words for pair in pairs])
+        self.length_wins.add_all(pairs)
+        for side in ("chosen", "rejected"):
+            ends = Counter([getattr(pair, f"{side}_finish") for pair in pairs])
+            add_up(self.finish_reasons, {f"{side}_{end}": n for end, n in ends.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts of stats.json about the pairs of this dataset."""
+        chosen, rejected = words_summary(self.chosen_words), words_summary(self.rejected_words)
+        return {
+            "margin": self.margins.to_dict(),
+            "words": {
+                "chosen": chosen,
+                "rejected": rejected,
+                "mean_difference": rounded(chosen["mean"] - rejected["mean"]),
+            },
+            "length_wins": self.length_wins.to_dict(),
+            "pair_finish_reasons": dict(sorted(self.finish_reasons.items())),
+        }
+
+
+def words_summary(counts: Mapping[int, int]) -> dict[str, Any]:
     """Mean, quantiles and maximum of a histogram over word counts."""
     num = sum(counts.values())
     if num == 0:
@@ -261,7 +280,7 @@ def words_summary(counts: Counter[int]) -> dict[str, Any]:
     }
 
 
-def quantile(counts: Counter[int], share: float) -> int:
+def quantile(counts: Mapping[int, int], share: float) -> int:
     """The least value that at least `share` of the counted ones do not exceed."""
     needed = share * sum(counts.values())
     seen = 0
@@ -270,6 +289,11 @@ def quantile(counts: Counter[int], share: float) -> int:
         if seen >= needed:
             return value
     return max(counts)
+
+
+def added(values: Iterable[float], total: float) -> float:
+    """The sum, one by one: that of floats depends on the order, and on what `sum` makes of it."""
+    return functools.reduce(operator.add, values, total)
 
 
 def rounded(value: float) -> float:

@@ -10,6 +10,7 @@ The run directory is a folder, or a place in object storage.
     results/<stage>/000012.msgpack
     results/<stage>.headers        what the headers of these say; may be deleted
     rankings/000012.msgpack        what ranking made of a shard; may be deleted
+    rankings/trl.milestones        what a merge had counted up to some shards; may be deleted
     damaged/<stage>-000012.msgpack results whose bytes were found changed, kept to be looked at
     failures/000012.json           why a shard failed
     quarantine/*.jsonl             records set aside, with their reasons; a name ends in random
@@ -80,6 +81,11 @@ class RunDir:
 
     def ranking(self, index: int) -> Location:
         return self.rankings_dir / f"{index:06d}.msgpack"
+
+    def milestones(self, format: str, number: int | None = None) -> Location:
+        """What the last merge, of all rounds or one, had counted up to some shards."""
+        name = format if number is None else f"{format}-{number}"
+        return self.rankings_dir / f"{name}.milestones"
 
     def damaged(self, stage: str, index: int) -> Location:
         """Where a result goes whose bytes are not those that were written."""

@@ -279,7 +279,7 @@ def test_helpers_make_the_same_dataset(run_dir: RunDir, monkeypatch: pytest.Monk
     for path in run_dir.rankings_dir.iterdir():
         path.unlink()
     assert merge_with_helpers(run_dir, monkeypatch, max_part_bytes=20_000) == alone
-    assert len(list(run_dir.rankings_dir.iterdir())) == 3
+    assert len(list(run_dir.rankings_dir.glob("*.msgpack"))) == 3
 
 
 @pytest.mark.parametrize("stage", ["rollouts", "rewards"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -199,7 +199,7 @@ class ParquetFiles(DatasetFiles):
     def __init__(self, folder: Path, *, max_part_bytes: int) -> None:
         super().__init__(folder, max_part_bytes=max_part_bytes)
         self.schema = arrow_schema(self.features)
-        self.origins: Mapping[Split, str] = {}
+        self.origin = ""
         """Of the rows that are taken next."""
         self.parts: dict[Split, ParquetParts] = {}
         self.parts_of("train")
@@ -213,6 +213,10 @@ class ParquetFiles(DatasetFiles):
                 folder, self.schema, max_part_bytes=self.max_part_bytes, split=split
             )
         return self.parts[split]
+
+    def origins(self) -> set[str]:
+        """Those of the last rows of parts, as far as can be told before all are written."""
+        return {origin for parts in self.parts.values() for origin in parts.origins()}
 
     def close(self) -> list[Part]:
         found = []
@@ -246,7 +250,7 @@ class ParquetExport(ParquetFiles, Export):
 
     def take(self, content: bytes) -> None:
         for split, rows in msgspec.msgpack.decode(content, type=dict[Split, PackedRows]).items():
-            self.parts_of(split).take(rows, self.origins.get(split, ""))
+            self.parts_of(split).take(rows, self.origin)
 
 
 class Ranking(ParquetFiles):
