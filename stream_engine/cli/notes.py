@@ -8,11 +8,12 @@ what is read:
                                         or id
   jsonl, ndjson, json lists, csv, tsv   the same, or conversations (LLaVA), messages, prompt (TRL);
                                         also .gz .bz2 .xz .zst
-  WebDataset tars                       key.json or key.txt, and the pictures beside it; also
-                                        compressed or concatenated
-  A source is a file, a folder (linked ones are followed), a glob in quotes, an fsspec URL (s3://
-  needs the package s3fs, gs:// gcsfs), or a dataset of the Hugging Face hub, taken from its cache
-  where there is no network.
+  WebDataset tars                       key.json or key.txt, and the pictures beside it, in the
+                                        order in which the json names them, else that of their
+                                        names; also compressed or concatenated
+  A source is a file, a folder (linked ones are followed), a glob or braces (train-{000..012}.tar)
+  in quotes, an fsspec URL (s3:// needs the package s3fs, gs:// gcsfs), or a dataset of the Hugging
+  Face hub, taken from its cache where there is no network.
   A picture is bytes, base64, a data URL, a path (from --image_root, else from the file that it
   stands in), a file:// URL, or a dict with one of these.
   Ids are unique within an input; two inputs may use the same. Without any they are made from the
@@ -20,7 +21,9 @@ what is read:
   reading; removed rows stay in the run and are counted.
   A question has as many <image> marks as pictures, or none: the pictures then come first. Marks
   inside the text are the pictures' places, for the model and in the exported rows; LLaVA-1.5,
-  which sees pictures first, is asked without them, and so says the row.
+  which sees pictures first, is asked without them, and so says the row. Marks of other tools
+  (<ImageHere>, <|image_pad|>) are text, and counted. Of a conversation the first question is asked;
+  with a system prompt, earlier turns or a video it would not be the same, and is rejected.
   Stored is the picture that everybody sees: transparency goes on white, 16 bits become 8, CMYK
   becomes RGB, a moving picture its first frame, EXIF rotation is done; all others keep their
   bytes. A JPEG whose data are broken in the middle is rejected.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import warnings
 from typing import Any
 
 from stream_engine.errors import RecordError
@@ -36,8 +37,10 @@ def from_text(value: Any, brackets: str) -> Any:
     if len(value) > MAX_WRITTEN:
         return value
     try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes that mean nothing
+            return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return value
 
 

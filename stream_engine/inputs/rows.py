@@ -7,7 +7,7 @@ A row is a dict with the columns of any of the formats (others by --columns, see
                                  or prompt
     image | images               a picture in any of the forms of picture_values.py, or a list
     image_path                   read where the row has no image; then metainfos' image_path, then
-                                 image_paths
+                                 image_paths, then file_name
     ds_name origin_dataset origin_split image_path metainfos        carried through, as text
     ds_question_id               kept in metainfos
     answers; chosen, rejected    answers to be scored in place of sampled ones; see answers.py
@@ -16,6 +16,7 @@ A row is a dict with the columns of any of the formats (others by --columns, see
 from __future__ import annotations
 
 import json
+import mimetypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,10 +50,10 @@ COLUMNS = frozenset(
         *ANSWER_COLUMNS,
     )
 )
-LOOKED_AT = COLUMNS | {*CONTEXT_COLUMNS, *MEDIA_COLUMNS, "image_paths"}
+LOOKED_AT = COLUMNS | {*CONTEXT_COLUMNS, *MEDIA_COLUMNS, "image_paths", "file_name"}
 """With those whose rows are refused where they hold something that is needed."""
 KNOWN_COLUMNS = COLUMNS | {
-    *("key", "image_paths", "logps"),
+    *("key", "image_paths", "file_name", "logps"),
     *("chosen_score", "rejected_score", "margin", "round"),
 }
 """With what the shards and the datasets of a run say besides, which is made anew."""
@@ -128,6 +129,7 @@ def images_of(
     if not values:
         values, others = others, []
     values = values or pictures_in(default_path) or pictures_in(row.get("image_paths"))
+    values = values or pictures_in(picture_file(row))
     contents = [image_content(value, folder, config) for value in values]
     others = [other for other in others if other not in values]  # which are read already
     if others and not set(contents_there(others, folder, config)) <= {d for d, _ in contents}:
@@ -140,6 +142,13 @@ def images_of(
         notes += picture.changes
         images.append(EncodedImage(picture.data, path))
     return tuple(images)
+
+
+def picture_file(row: Row) -> str | None:
+    """What names a picture in the metadata.jsonl of a folder of pictures, as `datasets` reads it."""
+    name = row.get("file_name")
+    kind = mimetypes.guess_type(name)[0] if isinstance(name, str) else None
+    return name if kind is not None and kind.startswith("image/") else None
 
 
 def refuse_media(row: Row, question: str, num_images: int) -> None:

@@ -137,6 +137,12 @@ def test_a_prompt_in_brackets_is_text(tmp_path: Path):
     assert [s.question for s in read(write_jsonl(tmp_path / "q.jsonl", rows))] == prompts
 
 
+def test_a_file_that_is_no_picture_is_none(tmp_path: Path):
+    row = {"question": "Why?", "file_name": "notes.txt"}
+    (sample,) = read(write_jsonl(tmp_path / "q.jsonl", [row]), text_only="allow")
+    assert sample.images == ()
+
+
 def test_the_speakers_of_a_conversation_without_a_user_are_told(tmp_path: Path):
     row = {"image": BASE64, "messages": chat(("customer", "Why?"), ("agent", "So."))}
     (failure,) = read(write_jsonl(tmp_path / "q.jsonl", [row]))
@@ -152,6 +158,7 @@ def test_the_speakers_of_a_conversation_without_a_user_are_told(tmp_path: Path):
         ({"question": "Why?", "video": "v.mp4", "image": BASE64}, "sample"),
         ({"question": "Why?", "videos": [], "image_paths": ["b.png"]}, "sample"),
         ({"question": "Why?", "image_paths": ["gone.png"]}, "missing_image_file"),
+        ({"question": "Why?", "file_name": "b.png"}, "sample"),
     ],
 )
 def test_a_question_is_not_asked_without_what_it_is_about(

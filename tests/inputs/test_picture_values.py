@@ -100,6 +100,12 @@ def test_a_sequence_of_dicts_is_a_list_of_pictures(folder: Path):
     assert [image.data for image in sample.images] == [DATA, DATA]
 
 
+@pytest.mark.parametrize("text", ["[a, b]", "{[]: 1}", r"['\d']", "[" * 9000 + "]" * 9000, "{1}"])
+def test_brackets_that_hold_no_list_are_a_path(folder: Path, text: str):
+    (failure,) = read(write_jsonl(folder / "q.jsonl", [{"question": "?", "image": text}]))
+    assert failure.reason in ("missing_image_file", "nested_too_deep", "unknown_image_form")
+
+
 def test_a_blank_text_is_no_picture(folder: Path):
     path = write_jsonl(folder / "q.jsonl", [{"question": "?", "image": " "}])
     assert read(path, text_only="reject")[0].reason == "no_image"
