@@ -145,7 +145,7 @@ def images_of(
 
 
 def picture_file(row: Row) -> str | None:
-    """What names a picture in the metadata.jsonl of a folder of pictures, as `datasets` reads it."""
+    """The picture that metadata.jsonl names, in a folder of pictures as `datasets` reads it."""
     name = row.get("file_name")
     kind = mimetypes.guess_type(name)[0] if isinstance(name, str) else None
     return name if kind is not None and kind.startswith("image/") else None
