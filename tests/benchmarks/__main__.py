@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Arguments, whole.Keep], Results]] = {
         a.without,
         keep,
         a.vllm_python if "vllm" in a.others else None,
+        a.vllm_compiled,
         dtype=a.dtype and getattr(torch, a.dtype),
     ),
     "families": lambda a, keep: families.families(a.rounds, keep),
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of end_to_end")
     parser.add_argument("--with", dest="others", nargs="+", default=[], choices=["vllm"])
     parser.add_argument("--vllm_python", type=Path, help="see tests/benchmarks/with_vllm.py")
+    parser.add_argument("--vllm_compiled", action="store_true", help="not in eager mode")
     parser.add_argument("--without", nargs="+", default=[], choices=[*BASELINES, "engine_single"])
     parser.add_argument("--out", type=Path, help="also write the JSON here, anew each round")
     arguments, rest = parser.parse_known_args()

