@@ -74,9 +74,9 @@ class Reuse:
         """Copy what was found to where the format writes; returns the rows of each split."""
         taken: dict[Split, int] = {}
         for split, parts in self.found.items():
-            assert isinstance(export, ParquetFiles)
             if not parts:
                 continue
+            assert isinstance(export, ParquetFiles)
             target = export.parts_of(split)
             whole: list[Part] = []
             for number, part in enumerate(parts):
