@@ -144,7 +144,8 @@ class RankingConfig:
     distance: int = 25
     """A pair's answers differ by fewer words than this."""
     strict_follow_rank: bool = False
-    """Pair the i-th best with the i-th worst only."""
+    """Pair the i-th best with the i-th worst only. Each answer is then in one pair: a critic's
+    pairs train better so."""
     max_pairs_per_sample: int = 3
     """At most this many pairs of one question, largest margin first."""
     min_margin: float = 0.0

@@ -208,14 +208,14 @@ def wrong_facts(model: TinyLlava, settings: LoopSettings) -> float:
 
 
 def sampled_answers(
-    model: TinyLlava, settings: LoopSettings
+    model: TinyLlava, settings: LoopSettings, *, first: int = 0
 ) -> Iterator[tuple[Picture, list[str]]]:
-    """The held-out pictures, each with what the model says of it; those with prompts of equal
-    length at once."""
+    """The held-out pictures from number `first` on, each with what the model says of it; those with
+    prompts of equal length at once."""
     model.eval()
     generator = torch.Generator().manual_seed(settings.seed)
     by_length: dict[int, list[tuple[Picture, list[int]]]] = {}
-    for number in range(settings.pictures):
+    for number in range(first, first + settings.pictures):
         picture = make_picture(HELD_OUT_SEED, number)
         ids, length = model.suffix(picture.question)
         by_length.setdefault(length, []).append((picture, ids))

@@ -58,7 +58,7 @@ class DivideAndConquerOptions(
     fact_pairs: Literal["drawn", "ranked"] = "drawn"
     """drawn: two of the pairs that are a denied fact apart, by lot; ranked: as llava_critic pairs,
     any of the best --rank with any of the worst, the widest margins first, or those of equal place
-    with --strict_follow_rank. Models trained on these say less that is wrong."""
+    with --strict_follow_rank."""
 
 
 @dataclass

@@ -3,15 +3,18 @@
     python -m tests.benchmarks losses --out tests/benchmarks/results/losses.json [--minutes 4]
 
 The pairs of all three pipelines in the drawn world train its instruct model, 150 steps of 16 pairs;
-then its answers to 100 pictures that no run has seen are counted, 5 answers to each. A row is kept
-as soon as it is measured, and not measured again: stop at any time, and run it again, or several at
-once. `--minutes` begins no training after them; `--runs` holds the three runs, made where missing.
+then its answers to 100 pictures that no run has seen are counted, 5 answers to each (`wrong`, with
+its standard error), and those to 300 more (`wrong_more`). A row is kept as soon as it is measured,
+and not measured again: stop at any time, and run it again, or several at once. `--minutes` begins
+no training after them; `--runs` holds the three runs, made where missing; one that was made with
+other settings than today's is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -48,6 +51,9 @@ RUNS = {
 """By name, the pipeline of a run, and the flags by which the pairs of its answers are chosen."""
 RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
+FRESH_SEEDS = (3, 4, 5)
+"""By which nothing was chosen: what was, is measured again."""
+MORE_PICTURES = 300
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -60,6 +66,7 @@ class Way(msgspec.Struct, frozen=True):
     label_smoothing: float = 0.0
     stop_drop: float | None = None
     selection: str = "all"
+    steps: int = 150
 
 
 WAYS = {
@@ -98,8 +105,10 @@ MORE_WAYS = {
     "ipo + sft": Way("ipo", sft=1.0),
 }
 """What is left, last."""
+UNTRAINED = {"untrained": Way(steps=0)}
 ADVISED = ("sigmoid", "sigmoid + sft", "beta 0.5", "beta 0.5 + sft")
 """Ways that are measured with three seeds and both rates on the pairs of all pipelines."""
+ADVICE = "beta 0.5 + sft"
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -118,23 +127,31 @@ class Row(msgspec.Struct, frozen=True):
 def plan() -> list[Row]:
     """All rows, in the order in which they are measured."""
 
-    def rows(runs: Sequence[str], ways: Iterable[str], seeds: Sequence[int]) -> list[Row]:
+    def rows(
+        runs: Iterable[str],
+        ways: Iterable[str],
+        seeds: Sequence[int],
+        rates: Sequence[float] = RATES,
+    ) -> list[Row]:
         return [
             Row(run, way, rate, seed)
-            for rate in RATES
+            for rate in rates
             for seed in seeds
             for run in runs
             for way in ways
         ]
 
+    low = RATES[:1]
     pipelines = list(RUNS)[:3]
-    others = list(RUNS)[3:]
+    advised = ["dpo_reward", "divide_and_conquer", "llava_critic, strict"]
     return list(
         dict.fromkeys([
-            *rows(pipelines, ADVISED, SEEDS),
-            *rows(others, ADVISED, [0]),
-            *rows(pipelines, ["nca_pair", "beta 1 + sft"], [0]),
-            *rows(["llava_critic, strict"], ["nca_pair"], [0]),
+            *rows(advised, ADVISED, SEEDS),
+            *rows(advised, [ADVICE], FRESH_SEEDS, low),
+            *rows(["llava_critic", "dpo_reward, strict"], [ADVICE], SEEDS, low),
+            *rows(["dpo_reward"], UNTRAINED, [*SEEDS, *FRESH_SEEDS], low),
+            *rows(RUNS, ADVISED, [0]),
+            *rows([*pipelines, "llava_critic, strict"], ["nca_pair", "beta 1 + sft"], [0]),
             *rows(["dpo_reward"], WAYS, [0]),
             *rows(["dpo_reward"], MORE_WAYS, [0]),
         ])
@@ -174,9 +191,10 @@ def measure(out: Path, runs: Path, *, until: float) -> None:
 
 def measured(row: Row, run: Path) -> dict[str, Any]:
     """Train once, and count."""
-    way = (WAYS | MORE_WAYS)[row.way]
+    way = (WAYS | MORE_WAYS | UNTRAINED)[row.way]
     started = time.process_time()
     settings = LoopSettings(
+        steps=way.steps,
         loss=way.loss,
         beta=way.beta,
         label_smoothing=way.label_smoothing,
@@ -192,42 +210,65 @@ def measured(row: Row, run: Path) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
         "steps": len(gains),
-        "chosen_gain": round(statistics.fmean(gains[-RECENT_STEPS:]), 3),
+        "chosen_gain": round(statistics.fmean(gains[-RECENT_STEPS:] or [0.0]), 3),
         **counted(model, settings),
         "cpu_s": round(time.process_time() - started),
     }
 
 
 def counted(model: TinyLlava, settings: LoopSettings) -> dict[str, float]:
-    """Wrong facts and clauses per answer on the held-out pictures."""
-    wrong, clauses = [], []
-    for picture, answers in sampled_answers(model, settings):
-        for answer in answers:
-            wrong.append(count_wrong_facts(picture.scene, picture.question, answer))
-            clauses.append(len(read_facts(answer, picture.question)))
+    """Wrong facts and clauses per answer on the held-out pictures, and on more of them."""
+    more = msgspec.structs.replace(settings, pictures=MORE_PICTURES)
+    wrong, clauses = by_picture(model, settings)
+    wrong_more, _ = by_picture(model, more, first=settings.pictures)
     return {
         "wrong": round(statistics.fmean(wrong), 3),
+        "error": standard_error(wrong),
+        "wrong_more": round(statistics.fmean(wrong_more), 3),
+        "error_more": standard_error(wrong_more),
         "clauses": round(statistics.fmean(clauses), 2),
     }
+
+
+def by_picture(
+    model: TinyLlava, settings: LoopSettings, *, first: int = 0
+) -> tuple[list[float], list[float]]:
+    """Wrong facts and clauses an answer, of each picture from number `first` on."""
+    wrong, clauses = [], []
+    for picture, answers in sampled_answers(model, settings, first=first):
+        scene, question = picture.scene, picture.question
+        wrong.append(statistics.fmean(count_wrong_facts(scene, question, a) for a in answers))
+        clauses.append(statistics.fmean(len(read_facts(a, question)) for a in answers))
+    return wrong, clauses
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean."""
+    return round(statistics.stdev(values) / len(values) ** 0.5, 3)
 
 
 # -- what several processes share -----------------------------------------------------------------
 
 
+@functools.cache
 def run_of(runs: Path, name: str) -> Path:
-    """A finished run, made now if it is missing; with flags of its own, from the pipeline's run."""
+    """A finished run, made now if it is missing; with flags of its own, from the pipeline's run.
+
+    The command is given to one that is there too: it does nothing, or refuses a run of other
+    settings, whose pairs are not those of today.
+    """
     pipeline, *flags = RUNS[name]
     run = runs / name
-    done = runs / f"{name}.done"
+    copied = runs / f"{name}.copied"
     with locked(runs / f"{name}.lock"):
-        if not done.exists():
-            command = ["run", "--demo", "--pipeline_name", pipeline, "--work_dir", str(run)]
-            if flags:
+        command = ["run", "--demo", "--pipeline_name", pipeline, "--work_dir", str(run)]
+        if flags:
+            if not copied.exists():
                 shutil.copytree(run_of(runs, pipeline), run, dirs_exist_ok=True)
-                command = ["merge", str(run), *flags]
-            words = [sys.executable, "-m", "stream_engine", *command]
-            subprocess.run(words, check=True, stdout=sys.stderr)
-            done.touch()
+                copied.touch()
+            command = ["merge", str(run), *flags]
+        words = [sys.executable, "-m", "stream_engine", *command]
+        subprocess.run(words, check=True, stdout=sys.stderr)
     return run
 
 
@@ -274,23 +315,30 @@ def keep(out: Path, name: str, figures: dict[str, Any]) -> None:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each pipeline, way and rate: means over the seeds, and how far these lie apart."""
-    found: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    """A line for each pipeline, way and rate: means over the seeds, and how far these lie apart.
+
+    The fresh seeds have a line of their own.
+    """
+    found: dict[tuple[str, str, float, bool], list[Mapping[str, Any]]] = {}
     for row in plan():
         if row.name in rows:
-            found.setdefault((row.pipeline, row.way, row.rate), []).append(rows[row.name])
+            kind = (row.pipeline, row.way, row.rate, row.seed in FRESH_SEEDS)
+            found.setdefault(kind, []).append(rows[row.name])
     lines = [
         f"{'pairs of':20} {'way':24} {'rate':6} {'seeds':>5} {'wrong':>6} {'from - to':>13} "
-        f"{'clauses':>7} {'gain':>7} {'steps':>5}"
+        f"{'more':>6} {'clauses':>7} {'gain':>7} {'steps':>5}"
     ]
-    for (pipeline, way, rate), figures in found.items():
+    for (pipeline, way, rate, _), figures in found.items():
         wrong = [row["wrong"] for row in figures]
+        more = [row["wrong_more"] for row in figures if "wrong_more" in row]
+        mean_more = f"{statistics.fmean(more):.2f}" if len(more) == len(wrong) else "-"
         clauses, gain, steps = (
             statistics.fmean(row[name] for row in figures)
             for name in ("clauses", "chosen_gain", "steps")
         )
         lines.append(
             f"{pipeline:20} {way:24} {rate:<6g} {len(wrong):5} {statistics.fmean(wrong):6.2f} "
-            f"{min(wrong):6.2f} {max(wrong):6.2f} {clauses:7.2f} {gain:7.3f} {steps:5.0f}"
+            f"{min(wrong):6.2f} {max(wrong):6.2f} {mean_more:>6} {clauses:7.2f} {gain:7.3f} "
+            f"{steps:5.0f}"
         )
     return lines

@@ -38,6 +38,19 @@ def test_a_row_that_is_kept_is_not_measured_again(measured: list[str], tmp_path:
     assert line.split()[:6] == ["dpo_reward", "ipo", "0.0001", "2", "1.50", "1.00"]
 
 
+def test_fresh_seeds_have_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row("dpo_reward", losses.ADVICE, 1e-4, seed) for seed in (2, 3, 4)]
+    monkeypatch.setattr(losses, "plan", lambda: rows)
+    figures = {"clauses": 4.0, "chosen_gain": 0.0, "steps": 150}
+    kept = {
+        row.name: figures | {"wrong": 0.1 * row.seed, "wrong_more": row.seed / 100} for row in rows
+    }
+    del kept[rows[0].name]["wrong_more"]
+    chosen, fresh = (line.split()[6:] for line in losses.table(kept)[1:])
+    assert chosen[:5] == ["1", "0.20", "0.20", "0.20", "-"]
+    assert fresh[:5] == ["2", "0.35", "0.30", "0.40", "0.04"]
+
+
 def test_a_row_that_another_process_measures_is_left_to_it(
     measured: list[str], tmp_path: Path
 ) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from stream_engine.cli.main import main
-from stream_engine.demo.loop import LoopSettings, close_loop
+from stream_engine.demo import checkpoint_path
+from stream_engine.demo.loop import HELD_OUT_SEED, LoopSettings, close_loop, sampled_answers
+from stream_engine.demo.tiny_llava import load_checkpoint
 from stream_engine.demo.world import draw, encode_png, make_picture
 from stream_engine.errors import ConfigError
 from stream_engine.records import DatasetPair, EncodedImage
@@ -57,6 +59,17 @@ def test_training_ends_when_the_chosen_answers_have_lost_their_probability() -> 
     assert 10 <= report.steps < 40
     assert report.chosen_gain <= -0.02
     assert any(line.startswith("stopped: ") for line in said)
+
+
+def test_pictures_from_a_number_on_are_others_than_those_before() -> None:
+    model = load_checkpoint(checkpoint_path("instruct"))
+    settings = LoopSettings(pictures=2, answers=1)
+    scenes = [
+        {picture.scene for picture, _ in sampled_answers(model, settings, first=first)}
+        for first in (0, 2)
+    ]
+    drawn = [make_picture(HELD_OUT_SEED, number).scene for number in range(4)]
+    assert scenes == [set(drawn[:2]), set(drawn[2:])]
 
 
 def test_pairs_of_another_world_are_refused() -> None:
