@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--with", dest="others", nargs="+", default=[], choices=["vllm"])
     parser.add_argument("--vllm_python", type=Path, help="see tests/benchmarks/with_vllm.py")
     parser.add_argument("--vllm_compiled", action="store_true", help="not in eager mode")
-    parser.add_argument("--without", nargs="+", default=[], choices=[*BASELINES, "engine_single"])
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=[*BASELINES, "engine_single", "vllm_cached"]
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON here, anew each round")
     arguments, rest = parser.parse_known_args()
     names = arguments.names or QUICK

@@ -257,6 +257,8 @@ def end_to_end(
             found = vllm.versions | vllm_differences(s, vllm)
             facts["vllm"] = found | {"compiled": vllm_compiled}
             for variant, reads_cache in (("vllm", False), ("vllm_cached", True)):
+                if variant in without:
+                    continue
                 sizes_asked = s.k, s.answer_tokens, questions
                 variants[variant] = partial(vllm.whole, *sizes_asked, reads_cache=reads_cache)
                 warm_up[variant] = lambda: None  # it has run
