@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ from stream_engine.run_dir.verify import damaged_parts
 from stream_engine.store import files
 from stream_engine.store.base import Location
 from stream_engine.store.files import location
+from stream_engine.text import DENIED, describe
 from stream_engine.work.rounds import begin_round
 from stream_engine.work.runner import RunReport, run
 
@@ -191,7 +193,10 @@ def written(
     folder: str | Location | None,
     output: dict[str, Any],
 ) -> WrittenT:
-    """What `write` makes of a run that it is handed with its settings, under the merge lease."""
+    """What `write` makes of a run that it is handed with its settings, under the merge lease.
+
+    A run that only may be read has none, and can be written elsewhere.
+    """
     state = open_state(work_dir)
     run_file = read_run_file(state.run_dir)
     config = RunConfig.create(run_file.config().to_dict() | output)
@@ -212,7 +217,15 @@ def written(
             allow_partial=any(state.is_failed(shard) for shard in state.shards),
         )
 
-    with wait_for_lease(state, config, worker):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(wait_for_lease(state, config, worker))
+        except OSError as error:
+            if error.errno not in DENIED:
+                raise
+            if target is None:
+                what = f"{describe(error)}; name a folder to write to (--out)"
+                raise ConfigError(what) from error
         return around_damage(state, config, worker, write_it)
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from stream_engine.errors import ConfigError
 from stream_engine.servers import ServerConfig, check_servers
-from stream_engine.text import nearest
+from stream_engine.text import home_in, nearest
 
 PartT = TypeVar("PartT")
 
@@ -380,10 +380,11 @@ def setting_types() -> dict[str, Any]:
 
 
 def as_plain(value: Any) -> Any:
-    """A value with path objects as their names."""
+    """A value with path objects as their names, and `~/` as it is meant where no shell saw it."""
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return home_in(plain) if isinstance(plain, str) and "~/" in plain else plain
 
 
 def names_of(part: type) -> tuple[str, ...]:

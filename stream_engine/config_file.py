@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_engine.errors import ConfigError
-from stream_engine.text import one_line
+from stream_engine.text import home_in, one_line
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: when the file is missing, has another suffix or does not parse.
     """
-    path = Path(path)
+    path = Path(home_in(str(path)))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -38,8 +38,8 @@ class Rank:
         """Read the launcher's variables.
 
         Raises:
-            ConfigError: when one is not a whole number, or the ranks cannot form workers of
-                `tensor_parallel` each.
+            ConfigError: when one is not a whole number, the rank is none of the world, or the ranks
+                cannot form workers of `tensor_parallel` each.
         """
 
         def number(*names: str, default: int) -> int:
@@ -52,14 +52,19 @@ class Rank:
                         raise ConfigError(message) from error
             return default
 
-        world_size = number("WORLD_SIZE", default=1)
+        world_size, rank = number("WORLD_SIZE", default=1), number("RANK", default=0)
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                f"environment variable RANK is {rank}, which is none of WORLD_SIZE {world_size}: a "
+                "launcher sets both, and without one neither is set"
+            )
         if world_size % tensor_parallel:
             raise ConfigError(
                 f"tensor_parallel {tensor_parallel} needs a multiple of {tensor_parallel} ranks, "
                 f"this run has {world_size}: start it with torchrun or deepspeed"
             )
         return cls(
-            rank=number("RANK", default=0),
+            rank=rank,
             local_rank=number("LOCAL_RANK", default=0),
             world_size=world_size,
             # deepspeed calls it LOCAL_SIZE and does not set it for a single host

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import getpass
+import os
 import re
 from collections.abc import Sequence
 
@@ -24,11 +27,37 @@ def one_line(error: BaseException, *, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+DENIED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+"""Codes that say that somebody else must give access first."""
+
+
 def describe(error: BaseException) -> str:
     """An error in one line, with its type where the message alone would not tell."""
+    if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+        return f"{error.strerror}: user {user_name()} has no access to {lasting_name(error)}"
     text = " ".join(str(error).split())
     known = type(error).__module__.startswith("stream_engine")
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def lasting_name(error: OSError) -> str:
+    """The file that an error is of; of one in the making, its folder."""
+    path = os.fsdecode(error.filename2 or error.filename)
+    folder, _, name = path.rpartition("/")
+    return folder if name.endswith(".tmp") and folder else path
+
+
+def home_in(paths: str) -> str:
+    """Paths, with commas between them, with the home folder for a `~` at their beginning."""
+    return ",".join(os.path.expanduser(path) for path in paths.split(","))
+
+
+def user_name() -> str:
+    """Who runs this process, by name where the system knows one."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.geteuid())
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 import types
 import typing
@@ -127,7 +128,7 @@ def convert_flag(name: str, text: str | list[str], kind: Any) -> Any:
     if typing.get_origin(kind) is dict and isinstance(text, str):
         return parse_columns(text)
     if isinstance(text, list):
-        value = [part for item in text for part in item.split(",") if part]
+        value = [part for item in text for part in parts_of(name, item) if part]
     elif text.lower() == "none" and type(None) in typing.get_args(kind):
         value = None
     try:
@@ -136,6 +137,11 @@ def convert_flag(name: str, text: str | list[str], kind: Any) -> Any:
         choices = _choices(kind)
         expected = f"choose from {', '.join(map(str, choices))}" if choices else str(error)
         raise ConfigError(f"--{name} {text!r}: {expected}") from error
+
+
+def parts_of(name: str, item: str) -> list[str]:
+    """The values that stand in one word, between commas; a file may have some in its name."""
+    return [item] if name == "dataset_path" and os.path.exists(item) else item.split(",")
 
 
 def elsewhere(name: str) -> str:

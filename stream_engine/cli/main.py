@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from stream_engine import __version__
@@ -66,14 +67,19 @@ COMMANDS = {
     "demo": Named("demo", "the embedded world: its data, its truth, and the loop closed on it"),
 }
 
+LOOKING = {"plan", "status", "inspect", "validate", "report", "show", "verify-checkpoint"}
+"""Commands that begin nothing which could be resumed."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever its encoding lacks
     try:
-        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = dispatch(words)
         linger(status)
         return status
     except StreamEngineError as error:
@@ -88,9 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         linger(1)
-        shown = printable(describe(error))
-        print(f"stream-engine: {shown}; the same command resumes", file=sys.stderr)
+        again = "" if set(words[:1]) & LOOKING else "; the same command resumes"
+        print(f"stream-engine: {printable(describe(error))}{again}", file=sys.stderr)
         return 1
+
+
+def open_closed_streams() -> None:
+    """Put the null device where a standard stream is closed: the next file would come to stand
+    there, and get whatever is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null := os.open(os.devnull, os.O_RDWR), number)
+            if null != number:
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def dispatch(argv: list[str]) -> int:
@@ -170,5 +190,6 @@ def linger(status: int) -> None:
     torchrun and deepspeed end all workers as soon as one exits so: then the first one has had its
     say, once, and the launcher reports its status.
     """
-    if status and Rank.from_environment().local_rank:
-        time.sleep(LINGER_S)
+    with suppress(ConfigError):  # of variables that no launcher sets, which is what is to be said
+        if status and Rank.from_environment().local_rank:
+            time.sleep(LINGER_S)

@@ -13,12 +13,12 @@ from stream_engine.cli import notes
 from stream_engine.cli.command import WORK_DIR, Command, work_dir_given
 from stream_engine.cli.flags import convert_flag
 from stream_engine.config import RunConfig
-from stream_engine.errors import StreamEngineError
+from stream_engine.errors import ConfigError, StreamEngineError
 from stream_engine.report import DEFAULT_ROWS
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store.base import ObjectPath
 from stream_engine.store.files import location
-from stream_engine.text import describe, duration, printable
+from stream_engine.text import DENIED, describe, duration, printable
 from stream_engine.work.runner import RunReport
 
 if TYPE_CHECKING:
@@ -60,7 +60,13 @@ def report(args: argparse.Namespace) -> int:
     num_rows = convert_flag("rows", args.rows, int)
     run = ReportedRun.open(work_dir_given(args))
     folder = location(args.out, setting="out") if args.out else None
-    print(printable(line_of(write_report(run, folder, num_rows=num_rows, seed=run.config.seed))))
+    try:
+        made = write_report(run, folder, num_rows=num_rows, seed=run.config.seed)
+    except OSError as error:
+        if folder is not None or error.errno not in DENIED:
+            raise
+        raise ConfigError(f"{describe(error)}; name another folder by --out") from error
+    print(printable(line_of(made)))
     return 0
 
 

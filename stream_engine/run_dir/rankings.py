@@ -9,6 +9,8 @@ that to delete these files costs time and nothing else.
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from stream_engine.config import STAGES
@@ -17,6 +19,9 @@ from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_identified
 from stream_engine.run_dir.sealed import checked, with_digest
 from stream_engine.store import files
+from stream_engine.text import describe
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"SERANK\x00\x01"
 
@@ -79,8 +84,12 @@ class RankedShard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_ranking(run_dir: RunDir, index: int) -> RankedShard | None:
-    """The ranking that is kept of a shard; None when there is none, or it is damaged."""
-    data = files.read_bytes(run_dir.ranking(index)) or b""
+    """The ranking that is kept of a shard; None when there is none, or it cannot be read."""
+    try:
+        data = files.read_bytes(run_dir.ranking(index)) or b""
+    except OSError as error:
+        logger.warning("%s; it is made again", describe(error))
+        return None
     if not data.startswith(MAGIC):
         return None
     try:
@@ -104,8 +113,11 @@ def keep_ranking(run_dir: RunDir, index: int, ranking: RankedShard) -> None:
 
 
 def is_damaged(run_dir: RunDir, index: int) -> bool:
-    """Whether what is kept of a shard is not what was written."""
-    data = files.read_bytes(run_dir.ranking(index))
+    """Whether what is kept of a shard is not what was written, or cannot be read."""
+    try:
+        data = files.read_bytes(run_dir.ranking(index))
+    except OSError:
+        return True
     return data is not None and checked(data[len(MAGIC) :]) is None
 
 

@@ -25,6 +25,7 @@ from stream_engine.store.base import (
 )
 from stream_engine.store.local import LocalStore, remove_leftovers, temporary_path
 from stream_engine.store.objects import SCHEMES, is_object_url, object_path, object_store
+from stream_engine.text import home_in
 
 LOCAL = LocalStore()
 
@@ -44,7 +45,7 @@ def location(path: str | Location, *, setting: str = "path") -> Location:
             f"{setting} {path!r} is a URL that cannot be written to; give a folder, or one of "
             f"{', '.join(SCHEMES)}"
         )
-    return Path(path)
+    return Path(home_in(path))
 
 
 def store_of(path: Location) -> Store:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from stream_engine.store.base import Location, ObjectPath
-from stream_engine.text import duration, printable
+from stream_engine.text import describe, duration, printable
 from stream_engine.work.stored_log import StoredLog
 
 if TYPE_CHECKING:
@@ -57,7 +57,21 @@ class ScreenHandler(logging.Handler):
     """Prints to whatever sys.stderr is now, which a live view replaces while it stands."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        say(self.format(record), sys.stderr)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; one that a full disk behind the stream does not take is lost.
+
+    Raises:
+        BrokenPipeError: when nobody reads any more.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 class LogFile(logging.FileHandler):
@@ -101,8 +115,12 @@ def file_handler(log_file: Location) -> logging.Handler:
     """What adds lines to a log file."""
     if isinstance(log_file, ObjectPath):
         return StoredLog(log_file)
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    return LogFile(log_file, encoding="utf-8")
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        return LogFile(log_file, encoding="utf-8")
+    except OSError as error:  # it may be of another user, who began the run
+        say(f"no log is written: {printable(describe(error))}", sys.stderr)
+        return logging.NullHandler()
 
 
 def line(progress: Progress) -> str:
@@ -190,7 +208,7 @@ class ProgressView:
             self.live.update(table(progress))
         elif (text := line(progress)) != self._last_text:
             self._last_text = text
-            print(f"[{time.strftime('%H:%M:%S')}] {text}", file=self.stream, flush=True)
+            say(f"[{time.strftime('%H:%M:%S')}] {text}", self.stream)
 
 
 def table(progress: Progress) -> Group:

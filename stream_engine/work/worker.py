@@ -28,7 +28,7 @@ from stream_engine.run_dir.shards import read_shard
 from stream_engine.run_dir.state import RunState, Shard, shard_lease
 from stream_engine.store import files
 from stream_engine.store.leases import Lease
-from stream_engine.text import describe
+from stream_engine.text import DENIED, describe
 from stream_engine.timing import spent_on
 from stream_engine.work import order
 from stream_engine.work.attempts import Attempts
@@ -50,6 +50,7 @@ REFRESH_S = 1.0
 TROUBLE_WAIT_S = 1.0
 TROUBLE_PATIENCE_S = 300.0
 """How long the run directory may fail a worker that gets nothing done: a file server's restart."""
+DENIED_PATIENCE_S = 20.0
 PASSES: dict[int | None, tuple[tuple[Stage, ...], ...]] = {
     None: (("rollouts", "rewards"),),
     0: (("rollouts",),),
@@ -168,7 +169,7 @@ class Worker:
         now = time.monotonic()
         self.trouble_since = now if self.trouble_since is None else self.trouble_since
         lasted_s = now - self.trouble_since
-        if lasted_s > TROUBLE_PATIENCE_S:
+        if lasted_s > (DENIED_PATIENCE_S if error.errno in DENIED else TROUBLE_PATIENCE_S):
             raise error
         wait_s = min(max(lasted_s, TROUBLE_WAIT_S), 30 * TROUBLE_WAIT_S)
         logger.warning("%s; looking again in %.0f s", describe(error), wait_s)

@@ -281,3 +281,29 @@ def test_a_run_file_that_says_two_things_or_none_is_refused(
     with pytest.raises(ConfigError, match=words) as caught:
         load_config_file(path)
     assert "\n" not in str(caught.value)
+
+
+def test_variables_that_no_launcher_sets_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message came as a traceback; a rank outside of its world did its work in silence."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for value, told in (("x", "must be a number"), ("2", "none of WORLD_SIZE 2")):
+        monkeypatch.setenv("RANK", value)
+        assert main(["run", "--demo", "--work_dir", str(tmp_path / "w")]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_a_tilde_that_no_shell_saw_is_the_home_folder(
+    echo: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run wrote to a folder of the name `~`, and failed when it was to write its dataset."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_questions(tmp_path / "a,b.jsonl", ["what is this"])  # no two files
+    words = "work_dir: ~/w\nimage_root: ~/\npipeline_name: echo\nsample_k: 2\nrank: 1\n"
+    (tmp_path / "run.yaml").write_text(words)
+    dataset = str(tmp_path / "a,b.jsonl")
+    assert main(["run", "--config", "~/run.yaml", "--dataset_path", dataset]) == 0
+    assert main(["status", "~/w", "--check"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a,b.jsonl", "run.yaml", "w"]

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from stream_engine.work import progress as console
-from stream_engine.work.progress import Progress, ProgressView, WorkerRow, duration, line, table
+from stream_engine.work.progress import (
+    Progress,
+    ProgressView,
+    ScreenHandler,
+    WorkerRow,
+    duration,
+    line,
+    table,
+)
 
 PROGRESS = Progress(
     doing="working",
@@ -29,6 +39,14 @@ PROGRESS = Progress(
         WorkerRow(name="rank1@b:2", doing="shard 5", since_s=3.0, tokens_per_s=200.0),
     ),
 )
+
+
+class Full(io.StringIO):
+    num_refused = 0
+
+    def write(self, text: str) -> int:
+        self.num_refused += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Terminal(io.StringIO):
@@ -124,3 +142,19 @@ def test_a_disk_that_fails_costs_lines_of_the_log_and_nothing_else(tmp_path: Pat
     logger.info("all is well")
     assert capsys.readouterr().err == "all is well\n"
     console.set_up_logging(tmp_path / "log", worker="w", echo=True)
+
+
+def test_a_full_disk_behind_the_screen_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose stderr went to a full disk waited for minutes, and ended."""
+    full = Full()
+    monkeypatch.setattr(sys, "stderr", full)
+    ScreenHandler().emit(logging.makeLogRecord({"msg": "told"}))
+    ProgressView(stream=full).update(Progress(doing="sampling"))
+    assert full.num_refused == 2
+
+
+def test_a_log_that_cannot_be_opened_is_told(tmp_path: Path, capsys) -> None:
+    """In a folder that several users share the log of the first one stopped the second."""
+    (tmp_path / "rank-0.log").mkdir()
+    console.set_up_logging(tmp_path / "rank-0.log", worker="me", echo=True).info("at work")
+    assert capsys.readouterr().err.splitlines()[1:] == ["at work"]
