@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +63,7 @@ QUIET_SUFFIXES = frozenset((".md", ".txt", ".lock", ".crc", ".yaml", ".yml", ".g
 """Of notes that people keep beside data: not told as unread."""
 
 
+PIPES = "pipes and devices"
 KNOWN_SUFFIXES = f"{', '.join(FORMATS)}; the texts and tars also with {', '.join(CODECS)}"
 
 
@@ -111,8 +113,8 @@ def find_inputs(source: str) -> FoundInputs:
     for info in infos:
         check_name(info["name"])
         format = file_format(info["name"])
-        if isinstance(fs, LocalFileSystem) and not os.path.exists(info["name"]):
-            others.append((info["name"], "broken links"))
+        if isinstance(fs, LocalFileSystem) and (what := no_file(info["name"])):
+            others.append((info["name"], what))
         elif format is None:
             others.append((full_path(fs, info["name"]), kind_of(info["name"])))
         else:
@@ -124,6 +126,8 @@ def find_inputs(source: str) -> FoundInputs:
                     version=file_version(info),
                 )
             )
+    if not files and is_single and PIPES in dict(others).values():
+        raise ConfigError(f"dataset_path {source!r} is a pipe or device: write it to a file first")
     if not files and is_single:
         raise ConfigError(
             f"dataset_path {source!r}: cannot tell the format; known suffixes are {KNOWN_SUFFIXES}"
@@ -145,6 +149,17 @@ def find_inputs(source: str) -> FoundInputs:
         parts = missing_parts(file.path for file in files)
         others += [(name, "missing parts (by the names of those that are there)") for name in parts]
     return FoundInputs(files, [(name, what) for name, what in sorted(others) if what])
+
+
+def no_file(path: str) -> str | None:
+    """What else than a file a path of this machine leads to."""
+    try:
+        mode = os.stat(path).st_mode
+        return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else PIPES
+    except FileNotFoundError:
+        return "broken links"
+    except OSError:  # what is wrong with it is told when it is opened
+        return None
 
 
 def find_all(fs: AbstractFileSystem, path: str, source: str) -> list[dict[str, Any]]:

@@ -41,6 +41,8 @@ class Publication:
     def __init__(self, folder: Location) -> None:
         if not is_ours(folder) and holds_other_files(folder) and not is_begun(folder):
             raise ConfigError(f"{folder} holds other files; name a new or empty folder")
+        if any(inner.name in (RECORD, CARD) for inner in files.list_folders(folder)):
+            raise ConfigError(f"{folder}: {RECORD} or {CARD} is a folder there: take it away")
         self.folder = folder
         self.began = files.now(folder.parent)
         self.versions = {name: entry.version for name, entry in entries_of(folder).items()}

@@ -117,7 +117,7 @@ def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
             return None, None
         run_file = msgspec.json.decode(found[0], type=RunFile)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {run_dir.run_json}: {error}") from error
+        raise ConfigError(f"cannot read {run_dir.run_json}: {error}; put a copy back") from error
     if is_broken(found[0]):
         raise ConfigError(
             f"{run_dir.run_json} is not what was written, so its settings cannot be relied on. Put "

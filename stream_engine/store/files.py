@@ -5,6 +5,7 @@ See base.py for what is promised. A name is a `Path`, or an `ObjectPath` for a U
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from stream_engine.errors import ConfigError
+from stream_engine.errors import ChangedError, ConfigError
 from stream_engine.store.base import (
     Entry,
     Location,
@@ -137,10 +138,17 @@ def replace(
 
     Raises:
         ChangedError: when it is another by now; nothing was done.
+        IsADirectoryError: when a folder stands there.
     """
     with spool(path.parent) as new:
         new.file.write(data)
-        return new.publish(path, version, durable=durable)
+        try:
+            return new.publish(path, version, durable=durable)
+        except ChangedError:
+            if isinstance(path, Path) and path.is_dir():
+                what = "a folder stands where this file belongs: take it away"
+                raise IsADirectoryError(errno.EISDIR, what, str(path)) from None
+            raise
 
 
 def remove(path: Location, version: Version, *, durable: bool = True) -> None:

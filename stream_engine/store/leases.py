@@ -105,6 +105,9 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Who holds it, and when it will be taken over."""
+        if not self.pid:
+            told = f"whoever wrote the lease {self.name!r}, which does not tell"
+            return f"{told}; silent for {self.age_s:.0f} s, taken over after {self.silent_s:.0f} s"
         told = f"{self.worker_id} (process {self.pid} of {self.host}), which has held "
         told += f"{self.name!r} for {self.held_s:.0f} s"
         if not self.is_silent:
@@ -254,10 +257,10 @@ class Wait:
         if found is None:
             return
         lease = lease_info(found[1], holder_of(*found), files.now(self.folder), is_read=True)
+        lease = msgspec.structs.replace(lease, silent_s=max(lease.silent_s, self.timeout_s))
         if (kind := (lease.worker_id, lease.is_silent)) not in self.told:
             self.told.add(kind)
-            longer_s = max(lease.silent_s, self.timeout_s)
-            logger.info("waiting for %s", msgspec.structs.replace(lease, silent_s=longer_s))
+            logger.info("waiting for %s", lease)
 
 
 def write(path: Location, holder: Holder, version: Version | None) -> Version:

@@ -61,9 +61,22 @@ class InputQueue:
     def begin(self, *, read_input: bool) -> None:
         """Note which inputs there are, and in which state; `state` is fresh."""
         if read_input and self.config.run_stage in (None, 0):
-            self.unread = {path: input_fingerprint(path) for path in self.config.dataset_path}
+            marks = {path: self.mark_of(path) for path in self.config.dataset_path}
+            self.unread = {path: mark for path, mark in marks.items() if mark is not None}
             self.take_up_forgotten_inputs()
         self.manifest_start = self.state.manifest.end
+
+    def mark_of(self, path: str) -> str | None:
+        """What tells an input's present content; None where it is gone, and nothing of it is left
+        to read."""
+        try:
+            return input_fingerprint(path)
+        except ConfigError as error:
+            info = self.state.manifest.inputs.get(canonical_source(path))
+            if info is None or self.is_half_read(path):
+                raise
+            logger.warning("%s; the %d records that were read of it stay", error, info.read)
+            return None
 
     def read(self) -> bool:
         """Read inputs that nobody has read yet; False while another worker is at it."""

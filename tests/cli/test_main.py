@@ -37,6 +37,8 @@ def test_the_steps_alone_make_a_run(
     capsys.readouterr()
     assert main(["status", run_dir, "--check"]) == 1
     assert f"dataset: {rows}: 100 bytes" in capsys.readouterr().out
+    dataset.unlink()  # all of it was read
+    assert main(["run", "--work_dir", run_dir, *flags]) == 0
     more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)
     assert main(["append", run_dir, "--dataset_path", str(more)]) == 0
     assert main(["export", run_dir, "--format", "trl,ms_swift_jsonl"]) == 0

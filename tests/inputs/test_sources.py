@@ -176,3 +176,11 @@ def test_a_run_that_lies_within_its_input_is_not_read(tmp_path: Path, source: st
     assert len(find_inputs(f"{tmp_path}/run/here").files) > 1  # named by itself
     with pytest.raises(ConfigError, match="folders of runs are not read"):
         find_inputs(f"{tmp_path}/run")
+
+
+def test_a_pipe_is_no_input(folder: Path):
+    """Who opens a pipe into which nobody writes waits for ever."""
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(ConfigError, match="is a pipe or device: write it to a file first"):
+        list_inputs(str(folder / "pipe.jsonl"))
+    assert str(folder / "pipe.jsonl") not in [file.path for file in list_inputs(str(folder))]

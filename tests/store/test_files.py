@@ -256,3 +256,10 @@ def test_the_store_tells_its_own_time(tmp_path: Path):
     assert abs(files.now(tmp_path) - (tmp_path / "x").stat().st_mtime) < 5
     assert names(tmp_path) == ["x"]
     assert local.LocalStore().now(tmp_path / "missing") > 0
+
+
+def test_a_folder_where_a_file_belongs_is_told(tmp_path: Path) -> None:
+    """It was taken for the file of a faster process, again and again."""
+    (tmp_path / "card").mkdir()
+    with pytest.raises(IsADirectoryError, match="take it away"):
+        files.create(tmp_path / "card", b"text")
