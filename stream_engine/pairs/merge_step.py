@@ -62,7 +62,7 @@ def merge_once(
     was_settled = not state.refresh().unsettled(STAGES)
     if works and not was_settled:
         return "unsettled"
-    if not any(state.is_complete(STAGES[-1], shard) for shard in state.shards):
+    if was_settled and not any(state.is_complete(STAGES[-1], shard) for shard in state.shards):
         if not state.shards and not state.num_rejected():
             raise ConfigError("the input holds no samples")
         return "current"

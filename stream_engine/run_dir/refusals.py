@@ -15,6 +15,7 @@ KNOWN_NAMES = frozenset(
         "run.json",
         "shards",
         "results",
+        "rankings",
         "damaged",
         "failures",
         "quarantine",

@@ -123,7 +123,23 @@ def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
             f"{run_dir.run_json} is not what was written, so its settings cannot be relied on. Put "
             "a copy of it back, or take its line `checksum` out if it was changed on purpose"
         )
+    refuse_unknown(run_dir, run_file)
     return run_file, found[1].version
+
+
+def refuse_unknown(run_dir: RunDir, run_file: RunFile) -> None:
+    """Raise ConfigError for a run.json that this version cannot go by."""
+    unknown = sorted(run_file.settings.keys() - set(names_of(RunConfig)))
+    if unknown or run_file.schema_version > SCHEMA_VERSION:
+        what = f"settings {', '.join(unknown)}" if unknown else f"schema {run_file.schema_version}"
+        raise ConfigError(
+            f"{run_dir.run_json}: this version of stream_engine does not know {what}: take the one "
+            f"that made the run ({run_file.versions.get('stream_engine', 'a newer one')}) or newer"
+        )
+    if missing := [stage for stage in STAGES if stage not in run_file.stages]:
+        raise ConfigError(
+            f"{run_dir.run_json}: `stages` lacks {', '.join(missing)}; put a copy of the file back"
+        )
 
 
 def open_run(
@@ -310,57 +326,6 @@ def discard(run_dir: RunDir, stage: Stage, *, keep: str, first_shard: int = 0) -
                 files.remove(entry.path, version)
             if quarantine and not files.exists(entry.path):
                 files.erase(run_dir.quarantine(quarantine))
-
-
-def note_engines(
-    run_dir: RunDir,
-    engines: Mapping[str, dict[str, Any]],
-    *,
-    worker: str,
-    number: int | None = None,
-) -> None:
-    """Keep what the engines said of themselves: resolved sampling, family, dtype, device.
-
-    `number` is the round that they are of; None: the one at hand.
-
-    Raises:
-        ConfigError: when one is on another kind of device, or in another precision, than where it
-            made results before, or makes them now.
-    """
-
-    def noted(run_file: RunFile | None) -> RunFile:
-        assert run_file is not None, "the run was opened before"
-        place = -1 if number is None else number - 1
-        rounds: list[Any] = run_file.every_round
-        known = rounds[place].engines
-        all_of_them = dict(known)
-        for role, said in engines.items():
-            before = known.get(role, said)
-            if precision(said) != precision(before) and is_relied_on(run_dir, before, worker):
-                raise ConfigError(
-                    f"{role} would run here on {' in '.join(precision(said))}, but this run's "
-                    f"{role} is on {' in '.join(precision(before))}, and log-probs of different "
-                    "precisions do not compare: mend this machine's devices (is the GPU driver "
-                    "loaded?) or leave it out; to change the whole run, give another --work_dir"
-                )
-            has_moved = said.get("server") != before.get("server")
-            if role not in known or precision(said) != precision(before) or has_moved:
-                all_of_them[role] = said
-        rounds[place] = msgspec.structs.replace(rounds[place], engines=all_of_them)
-        *earlier, at_hand = rounds
-        return msgspec.structs.replace(at_hand, rounds=earlier)
-
-    change(run_dir, noted)
-
-
-def precision(said: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind of device and the dtype that an engine said it has."""
-    return str(said["device"]).partition(":")[0], str(said["dtype"])
-
-
-def is_relied_on(run_dir: RunDir, noted: Mapping[str, Any], worker: str) -> bool:
-    """Whether results exist that a noted engine made, or other workers are at some."""
-    return has_results(run_dir, noted["stage"]) or any(at != worker for at in at_work(run_dir))
 
 
 def kept_settings(config: RunConfig) -> dict[str, Any]:

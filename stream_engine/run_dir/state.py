@@ -336,7 +336,12 @@ def by_index(found: Iterable[Entry]) -> dict[int, Entry]:
     stems = ((entry.name.rpartition(".")[0], entry) for entry in found)
     return dict(
         sorted(
-            ((int(stem), entry) for stem, entry in stems if stem.isdecimal()),
+            ((int(stem), entry) for stem, entry in stems if is_index(stem)),
             key=lambda one: one[0],
         )
     )
+
+
+def is_index(stem: str) -> bool:
+    """Whether a name is a shard's index as ours are written, and no copy's that somebody made."""
+    return stem.isdecimal() and stem == f"{int(stem):06d}"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from stream_engine.config import ModelConfig, ModelRole, SamplingConfig, Stage
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.ranks import Rank, set_device
+from stream_engine.run_dir.engines import note_engines
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import note_engines
 from stream_engine.servers import ServedModel, ServerConfig, served
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ def test_the_steps_alone_make_a_run(
     flags = f"--pipeline_name echo --sample_k 4 --rank 1 --dataset_path {dataset}".split()
     assert main(["shard", run_dir, *flags]) == 0
     assert main(["status", run_dir, "--check"]) == 1  # work is left
+    assert main(["merge", run_dir]) == 1  # it said that all is done
     assert main(["work", run_dir]) == 0
     assert not (tmp_path / "w/dataset").exists()
     assert main(["status", run_dir, "--check"]) == 1  # its dataset is not written
@@ -37,6 +38,9 @@ def test_the_steps_alone_make_a_run(
     capsys.readouterr()
     assert main(["status", run_dir, "--check"]) == 1
     assert f"dataset: {rows}: 100 bytes" in capsys.readouterr().out
+    (tmp_path / "w/run.json").unlink()
+    (tmp_path / "w/results/rewards/0000007.msgpack").write_text("no shard's")
+    assert main(["run", "--work_dir", run_dir, *flags]) == 0
     dataset.unlink()  # all of it was read
     assert main(["run", "--work_dir", run_dir, *flags]) == 0
     more = write_questions(tmp_path / "more.jsonl", ["what else"], first_id=50)

@@ -11,8 +11,9 @@ import pytest
 from stream_engine.cli.main import main
 from stream_engine.demo.data import write_dataset
 from stream_engine.errors import ConfigError, SettingsChangedError
+from stream_engine.run_dir.engines import note_engines
 from stream_engine.run_dir.paths import RunDir
-from stream_engine.run_dir.run_json import note_engines, read_run_file
+from stream_engine.run_dir.run_json import read_run_file
 from stream_engine.store.leases import Lease
 from stream_engine.work.runner import RunReport, run
 from tests.conftest import file_states, write_questions
