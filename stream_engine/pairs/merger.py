@@ -18,6 +18,7 @@ candidate pair is in the dataset or dropped for a reason.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,13 +175,14 @@ def build(
     kept = functools.partial(kept_rankings, run_dir, pipeline, inputs)
     formats = [output.name for output in outputs]
     scored = inputs.samples["scored"]
-    settings = config.part(OutputConfig)
+    explains = config.debug and inputs.number is None
+    settings = dataclasses.replace(config.part(OutputConfig), debug=explains)
     with Crew(run_dir, pipeline, settings, formats, num_samples=scored) as crew:
         counted = count_all(kept, chain, balances, outputs, crew)
         statistics = counted.statistics
         for output in outputs:
             output.statistics.set_margin_bounds(statistics.least_margin, statistics.greatest_margin)
-            if not config.debug:  # its lines are made with the rows
+            if not explains:  # its lines are made with the rows
                 output.keep_parts(chain, balances)
         decide = functools.partial(
             Decisions, chain, balances, outputs, test_fraction=config.test_fraction
@@ -189,8 +191,7 @@ def build(
             take_examples(decide(), rankings_again(kept(), crew), outputs, crew)
             for output in outputs:
                 output.begin(milestone)
-        folder = run_dir.debug_dir if inputs.number is None else None
-        with DebugFiles(folder if config.debug else None) as debug:
+        with DebugFiles(run_dir.debug_dir if explains else None) as debug:
             decisions = decide(after=milestone)
             shards = rankings_again(kept(decisions.num_shards), crew)
             write_pairs(decisions, shards, outputs, debug, crew)

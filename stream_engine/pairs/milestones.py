@@ -99,8 +99,14 @@ class Milestones(msgspec.Struct, frozen=True, kw_only=True):
     """Of one dataset."""
 
     counted: Counted | None = None
+    made_by: str = ""
+    """Hash of the settings of every row: others divide the same pairs into other splits."""
     of_origins: dict[str, msgspec.Raw] = {}
     """By the origin of the part, encoded."""
+
+    def under(self, made_by: str) -> Milestones:
+        """What of these holds for rows of these settings."""
+        return self if self.made_by == made_by else Milestones(counted=self.counted)
 
     def of(self, origin: str) -> Milestone:
         return msgspec.msgpack.decode(self.of_origins[origin], type=Milestone)

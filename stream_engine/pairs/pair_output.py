@@ -50,7 +50,7 @@ class PairOutput(Output):
         """`made_by`: hash of the settings of every row; `milestones`: the file to keep them in."""
         self.made_by = made_by
         self.place = milestones
-        self.old = read_milestones(milestones)
+        self.old = read_milestones(milestones).under(made_by)
         self.new: dict[str, msgspec.Raw] = {}
         self.export = export_class(name)(scratch, max_part_bytes=config.max_part_bytes)
         super().__init__(name, publication, scratch, self.export)
@@ -165,4 +165,5 @@ class PairOutput(Output):
 
     def keep_milestones(self, counted: Counted) -> None:
         """For the next merge, once the parts are where it finds them."""
-        keep_milestones(self.place, Milestones(counted=counted, of_origins=self.new))
+        milestones = Milestones(counted=counted, made_by=self.made_by, of_origins=self.new)
+        keep_milestones(self.place, milestones)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from stream_engine.config import RunConfig
+from stream_engine.pairs.merger import export
 from stream_engine.run_dir.paths import RunDir
-from tests.synthetic import run_merge, write_example_run
+from tests.synthetic import FINGERPRINTS, SyntheticPipeline, run_merge, write_example_run
 
 
 @pytest.fixture
@@ -39,6 +41,15 @@ def test_debug_files_tell_rankings_pairs_and_drops_apart(run_dir: RunDir) -> Non
     reasons["needs_one_image"] = refused
     assert reasons == Counter(report.dropped)
     assert all(line["chosen"]["score"] > line["rejected"]["score"] for line in pairs + drops)
+
+
+def test_pairs_of_one_round_alone_are_written_without_debug_files(run_dir: RunDir) -> None:
+    """Its lines were made and had no file to go to."""
+    config = RunConfig.create({"debug": True})
+    pipeline = SyntheticPipeline(config)
+    report = export(run_dir, config, pipeline, FINGERPRINTS, format="trl", number=1)
+    assert report.formats["trl"].written > 0
+    assert not run_dir.debug_dir.exists()
 
 
 def test_without_debug_no_debug_files_are_written(run_dir: RunDir) -> None:

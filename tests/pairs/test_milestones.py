@@ -55,14 +55,20 @@ PIPELINES = {"mean": SyntheticPipeline, "ratio": Ratio, "none": Unbalanced}
 
 
 def merged(
-    run_dir: RunDir, kind: str = "mean", *, second_round: int | None = None, **settings: object
+    run_dir: RunDir,
+    kind: str = "mean",
+    *,
+    second_round: int | None = None,
+    elsewhere: Path | None = None,
+    **settings: object,
 ) -> dict[str, bytes]:
-    """Merge into both formats; a second round may begin at a shard. Returns all files of both."""
+    """Merge into both formats, in the run's folders or in those of another place; a second round
+    may begin at a shard. Returns all files of both."""
     config = RunConfig.create({"format": FORMATS, **settings})
     earlier = [(0, FINGERPRINTS)] if second_round else []
     inputs = read_inputs(run_dir, Fingerprints(FINGERPRINTS, earlier, second_round or 0))
     configs = dict.fromkeys(range(1, len(earlier) + 2), config)
-    folders = run_dir.dataset_folders(config.format)
+    folders = RunDir(elsewhere or run_dir.root).dataset_folders(config.format)
     pipeline = PIPELINES[kind](config)
     merger.write_formats(run_dir, configs, pipeline, inputs, folders, allow_partial=False)
     found = {name: bytes_of(Path(str(folder))) for name, folder in folders.items()}
@@ -184,3 +190,14 @@ def test_harm_to_milestones_changes_nothing_in_the_dataset(tmp_path: Path, harm:
             path.write_bytes(data[:-10])
         assert read_milestones(path).counted is None
     assert merged(run_dir, **ALL_STAY) == merged_from_nothing(run_dir, **ALL_STAY)
+
+
+def test_milestones_of_other_splits_are_no_beginning(tmp_path: Path) -> None:
+    """Pairs exported elsewhere without a split `test` had left theirs, and rows stood twice."""
+    run_dir, settings = RunDir(tmp_path / "run"), {**ALL_STAY, "test_fraction": 0.4}
+    grow(run_dir, 0, 96)
+    merged(run_dir, **settings)
+    merged(run_dir, elsewhere=tmp_path / "elsewhere", **ALL_STAY)
+    grow(run_dir, 96, NUM_SAMPLES)
+    appended = merged(run_dir, **settings)
+    assert appended == merged_from_nothing(run_dir, **settings)
