@@ -17,6 +17,7 @@ from transformers import (
 from stream_engine.errors import CheckpointError
 from stream_engine.models.checkpoints import Rename, empty_weights, load_into
 from stream_engine.models.intact import read_json
+from stream_engine.models.native import check_length
 from stream_engine.models.weight_files import WeightFiles
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -75,7 +76,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
     }
     for file, kind in kinds.items():
         if (checkpoint / file).is_file():
-            return kind.from_pretrained(checkpoint, local_files_only=True)
+            tokenizer = kind.from_pretrained(checkpoint, local_files_only=True)
+            check_length(checkpoint, tokenizer)
+            return tokenizer
     raise CheckpointError(f"{checkpoint} has no {' or '.join(kinds)}; download it again")
 
 

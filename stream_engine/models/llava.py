@@ -48,6 +48,7 @@ from stream_engine.models.checkpoints import (
 from stream_engine.models.images import ClipPreprocessing, clip_pixels
 from stream_engine.models.intact import read_json, refuse_broken_files
 from stream_engine.models.language import language_config
+from stream_engine.models.native import check_length
 from stream_engine.models.weight_files import LEGACY_BUFFERS, WeightFiles
 from stream_engine.records import IMAGE_MARK
 
@@ -319,4 +320,6 @@ def _load_tokenizer(checkpoint: Path) -> LlamaTokenizer:
     """By its own class: AutoTokenizer loses the leading mark of each chunk on this layout."""
     if not any((checkpoint / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise CheckpointError(f"{checkpoint} has no tokenizer.model; download it again")
-    return LlamaTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = LlamaTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    check_length(checkpoint, tokenizer)
+    return tokenizer

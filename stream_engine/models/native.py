@@ -71,6 +71,11 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
     """
     weights = WeightFiles(checkpoint)  # reads every file's table of contents, and refuses pickles
     stated = read_json(checkpoint / "config.json")
+    if not stated.get("quantization_config") and not (dtype := weights.dtype()).is_floating_point:
+        raise CheckpointError(
+            f"{checkpoint}: the weights are quantised (they are {dtype}) and config.json says not "
+            "how; give the folder of the unquantised checkpoint"
+        )
     device = resolve_device(config)
     straight = device.type != "cpu" and is_accelerate_available()
     try:
@@ -143,7 +148,18 @@ def load_tokenizer(checkpoint: Path) -> Any:
         ) from error
     if not has_file and len(tokenizer) < MIN_VOCABULARY:
         raise CheckpointError(lacks)
+    check_length(checkpoint, tokenizer)
     return tokenizer
+
+
+def check_length(checkpoint: Path, tokenizer: Any) -> None:
+    """Raise CheckpointError where model_max_length, which every text is held against, is none."""
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise CheckpointError(
+            f"{checkpoint / 'tokenizer_config.json'}: model_max_length is {length!r}, not a "
+            "number; correct it or take the line out"
+        )
 
 
 def check_template(checkpoint: Path, rendered: str) -> None:

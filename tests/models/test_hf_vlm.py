@@ -314,6 +314,19 @@ def no_tokenizer(folder: Path) -> str:
     return r"has none of tokenizer\.json"
 
 
+def length_as_text(folder: Path) -> str:
+    """Each question was rejected by itself, with a TypeError."""
+    change_json(folder, "tokenizer_config.json", model_max_length="2048")
+    return r"tokenizer_config\.json: model_max_length is '2048', not a number"
+
+
+def whole_numbers(folder: Path) -> str:
+    """They were taken for the weights."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t.to(torch.int8) for k, t in tensors.items()}, folder / "model.safetensors")
+    return r"the weights are quantised \(they are torch\.int8\) .* unquantised"
+
+
 def foreign_processor(folder: Path) -> str:
     change_json(folder, "processor_config.json", processor_class="OtherProcessor")
     return "transformers has no class OtherProcessor"
@@ -347,6 +360,8 @@ BREAKS = [
     no_template,
     template_of_plain_texts,
     no_tokenizer,
+    length_as_text,
+    whole_numbers,
     foreign_processor,
     encoder_decoder,
     prompt_read_both_ways,
