@@ -103,3 +103,16 @@ def test_rows_that_a_publication_could_not_remove_go_with_the_next_look(finished
     os.utime(later, (2**31, 2**31))
     export_to(finished, "llama_factory")
     assert not old.parent.exists() and later.exists() and rows.exists()
+
+
+def test_an_old_card_of_the_same_size_is_a_publication_that_did_not_end(finished: RunDir) -> None:
+    """The record stands before the card does: a kill between them left the card of before."""
+    folder = export_to(finished, "trl")
+    card = folder / "README.md"
+    whole = card.read_bytes()
+    card.write_bytes(whole.replace(b"license: unknown", b"license: unknowm", 1))
+    record = (folder / "stats.json").stat().st_mtime
+    os.utime(card, (record - 60, record - 60))
+    assert card.read_bytes() != whole and len(card.read_bytes()) == len(whole)
+    export_to(finished, "trl")
+    assert card.read_bytes() == whole
