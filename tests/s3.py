@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import boto3
 
-Fault = Literal["", "lost", "fail", "repeat"]
-"""lost: done, but the answer does not arrive; fail: 503, not done; repeat: it arrives twice."""
+Fault = Literal["", "lost", "fail", "repeat", "cut"]
+"""lost: done, but the answer does not arrive; fail: 503, not done; repeat: it arrives twice; cut:
+done, but the answer's body breaks off in its midst."""
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -152,6 +153,9 @@ class FaultyProxy:
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
+        if fault == "cut":
+            headers["Content-Length"], handler.close_connection = str(len(content)), True
+            content = content[: len(content) // 2]
         self.reply(handler, status, headers, content)
 
     def forward(
@@ -175,7 +179,7 @@ class FaultyProxy:
                 if name.lower() not in ("connection", "transfer-encoding", "content-length"):
                     handler.send_header(name, value)
             length = headers.get("Content-Length", headers.get("content-length"))
-            size = length if handler.command == "HEAD" and length else str(len(content))
+            size = length or str(len(content))
             handler.send_header("Content-Length", size)
             handler.end_headers()
             if handler.command != "HEAD":

@@ -116,7 +116,9 @@ def read_with_version(run_dir: RunDir) -> tuple[RunFile | None, Version | None]:
         if found is None:
             return None, None
         run_file = msgspec.json.decode(found[0], type=RunFile)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {run_dir.run_json}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {run_dir.run_json}: {error}; put a copy back") from error
     if is_broken(found[0]):
         raise ConfigError(

@@ -17,11 +17,9 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from stream_engine.errors import ChangedError, ConfigError
 from stream_engine.store.base import (
@@ -34,12 +32,10 @@ from stream_engine.store.base import (
     absent,
     all_names,
 )
-from stream_engine.text import one_line
+from stream_engine.store.requests import RETRIES, ConditionError, ask, content, no_bucket
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
-
-T = TypeVar("T")
 
 SCHEMES = ("s3://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "azure://")
 IN_MEMORY_BYTES = 8 << 20
@@ -48,8 +44,6 @@ READ_BYTES = 4 << 20
 CLOCK_S = 60.0
 """For how long the store's clock is told from this machine's monotonic one."""
 TIMEOUT_S = "30s"
-RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=90)}
-REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
 MARK = "written-by"
 DEFAULT_REGION = "us-east-1"
 
@@ -73,31 +67,6 @@ def object_path(url: str) -> ObjectPath:
     if any(part in (".", "..") for part in parts):
         raise ConfigError(f"{url!r}: a name in an object store has no '.' or '..'")
     return ObjectPath(f"{scheme}://{bucket}", "/".join(parts))
-
-
-def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: Any) -> T:
-    """The answer to a request; what fails it is an OSError, as a disk's would be.
-
-    Raises:
-        FileNotFoundError: for an object that is not there.
-        ConditionError: when the condition of a put does not hold.
-        OSError: for everything else, after the tries that obstore makes by itself.
-    """
-    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
-    try:
-        return request(*args, **options)
-    except (AlreadyExistsError, PreconditionError) as error:
-        raise ConditionError from error
-    except FileNotFoundError:
-        raise
-    except BaseError as error:
-        said = f"{one_line(error)} ... ({REMEDY})"
-        raise OSError(errno.EIO, said, str(path)) from error
-
-
-class ConditionError(Exception):
-    """The condition of a put does not hold."""
 
 
 class ObjectStore:
@@ -124,14 +93,11 @@ class ObjectStore:
         self._clock: tuple[float, float] | None = None
 
     def read(self, path: Location) -> tuple[bytes, Entry] | None:
-        import obstore
-
         try:
-            found = ask(path, obstore.get, self.bucket, key_of(path))
-            data = bytes(found.bytes())
+            found, data = content(path, self.bucket, key_of(path))
         except FileNotFoundError:
             return None
-        return (data, entry_of(path.parent, path.name, found.meta)) if data else None
+        return (bytes(data), entry_of(path.parent, path.name, found.meta)) if data else None
 
     def stat(self, path: Location) -> Entry | None:
         import obstore
@@ -179,11 +145,9 @@ class ObjectStore:
 
     def part(self, path: Location, span: tuple[int, int]) -> tuple[bytes, Any]:
         """Some bytes of an object, and what it is. Raises FileNotFoundError."""
-        import obstore
-
         try:
-            found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})
-            return bytes(found.bytes()), found.meta
+            found, data = content(path, self.bucket, key_of(path), options={"range": span})
+            return bytes(data), found.meta
         except OSError as error:  # of an empty object, which counts as absent, no range can be had
             if isinstance(error, FileNotFoundError) or self.stat(path) is None:
                 raise absent(path) from error
@@ -245,9 +209,7 @@ class ObjectStore:
             return cast(str, written["e_tag"])
         except (ConditionError, FileNotFoundError) as error:
             if version is None and isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(
-                    errno.ENOENT, "there is no such bucket", self.root
-                ) from error
+                raise no_bucket(self.root) from error
             there, its_mark = self.marked(path)
             if there is not None and its_mark == mark:
                 return there.version
@@ -299,8 +261,6 @@ class RangedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Raises OSError (ESTALE) when the object was replaced since it was opened."""
-        import obstore
-
         length = min(len(buffer), self.entry.size - self.position)
         if length <= 0:
             return 0
@@ -311,10 +271,9 @@ class RangedReader(io.RawIOBase):
             return len(known)
         path = self.entry.path
         span = (self.position, self.position + length)
-        found = ask(path, obstore.get, self.bucket, key_of(path), options={"range": span})
+        found, data = content(path, self.bucket, key_of(path), options={"range": span})
         if found.meta["e_tag"] != self.entry.version:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        data = found.bytes()
         buffer[: len(data)] = memoryview(data)
         self.position += len(data)
         return len(data)

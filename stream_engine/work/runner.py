@@ -41,7 +41,7 @@ from stream_engine.work.loaded_engines import LoadedEngines
 from stream_engine.work.other_python import find_python, run_rewards_under
 from stream_engine.work.progress import ProgressView, set_up_logging
 from stream_engine.work.rounds import pipeline_of_round, rounds_left
-from stream_engine.work.signals import exit_on_sigterm
+from stream_engine.work.signals import exit_on_signals
 from stream_engine.work.stage_inputs import check_inputs, kept_models, stage_inputs
 from stream_engine.work.team import Team
 from stream_engine.work.tracking import Tracker
@@ -191,7 +191,7 @@ def run_as_worker(
     num_done = 0
     outcome: Outcome | None = None
     # In another round this process loads other models, into the memory of these.
-    with exit_on_sigterm(run_dir, rank.worker_id), closing(worker.engines):
+    with exit_on_signals(run_dir, rank.worker_id), closing(worker.engines):
         if config.run_stage in (1, 2):
             require_rollouts(state, config)
         while outcome is None or (works and outcome == "unsettled"):
@@ -363,7 +363,7 @@ def retry_shard(config: RunConfig, index: int) -> None:
 
     def work(team: Team | None) -> None:
         fingerprints = begin(run_dir, config, at_hand, rank).fingerprints
-        with exit_on_sigterm(run_dir, rank.worker_id), ProgressView() as view:
+        with exit_on_signals(run_dir, rank.worker_id), ProgressView() as view:
             workers = functools.partial(Worker, run_dir, rank=rank, view=view, team=team)
             workers(theirs, pipeline, fingerprints, number=number).do_in_foreground(index)
 

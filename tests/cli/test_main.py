@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -235,8 +236,9 @@ def test_both_entry_points_are_the_same_command() -> None:
     assert module.stdout == script.stdout != ""
 
 
-def test_sigterm_ends_a_worker_quickly_and_frees_its_lease(tmp_path: Path) -> None:
-    """In a process of its own: a shard that sleeps, and a SIGTERM while it does."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_worker_quickly_and_frees_its_lease(tmp_path: Path, number: int) -> None:
+    """In a process of its own: a shard that sleeps, and a signal while it does."""
     dataset = write_questions(tmp_path / "q.jsonl", ["what is this"])
     code = f"""
 import os, signal, sys, threading, time
@@ -245,7 +247,7 @@ from stream_engine import pipelines
 from tests import echo_pipeline
 pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
 def sleep(question, num_calls):
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()
     time.sleep(30)
 echo_pipeline.misbehave = sleep
 from stream_engine.cli.main import main
@@ -253,7 +255,7 @@ words = "run --pipeline_name echo --work_dir {tmp_path}/w --dataset_path {datase
 sys.exit(main(words.split()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
-    assert done.returncode == 143, done.stderr
+    assert done.returncode == 128 + number, done.stderr
     assert not list_leases(tmp_path / "w/leases")
     assert not list((tmp_path / "w/failures").glob("*"))
 

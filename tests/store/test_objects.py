@@ -173,8 +173,26 @@ def test_one_contender_has_a_lease_and_a_stale_one_is_taken_over(folder: Locatio
 
 
 def test_a_bucket_that_is_not_there_is_said(folder: Location):
-    with pytest.raises(FileNotFoundError, match="there is no such bucket"):
-        files.create(location("s3://nobody/run/x"), b"x")
+    """Not taken for an object that is absent: a run whose bucket went away has lost no results."""
+    path = location("s3://nobody/run/x")
+    for use_it in (lambda: files.create(path, b"x"), lambda: files.read(path)):
+        with pytest.raises(OSError, match="there is no such bucket"):
+            use_it()
+    with pytest.raises(OSError, match="there is no such bucket"):
+        files.list_files(path.parent)
+
+
+def test_an_object_whose_content_always_breaks_off_is_an_error_of_reading(
+    folder: Location, server: str, use, monkeypatch
+):
+    """It was an error of the foreign package, which nothing catches."""
+    files.create(folder / "file", b"0123456789")
+    monkeypatch.setattr("stream_engine.store.objects.RETRIES", {"max_retries": 0})
+    with FaultyProxy(server, lambda _, method, __: "cut" if method == "GET" else "") as proxy:
+        use(proxy.address)
+        for read in (files.read_bytes, lambda path: files.read_ends(path, head=4, tail=4)):
+            with pytest.raises(OSError, match="can the store be reached"):
+                read(folder / "file")
 
 
 def test_a_store_that_cannot_be_reached_is_said_in_one_line(use, monkeypatch):

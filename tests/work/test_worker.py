@@ -27,7 +27,7 @@ from stream_engine.store.leases import list_leases
 from stream_engine.work import reading, shard_work
 from stream_engine.work.progress import ProgressView
 from stream_engine.work.runner import RunReport, begin, run
-from stream_engine.work.signals import exit_on_sigterm
+from stream_engine.work.signals import exit_on_signals
 from stream_engine.work.worker import Worker
 from tests.conftest import file_states, parts, write_questions
 from tests.echo_pipeline import CALLS, echo_config
@@ -335,12 +335,12 @@ def test_an_input_is_read_once_a_launch(
 def test_a_signal_that_becomes_another_error_still_ends_with_143(tmp_path: Path) -> None:
     """It may come while a lock is taken, which then cannot be released: that ended with 1."""
     run_dir = RunDir(tmp_path / "run")
-    with pytest.raises(SystemExit) as raised, exit_on_sigterm(run_dir, "w"):
+    with pytest.raises(SystemExit) as raised, exit_on_signals(run_dir, "w"):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         except SystemExit:
             raise RuntimeError("release unlocked lock") from None
     assert raised.value.code == 143
-    with pytest.raises(RuntimeError, match="its own"), exit_on_sigterm(run_dir, "w"):
+    with pytest.raises(RuntimeError, match="its own"), exit_on_signals(run_dir, "w"):
         raise RuntimeError("its own")

@@ -1,0 +1,75 @@
+"""One request to an object store, and its errors as those of a disk. Knows no version, no lease."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stream_engine.store.base import Location
+from stream_engine.text import one_line
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+T = TypeVar("T")
+
+RETRIES: Any = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(seconds=90),
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=5),
+        "base": 5,
+    },
+}
+"""Each wait is drawn between the first one and `base` times the last one, some 20 seconds in all: a
+store that is asked for too much refuses for seconds. obstore's own `base` of 2 comes to two."""
+REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
+NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
+SAID = re.compile(r"<Code>([^<]+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
+"""What a store says of an error, in the body of its answer."""
+
+
+class ConditionError(Exception):
+    """The condition of a put does not hold."""
+
+
+def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: Any) -> T:
+    """The answer to a request; what fails it is an OSError, as a disk's would be.
+
+    Raises:
+        FileNotFoundError: for an object that is not there.
+        ConditionError: when the condition of a put does not hold.
+        OSError: for everything else, after the tries that obstore makes by itself. A bucket that is
+            not there is no absent object: whatever a run has lies in it.
+    """
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+    try:
+        return request(*args, **options)
+    except (AlreadyExistsError, PreconditionError) as error:
+        raise ConditionError from error
+    except (BaseError, FileNotFoundError) as error:
+        if NO_BUCKET.search(str(error)):
+            raise no_bucket(path) from error
+        if isinstance(error, FileNotFoundError):
+            raise
+        found = SAID.search(str(error))
+        said = f"{found[1]}: {found[2] or ''}" if found else one_line(error)
+        raise OSError(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
+
+
+def no_bucket(path: Location | str) -> OSError:
+    """The error of a bucket that is not there; no later try will find it."""
+    return OSError(errno.ENXIO, "there is no such bucket; make it, or name another", str(path))
+
+
+def content(path: Location, bucket: Bucket, key: str, **options: Any) -> tuple[Any, Any]:
+    """An answer to a get, and all its bytes (a buffer), which may break off. Raises as `ask`."""
+    import obstore
+
+    found = ask(path, obstore.get, bucket, key, **options)
+    return found, ask(path, found.bytes)
