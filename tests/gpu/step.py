@@ -92,8 +92,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # not to outlive the runner
-    # When the time is nearly over, the log is told where every thread is.
-    faulthandler.dump_traceback_later(0.8 * arguments.limit_s)
+    # The log is told where every thread is, twice: where starting is slow, the second may be late.
+    faulthandler.dump_traceback_later(0.4 * arguments.limit_s, repeat=True)
     hanging, _, seconds = os.environ.get(HANG_VARIABLE, "").partition(" ")
     if hanging == arguments.name:
         subprocess.Popen(["sleep", seconds], start_new_session=True)
