@@ -243,6 +243,7 @@ def test_a_signal_ends_a_worker_quickly_and_frees_its_lease(tmp_path: Path, numb
     code = f"""
 import os, signal, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
+signal.signal({int(number)}, signal.SIG_DFL)  # as nohup, say, ignores one of them
 from stream_engine import pipelines
 from tests import echo_pipeline
 pipelines.PIPELINES["echo"] = "tests.echo_pipeline:EchoPipeline"
