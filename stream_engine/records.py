@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 
 IMAGE_MARK = "<image>"
 """Where an image stands in a question, as LLaVA-style datasets write it."""
+MEDIA_MARKS = ("<video>", "<audio>")
+"""Where a video or a sound stands; trainers that work by marks refuse a row that spells one."""
 
 
 class EncodedImage(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ Legend: N packed tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,8 @@ LINEARS = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 NORMS = ("input_layernorm", "post_attention_layernorm")
+products_of, norms_of = attrgetter(*LINEARS), attrgetter(*NORMS)
+"""Of a layer."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """Of what a layer adds to its input, relative to the largest entry."""
 
@@ -65,20 +68,11 @@ class FusedLayer(nn.Module):
         assert position_embeddings is not None
         x = hidden_states[0]
         if isinstance(step, DecodeStep):
-            products = _products(layer)
+            products = products_of(layer)
             if _decodes_in_one_call(products, layer.self_attn.head_dim):
                 return _decoded(layer, products, step, x, *position_embeddings)[None]
         x = _attended(layer, x, *position_embeddings).add_(x)
         return _fed_forward(layer, x).add_(x)[None]
-
-
-def _products(layer: Any) -> tuple[Any, ...]:
-    """The layers that LINEARS names."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    )
 
 
 def _decodes_in_one_call(products: Sequence[Any], head_size: int) -> bool:
@@ -96,7 +90,7 @@ def _decoded(
 ) -> Tensor:
     """What a layer makes of x [N, D], one token a row."""
     attention = layer.self_attn
-    norms = layer.input_layernorm, layer.post_attention_layernorm
+    norms = norms_of(layer)
     if step.layers is None:
         size = attention.head_dim
         heads, kv_heads, inner = (products[i].weight.shape[0] for i in (0, 1, 4))
@@ -171,11 +165,11 @@ def _is_known(layer: nn.Module) -> bool:
     kind = type(layer)
     if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers.models."):
         return False
-    linears = _parts(layer, LINEARS)
-    weights = [each.weight for each in (*linears, *_parts(layer, NORMS))]
+    products = products_of(layer)
+    weights = [each.weight for each in (*products, *norms_of(layer))]
     dtype = weights[-1].dtype
     return (
-        all(type(each) in (nn.Linear, OneDNNLinear) for each in linears)
+        all(type(each) in (nn.Linear, OneDNNLinear) for each in products)
         and all(each.device.type == "cpu" and each.dtype == dtype for each in weights)
         and type(layer.get_submodule("mlp.act_fn")).__name__ in ("SiLU", "SiLUActivation")
         and layer_steps.serves(dtype)
@@ -235,7 +229,3 @@ def _window(attention: Any) -> int | None:
         return attention.sliding_window
     named = type(attention).__name__.startswith("Mistral")
     return getattr(attention.config, "sliding_window", None) if named else None
-
-
-def _parts(module: nn.Module, names: Sequence[str]) -> list[Any]:
-    return [module.get_submodule(name) for name in names]

@@ -9,8 +9,6 @@ from stream_engine.errors import RecordError
 from stream_engine.inputs.cells import as_text, is_missing
 from stream_engine.records import IMAGE_MARK, marks_are_in_front, without_marks
 
-MEDIA_MARKS = ("<video>", "<audio>")
-
 FOREIGN_MARK = "foreign_mark"
 FOREIGN = re.compile(
     r"<\s*image\s*/?>|<image[ _-]?(\d+|placeholder|token|soft_token)>|\[IMG\]"

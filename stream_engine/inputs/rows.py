@@ -29,13 +29,12 @@ from stream_engine.inputs.layouts import CHAT_COLUMNS, CONTEXT_COLUMNS, Row, wit
 from stream_engine.inputs.picture_values import parse_picture, pictures_in
 from stream_engine.inputs.questions import (
     FOREIGN_MARK,
-    MEDIA_MARKS,
     foreign_mark,
     question_of,
     with_pictures_placed,
 )
 from stream_engine.pictures import read_picture
-from stream_engine.records import EncodedImage, Sample, sample_key
+from stream_engine.records import MEDIA_MARKS, EncodedImage, Sample, sample_key
 
 ID_COLUMNS = ("idx", "question_id", "id")
 IMAGE_COLUMNS = ("image", "images", "image_path")
@@ -43,6 +42,8 @@ MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
 """What nobody is asked about; see `refuse_media`."""
 NAMES_ALONE = ("missing_image_file", "remote_image", "path_outside_root", "unknown_image_form")
 """Of what `image` is where `images` holds the pictures, and `image` tells whence they came."""
+PICTURE_FILES = ("image_paths", "file_name")
+"""Where the row has no other picture."""
 CARRIED_COLUMNS = ("ds_name", "origin_dataset", "origin_split", "metainfos", "ds_question_id")
 COLUMNS = frozenset(
     (
@@ -50,10 +51,10 @@ COLUMNS = frozenset(
         *ANSWER_COLUMNS,
     )
 )
-LOOKED_AT = COLUMNS | {*CONTEXT_COLUMNS, *MEDIA_COLUMNS, "image_paths", "file_name"}
+LOOKED_AT = COLUMNS | {*CONTEXT_COLUMNS, *MEDIA_COLUMNS, *PICTURE_FILES}
 """With those whose rows are refused where they hold something that is needed."""
 KNOWN_COLUMNS = COLUMNS | {
-    *("key", "image_paths", "file_name", "logps"),
+    *("key", *PICTURE_FILES, "logps"),
     *("chosen_score", "rejected_score", "margin", "round"),
 }
 """With what the shards and the datasets of a run say besides, which is made anew."""

@@ -7,8 +7,8 @@ tensors on load); families with formats of their own use `checkpoints.load_into`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def load_native(auto_class: Any, checkpoint: Path, config: ModelConfig) -> PreTr
 
 
 @contextmanager
-def naming_checkpoint(checkpoint: Path) -> Iterator[None]:
-    """The loading of a checkpoint: what libraries raise of its files becomes a CheckpointError.
+def naming(say: Callable[[BaseException], str]) -> Iterator[None]:
+    """A CheckpointError of what libraries raise of a checkpoint's files, or its own code.
 
     Running out of memory and a lost device stay what they are.
     """
@@ -114,24 +114,22 @@ def naming_checkpoint(checkpoint: Path) -> Iterator[None]:
     except LOAD_ERRORS as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
-        raise CheckpointError(f"cannot load {checkpoint}: {described(error)}") from error
+        raise CheckpointError(say(error)) from error
 
 
-@contextmanager
-def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> Iterator[None]:
-    """A model's first forwards: what its own code raises becomes a CheckpointError with its class.
+def naming_checkpoint(checkpoint: Path) -> AbstractContextManager[None]:
+    """The loading of a checkpoint: what is raised becomes a CheckpointError with its folder."""
+    return naming(lambda error: f"cannot load {checkpoint}: {described(error)}")
 
-    Running out of memory and a lost device stay what they are.
-    """
-    try:
-        yield
-    except LOAD_ERRORS as error:
-        if is_out_of_memory(error) or is_device_lost(error):
-            raise
-        raise CheckpointError(
+
+def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> AbstractContextManager[None]:
+    """The first forwards: what a model's own code raises becomes a CheckpointError with its class."""
+    return naming(
+        lambda error: (
             f"{checkpoint}: {type(own).__name__} cannot be run on a few tokens "
             f"({type(error).__name__}: {one_line(error)}); this architecture is not supported"
-        ) from error
+        )
+    )
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

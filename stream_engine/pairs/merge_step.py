@@ -14,7 +14,7 @@ from stream_engine.outputs.published import CARD, RECORD, is_ours, quick_problem
 from stream_engine.pairs.merge_inputs import MergeInputs, seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current, read_stats
 from stream_engine.pairs.merger import merge
-from stream_engine.pairs.rounds import configs_of_rounds
+from stream_engine.pairs.rounds import configs_of_rounds, datasets_of
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.run_dir.damage import around_damage
 from stream_engine.run_dir.rounds import firsts_on_file
@@ -120,13 +120,11 @@ def datasets_left(state: RunState) -> Iterator[str]:
     if all(counts is None for _, _, counts in inputs.digest):
         return
     configs = configs_of_rounds(run_dir, read_run_file(run_dir).config(), inputs)
-    last = configs[len(configs)]
-    parts = [(last, inputs, run_dir)]
-    if len(configs) > 1 or last.questions is not None:
-        of_rounds = ((one, inputs.of_round(n), run_dir.of_round(n)) for n, one in configs.items())
-        parts += [part for part in of_rounds if part[1].num_shards]
-    for config, part, place in parts:
-        for name, folder in place.dataset_folders(last.format).items():
+    formats = configs[len(configs)].format
+    *of_rounds, of_all = datasets_of(run_dir, configs, inputs)
+    for part, place in (of_all, *of_rounds):
+        config = configs[part.number or len(configs)]
+        for name, folder in place.dataset_folders(formats).items():
             if why := reason_to_write(folder, part, config, name):
                 yield why
 

@@ -42,7 +42,7 @@ from stream_engine.pairs.merge_report import (
 from stream_engine.pairs.milestones import Counted, chain_of
 from stream_engine.pairs.pair_output import PairOutput
 from stream_engine.pairs.rankings import kept_ranking, ranking_settings
-from stream_engine.pairs.rounds import configs_of_rounds, told_of_rounds
+from stream_engine.pairs.rounds import configs_of_rounds, datasets_of, told_of_rounds
 from stream_engine.pairs.second_pass import Decisions, beginning, take_examples, write_pairs
 from stream_engine.pipelines.base import Pipeline
 from stream_engine.records import ShardInfo
@@ -78,14 +78,12 @@ def merge(
     """
     inputs = read_inputs(run_dir, fingerprints)
     configs = configs_of_rounds(run_dir, config, inputs)
-    write = functools.partial(
-        write_formats, run_dir, configs, pipeline, allow_partial=allow_partial
-    )
-    if len(configs) > 1 or config.questions is not None:
-        for number in configs:
-            if (part := inputs.of_round(number)).num_shards:
-                write(part, run_dir.of_round(number).dataset_folders(config.format))
-    return write(inputs, run_dir.dataset_folders(config.format))
+    for part, place in datasets_of(run_dir, configs, inputs):
+        folders = place.dataset_folders(config.format)
+        report = write_formats(
+            run_dir, configs, pipeline, part, folders, allow_partial=allow_partial
+        )
+    return report
 
 
 def export(

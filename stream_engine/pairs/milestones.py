@@ -27,8 +27,7 @@ from stream_engine.pairs.balance import BalanceCounts, Balances, Passed
 from stream_engine.pairs.merge_inputs import MergeInputs
 from stream_engine.pairs.rankings import hash_of_code
 from stream_engine.pairs.statistics import PairStatistics, RunStatistics
-from stream_engine.run_dir.sealed import checked, with_digest
-from stream_engine.store import files
+from stream_engine.run_dir.sealed import keep_derived, read_derived
 from stream_engine.store.base import Location
 
 logger = logging.getLogger(__name__)
@@ -120,20 +119,13 @@ class Milestones(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_milestones(path: Location) -> Milestones:
-    """What is kept, which is nothing where it is damaged."""
-    data = files.read_bytes(path) or b""
-    if data.startswith(MAGIC):
-        try:
-            return msgspec.msgpack.decode(checked(data[len(MAGIC) :]) or b"", type=Milestones)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            pass
-    return Milestones()
+    """What is kept, which is nothing where it cannot be read."""
+    return read_derived(path, MAGIC, Milestones) or Milestones()
 
 
 def keep_milestones(path: Location, milestones: Milestones) -> None:
     """Put them in the place of those that are there, where that can be done."""
-    data = MAGIC + with_digest(msgspec.msgpack.encode(milestones))
     try:
-        files.replace(path, data, files.version_of(path), durable=False)
+        keep_derived(path, MAGIC, milestones)
     except (ChangedError, OSError) as error:
         logger.debug("what was counted is not kept: %s", error)

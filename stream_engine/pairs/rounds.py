@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stream_engine.config import RunConfig
@@ -20,6 +20,18 @@ def configs_of_rounds(
     at_hand = inputs.fingerprints.at_hand
     rounds = read_run_file(run_dir).rounds if at_hand > 1 else []
     return {n: config_of_round(rounds, n, config) for n in range(1, at_hand + 1)}
+
+
+def datasets_of(
+    run_dir: RunDir, configs: Mapping[int, RunConfig], inputs: MergeInputs
+) -> Iterator[tuple[MergeInputs, RunDir]]:
+    """What each dataset of a run is made from and where it belongs: of every round that has shards,
+    where there may be several, and of all of them."""
+    if len(configs) > 1 or configs[len(configs)].questions is not None:
+        for number in configs:
+            if (of_round := inputs.of_round(number)).num_shards:
+                yield of_round, run_dir.of_round(number)
+    yield inputs, run_dir
 
 
 def told_of_rounds(configs: Mapping[int, RunConfig], inputs: MergeInputs) -> list[dict[str, Any]]:

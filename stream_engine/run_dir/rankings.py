@@ -9,19 +9,14 @@ that to delete these files costs time and nothing else.
 
 from __future__ import annotations
 
-import logging
-
 import msgspec
 
 from stream_engine.config import STAGES
 from stream_engine.errors import ShardReadError
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.results import read_identified
-from stream_engine.run_dir.sealed import checked, with_digest
+from stream_engine.run_dir.sealed import checked, keep_derived, read_derived
 from stream_engine.store import files
-from stream_engine.text import describe
-
-logger = logging.getLogger(__name__)
 
 MAGIC = b"SERANK\x00\x01"
 
@@ -85,31 +80,12 @@ class RankedShard(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_ranking(run_dir: RunDir, index: int) -> RankedShard | None:
     """The ranking that is kept of a shard; None when there is none, or it cannot be read."""
-    try:
-        data = files.read_bytes(run_dir.ranking(index)) or b""
-    except OSError as error:
-        logger.warning("%s; it is made again", describe(error))
-        return None
-    if not data.startswith(MAGIC):
-        return None
-    try:
-        return msgspec.msgpack.decode(checked(data[len(MAGIC) :]) or b"", type=RankedShard)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+    return read_derived(run_dir.ranking(index), MAGIC, RankedShard)
 
 
 def keep_ranking(run_dir: RunDir, index: int, ranking: RankedShard) -> None:
-    """Put a ranking in the place of the one that is there.
-
-    It need not outlast a power cut.
-
-    Raises:
-        ChangedError: when another process puts one there.
-        OSError: when it cannot be written.
-    """
-    path, body = run_dir.ranking(index), msgspec.msgpack.encode(ranking)
-    data = MAGIC + with_digest(body)
-    files.replace(path, data, files.version_of(path), durable=False)
+    """Put a ranking in the place of the one that is there. Raises as `keep_derived`."""
+    keep_derived(run_dir.ranking(index), MAGIC, ranking)
 
 
 def is_damaged(run_dir: RunDir, index: int) -> bool:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from stream_engine.store import files
 from stream_engine.store.base import Location
+from stream_engine.text import describe
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHECKSUM = "checksum"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -24,6 +30,34 @@ def checked(data: bytes) -> bytes | None:
     """What `with_digest` was given; None when the bytes are not what was written."""
     body = data[DIGEST_BYTES:]
     return body if with_digest(body) == data else None
+
+
+def read_derived(path: Location, magic: bytes, kind: type[T]) -> T | None:
+    """What `keep_derived` was given; None when there is nothing, or it cannot be read."""
+    try:
+        data = files.read_bytes(path) or b""
+    except OSError as error:
+        logger.warning("%s; it is made again", describe(error))
+        return None
+    if not data.startswith(magic):
+        return None
+    try:
+        return msgspec.msgpack.decode(checked(data[len(magic) :]) or b"", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def keep_derived(path: Location, magic: bytes, content: Any) -> None:
+    """Put what can be made again in the place of what is there, behind a mark of its kind.
+
+    It need not outlast a power cut.
+
+    Raises:
+        ChangedError: when another process puts one there.
+        OSError: when it cannot be written.
+    """
+    data = magic + with_digest(msgspec.msgpack.encode(content))
+    files.replace(path, data, files.version_of(path), durable=False)
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:

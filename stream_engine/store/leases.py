@@ -105,14 +105,13 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Who holds it, and when it will be taken over."""
+        silence = f"; silent for {self.age_s:.0f} s, taken over after {self.silent_s:.0f} s"
         if not self.pid:
-            told = f"whoever wrote the lease {self.name!r}, which does not tell"
-            return f"{told}; silent for {self.age_s:.0f} s, taken over after {self.silent_s:.0f} s"
-        told = f"{self.worker_id} (process {self.pid} of {self.host}), which has held "
-        told += f"{self.name!r} for {self.held_s:.0f} s"
-        if not self.is_silent:
-            return f"{told} and is alive"
-        return f"{told}; silent for {self.age_s:.0f} s, taken over after {self.silent_s:.0f} s"
+            return f"whoever wrote the lease {self.name!r}, which does not tell{silence}"
+        return (
+            f"{self.worker_id} (process {self.pid} of {self.host}), which has held {self.name!r} "
+            f"for {self.held_s:.0f} s{silence if self.is_silent else ' and is alive'}"
+        )
 
 
 class Lease:

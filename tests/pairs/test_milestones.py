@@ -172,7 +172,7 @@ def test_scores_that_change_are_counted_from_there_on(
     assert again == merged_from_nothing(run_dir, **ALL_STAY)
 
 
-@pytest.mark.parametrize("harm", ["cut", "change a byte", "delete"])
+@pytest.mark.parametrize("harm", ["cut", "change a byte", "delete", "make unreadable"])
 def test_harm_to_milestones_changes_nothing_in_the_dataset(tmp_path: Path, harm: str) -> None:
     run_dir = RunDir(tmp_path)
     grow(run_dir, 0, 96)
@@ -182,8 +182,10 @@ def test_harm_to_milestones_changes_nothing_in_the_dataset(tmp_path: Path, harm:
         path = Path(str(run_dir.milestones(format)))
         data = path.read_bytes()
         assert read_milestones(path).of_origins
-        if harm == "delete":
+        if harm in ("delete", "make unreadable"):
             path.unlink()
+            if harm == "make unreadable":  # for root, too
+                path.mkdir()
         elif harm == "change a byte":
             path.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
         else:

@@ -6,6 +6,7 @@ Legend: R rows, D hidden, H and K query and key heads, S head size, I inner size
 """
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -180,8 +181,36 @@ def _calls(*steps: tuple[str, ctypes.Structure]) -> Calls:
     return Calls((Call * len(calls))(*calls), len(calls))
 
 
-class _InPanels:
-    """Products of one float32 x, in one call."""
+class _Products(ABC):
+    """Products of one x: `calls` make them with the weights that were read last."""
+
+    products: Sequence[Any]
+    calls: Sequence[tuple[str, ctypes.Structure]]
+
+    @abstractmethod
+    def address(self, weight: Tensor) -> int:
+        """Where a weight lies."""
+
+    def read(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        to: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> None:
+        """Take a layer's weights; what is added to, and where the sum goes, if they are others."""
+        for product, weight, bias in zip(self.products, weights, biases, strict=True):
+            assert weight.shape[0] == product.columns, f"{weight.shape}"
+            product.weight = self.address(weight)
+            product.bias = None if bias is None else bias.data_ptr()
+            product.to = None if to is None else to.data_ptr()
+            if out is not None:
+                product.out = out.data_ptr()
+
+
+class _InPanels(_Products):
+    """Of a float32 x, in one call."""
 
     def __init__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         self.all = panel_product.Products(
@@ -196,32 +225,23 @@ class _InPanels:
             product.out, product.columns = out.data_ptr(), out[0].numel()
         self.calls = [("panel_products", self.all)]
 
-    def read(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        *,
-        to: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> None:
-        """Take a layer's weights; what is added to, and where the sum goes, if they are others."""
-        for product, weight, bias in zip(self.products, weights, biases, strict=True):
-            assert weight.shape == (product.columns, self.all.size), f"{weight.shape}"
-            product.weight = panel_product.address(weight)
-            _point(product, bias, to, out)
+    def address(self, weight: Tensor) -> int:
+        assert weight.shape[1] == self.all.size, f"{weight.shape}"
+        return panel_product.address(weight)
 
 
-class _InTiles:
-    """Products of one bfloat16 x, a call each."""
+class _InTiles(_Products):
+    """Of a bfloat16 x, a call each."""
 
     def __init__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        self.size = x[0].numel()
         self.products = [
             tile_product.Product(
                 x=x.data_ptr(),
                 out=out.data_ptr(),
                 rows=len(x),
                 columns=out[0].numel(),
-                size=x[0].numel(),
+                size=self.size,
                 is_bfloat16=1,
                 num_threads=torch.get_num_threads(),
             )
@@ -229,23 +249,6 @@ class _InTiles:
         ]
         self.calls = [("tile_product", product) for product in self.products]
 
-    def read(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        *,
-        to: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> None:
-        """As of the other."""
-        for product, weight, bias in zip(self.products, weights, biases, strict=True):
-            assert weight.shape == (product.columns, product.size), f"{weight.shape}"
-            product.weight = weight.data_ptr()
-            _point(product, bias, to, out)
-
-
-def _point(product: Any, bias: Tensor | None, to: Tensor | None, out: Tensor | None) -> None:
-    product.bias = None if bias is None else bias.data_ptr()
-    product.to = None if to is None else to.data_ptr()
-    if out is not None:
-        product.out = out.data_ptr()
+    def address(self, weight: Tensor) -> int:
+        assert weight.shape[1] == self.size, f"{weight.shape}"
+        return weight.data_ptr()

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from stream_engine.outputs.formats.base import EXTRAS, PairRow, ParquetExport, extras
 from stream_engine.outputs.formats.jsonl import JsonlExport
 from stream_engine.outputs.formats.prompt import (
-    MEDIA_MARKS,
     embedded_images,
     has_media_mark,
     marked_question,
     texts_of,
 )
 from stream_engine.outputs.parquet import IMAGE, STRING
+from stream_engine.records import MEDIA_MARKS
 
 MARKS = (*MEDIA_MARKS, "<bbox>", "<ref-object>", "<cot-process>", "<start-image>")
 """Where ms-swift cuts a text before it tokenises it, whether something is put there or not."""

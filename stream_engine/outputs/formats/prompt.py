@@ -6,10 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from stream_engine.outputs.formats.base import PairRow
-from stream_engine.records import IMAGE_MARK, Sample, prompt_parts
-
-MEDIA_MARKS = ("<video>", "<audio>")
-"""Trainers that work by marks in the text take these for media of the row, and refuse it."""
+from stream_engine.records import IMAGE_MARK, MEDIA_MARKS, Sample, prompt_parts
 
 
 def question_parts(sample: Sample) -> list[str | None]:
