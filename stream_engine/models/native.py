@@ -123,7 +123,7 @@ def naming_checkpoint(checkpoint: Path) -> AbstractContextManager[None]:
 
 
 def naming_architecture(checkpoint: Path, own: torch.nn.Module) -> AbstractContextManager[None]:
-    """The first forwards: what a model's own code raises becomes a CheckpointError with its class."""
+    """First forwards: what a model's own code raises becomes a CheckpointError with its class."""
     return naming(
         lambda error: (
             f"{checkpoint}: {type(own).__name__} cannot be run on a few tokens "
