@@ -1,4 +1,7 @@
-"""Words for people: times, errors. Knows nothing but the standard library."""
+"""Words for people: times, errors; and what of a text people see.
+
+Knows nothing but the standard library.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import errno
 import getpass
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -68,6 +72,24 @@ def nearest(name: str, known: Sequence[str]) -> str:
     simple = {one.lower().replace("-", "_"): one for one in known}
     close = difflib.get_close_matches(name.lower().replace("-", "_"), simple, n=1)
     return f"; did you mean {simple[close[0]]!r}?" if close else ""
+
+
+UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e001f\U000e0080-\U000e0fff]+"
+)
+"""What Unicode calls Default_Ignorable_Code_Point, without the tags that tell flags apart."""
+
+
+def as_seen(text: str) -> str:
+    """A text without what has no width of its own, its marks composed with their letters (NFC)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", UNSEEN.sub("", text))
+
+
+def reading(text: str) -> str:
+    """What two texts have in common that are the same to a reader; white space makes no other."""
+    return " ".join(as_seen(text).split())
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -22,6 +22,7 @@ from stream_engine.errors import RecordError
 from stream_engine.inputs.cells import as_list, as_text, is_missing, text_of
 from stream_engine.inputs.layouts import USERS, Row, Turn, content_of, turn_of, turns_in
 from stream_engine.records import IMAGE_MARK, GivenAnswer
+from stream_engine.text import reading
 
 REJECTED_COLUMNS = ("rejected", "rejected_response", "rejected_messages")
 """The later ones stand beside `messages`, which then end with the chosen answer."""
@@ -60,8 +61,8 @@ def answers_of(row: Row, config: InputConfig, notes: list[str]) -> tuple[GivenAn
 
 
 def is_one(texts: Iterable[str]) -> bool:
-    """Whether these are one text; white space makes no other."""
-    return len({" ".join(text.split()) for text in texts}) == 1
+    """Whether these are one text to a reader."""
+    return len(set(map(reading, texts))) == 1
 
 
 def listed(value: Any) -> tuple[GivenAnswer, ...]:

@@ -11,6 +11,7 @@ from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
 from stream_engine.store import files
 from stream_engine.store.base import Location
+from stream_engine.text import reading
 
 ROLES = frozenset(("user", "assistant", "system"))
 
@@ -113,13 +114,13 @@ def text_problems(question: str, chosen: str, rejected: str) -> Iterator[str]:
     """Rules for texts that all formats share."""
     for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
         yield from one_text_problems(name, text)
-    if chosen == rejected:
+    if reading(chosen or "") == reading(rejected or ""):
         yield "chosen and rejected are the same"
 
 
 def one_text_problems(name: str, text: str) -> Iterator[str]:
     """A text has something in it, and no mark of a picture."""
-    if not text or not text.strip():
+    if not text or not reading(text):
         yield f"{name} is empty"
     elif "<image>" in text:
         yield f"{name} holds a literal <image>"

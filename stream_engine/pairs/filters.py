@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from stream_engine.config import RankingConfig
 from stream_engine.pipelines.ranking import count_words
 from stream_engine.records import Answer, PreferencePair
+from stream_engine.text import reading
 
 IMAGE_TAG = "<image>"
 
@@ -31,6 +33,10 @@ class Candidate:
     @property
     def rejected_words(self) -> int:
         return count_words(self.rejected.text)
+
+    @cached_property
+    def readings(self) -> tuple[str, str]:
+        return reading(self.chosen.text), reading(self.rejected.text)
 
 
 Filter = Callable[[Candidate, Sequence[Candidate], RankingConfig], str | None]
@@ -52,9 +58,9 @@ def image_tag(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig
 
 
 def same_text(candidate: Candidate, _kept: Sequence[Candidate], _: RankingConfig) -> str | None:
-    """Chosen and rejected are two samplings of one text; white space makes no other."""
-    same = candidate.chosen.text.split() == candidate.rejected.text.split()
-    return "same_text" if same else None
+    """Chosen and rejected are the same to a reader."""
+    chosen, rejected = candidate.readings
+    return "same_text" if chosen == rejected else None
 
 
 def disagreement(
@@ -74,10 +80,8 @@ def small_margin(
 
 def identical_row(candidate: Candidate, kept: Sequence[Candidate], _: RankingConfig) -> str | None:
     """The same two texts were paired before. Rows of different samples differ in their idx."""
-    texts = (candidate.chosen.text, candidate.rejected.text)
-    if any(texts == (other.chosen.text, other.rejected.text) for other in kept):
-        return "identical_row"
-    return None
+    is_known = any(candidate.readings == other.readings for other in kept)
+    return "identical_row" if is_known else None
 
 
 def max_pairs(candidate: Candidate, kept: Sequence[Candidate], config: RankingConfig) -> str | None:

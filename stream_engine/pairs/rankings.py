@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from stream_engine import __version__
+from stream_engine import __version__, text
 from stream_engine.config import RankingConfig, fingerprint
 from stream_engine.errors import ChangedError, ConservationError
 from stream_engine.pairs import filters
@@ -54,7 +54,7 @@ def ranking_settings(pipeline: Pipeline) -> str:
         {
             "version": [__version__, SCHEMA_VERSION],
             "code": [hash_of_code(cls) for cls in kind.__mro__ if cls is not object],
-            "rules": [hash_of_code(ranking_module), hash_of_code(filters)],
+            "rules": [hash_of_code(rules) for rules in (ranking_module, filters, text)],
             "pipeline": f"{kind.__module__}:{kind.__qualname__}",
             "options": config.pipeline_options,
             "seed": config.seed,

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from stream_engine.records import Answer, AnswerScore, PreferencePair, SampleRewards
+from stream_engine.text import as_seen
 
 Compat = Literal["rlaifv"] | None
 
@@ -43,8 +44,9 @@ MAX_COUNTED = 1024
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: runs without white space, or single Chinese or Japanese characters."""
-    return text.split() if text.isascii() else WORD.findall(text)
+    """The words of a text as it is seen: runs without white space, or single Chinese or Japanese
+    characters."""
+    return text.split() if text.isascii() else WORD.findall(as_seen(text))
 
 
 @functools.lru_cache(maxsize=MAX_COUNTED)

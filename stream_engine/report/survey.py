@@ -22,6 +22,7 @@ from stream_engine.pairs.statistics import Histogram, LengthWins
 from stream_engine.records import SampleRewards, SampleRollouts
 from stream_engine.report.places import KEPT, Draw, PairFile, PairPlace, Place, Shown
 from stream_engine.report.run import ReportedRun
+from stream_engine.text import reading
 
 NO_CANDIDATE = {
     "one_scored": "fewer than two answers were scored",
@@ -184,7 +185,7 @@ def why_no_candidate(rollouts: SampleRollouts, rewards: SampleRewards) -> str:
     if len(rewards.scores) < 2:
         return "one_scored"
     scored = {score.index for score in rewards.scores}
-    if len({answer.text for answer in rollouts.answers if answer.index in scored}) == 1:
+    if len({reading(answer.text) for answer in rollouts.answers if answer.index in scored}) == 1:
         return "same_answers"
     if len({score.score for score in rewards.scores}) == 1:
         return "equal_scores"

@@ -196,7 +196,7 @@ def test_what_is_read_of_pairs_is_told_and_so_is_what_is_left_out(tmp_path: Path
     """A dataset of pairs had its answers sampled anew without a word."""
     rows = [
         {"idx": 1, "question": "?", "chosen": "a", "rejected": "b"},
-        {"idx": 2, "question": "?", "chosen": "a", "rejected": " a\n"},
+        {"idx": 2, "question": "?", "chosen": "a", "rejected": " a\u200b\n"},
         {"idx": 3, "question": "?", "chosen": None, "rejected": None},
     ]
     source = str(write_jsonl(tmp_path / "q.jsonl", rows))

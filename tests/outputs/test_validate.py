@@ -78,7 +78,8 @@ RLAIFV_FAULTS = {
     "idx is null": lambda row: row.update(idx=None),
     "no image bytes": lambda row: row.update(image=None),
     "image: ": lambda row: row["image"].update(bytes=row["image"]["bytes"][:60]),
-    "chosen is empty": lambda row: row.update(chosen=""),
+    "chosen is empty": lambda row: row.update(chosen="\u200b "),
+    "chosen and rejected are the same": lambda row: row.update(rejected=row["chosen"] + "\u200b"),
     "logps holds 2 values, not 6": lambda row: row.update(logps='{"logps": [-1, -1]}'),
     "logps holds values that are no log-probs": lambda row: row.update(
         logps='{"logps": [-1, -1, [null], -1, -1, [-1]]}'

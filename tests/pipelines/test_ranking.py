@@ -48,6 +48,15 @@ def test_words_are_split_at_spaces_and_unspaced_scripts_by_character() -> None:
     assert count_words("   ") == 0
 
 
+def test_words_are_those_that_are_seen() -> None:
+    """Answers apart in what has no width passed for two, and were the best and the worst."""
+    seen = words("un caf\u00e9 noir")
+    assert words("un\u200b cafe\u0301 \u2060 no\u00adir") == seen
+    assert count_words("\u200b \ufeff") == 0
+    answers = [answer(0, "un caf\u00e9"), answer(1, "un\u200b cafe\u0301"), answer(2, "deux chats")]
+    assert indices(by_reward(answers, [scored(i, -i) for i in range(3)])) == [(0, 2)]
+
+
 def test_strict_pairs_are_the_best_with_the_worst() -> None:
     pairs = by_reward(
         distinct_answers(10), [scored(i, -i) for i in range(10)], strict_follow_rank=True

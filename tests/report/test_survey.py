@@ -110,6 +110,7 @@ def answers(*texts: str) -> SampleRollouts:
     [
         pytest.param(["a", "b"], [1.0], "one_scored", id="one-scored"),
         pytest.param(["a", "a"], [1.0, 2.0], "same_answers", id="same-text"),
+        pytest.param(["a", "\u200ba"], [1.0, 2.0], "same_answers", id="read-the-same"),
         pytest.param(["a", "b"], [1.0, 1.0], "equal_scores", id="equal"),
         pytest.param(["a", "b"], [1.0, 2.0], "no_match", id="other"),
     ],
