@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from stream_engine.errors import RecordError
-from stream_engine.inputs.layouts import Row
+from stream_engine.inputs.layouts import Row, looks_like_turn
+from stream_engine.inputs.rows import KNOWN_COLUMNS
 from stream_engine.inputs.unread import Unreadable
 
 CHUNK_BYTES = 1 << 20
@@ -55,8 +56,33 @@ def as_row(value: Any) -> Row | RecordError:
     if isinstance(value, Doubled):
         return RecordError("doubled_column", "a name stands twice in the row, with two values")
     if isinstance(value, dict):
-        return value
+        orient = orient_of(value)
+        return RecordError("malformed_json", NOT_ROWS.format(orient)) if orient else value
     return RecordError("malformed_json", f"{type(value).__name__} instead of an object")
+
+
+NOT_ROWS = (
+    'a whole table as pandas writes it by orient="{}", not a row: write it by '
+    'to_json(..., orient="records", lines=True)'
+)
+
+
+def orient_of(value: dict[str, Any]) -> str:
+    """pandas' name for the way in which an object holds a table; "" for a row.
+
+    split    {"columns": [name, ...], "index": [...], "data": [[cell, ...], ...]}
+    columns  {name: {label: cell, ...}, ...}
+    index    {label: {name: cell, ...}, ...}
+    """
+    if value.keys() - {"index"} == {"columns", "data"}:
+        return "split" if all(isinstance(part, list) for part in value.values()) else ""
+    parts = list(value.values())
+    if len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
+        return ""
+    names = parts[0].keys()
+    if any(part.keys() != names for part in parts) or looks_like_turn(parts[0]):
+        return ""
+    return "columns" if names.isdisjoint(KNOWN_COLUMNS) else "index"
 
 
 def json_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RecordError]]:

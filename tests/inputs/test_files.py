@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,6 +109,44 @@ def test_texts_are_read_compressed_or_not(tmp_path: Path, name: str, suffix: str
 def test_json_files_hold_objects_in_several_ways(tmp_path: Path, text: str):
     (tmp_path / "q.json").write_text(text)
     assert [sample.question for sample in read(tmp_path / "q.json")] == ["a", "b"]
+
+
+TABLE = {"question": {"0": "a", "1": "b"}, "image": {"0": "a.png", "1": "b.png"}}
+CELLS = [["a", "a.png"], ["b", "b.png"]]
+
+
+@pytest.mark.parametrize(
+    ("orient", "table"),
+    [
+        pytest.param("columns", TABLE, id="columns"),
+        pytest.param("columns", {name: {"x-1": "a", "x-2": "b"} for name in TABLE}, id="labelled"),
+        pytest.param(
+            "index", {str(i): dict(zip(TABLE, row)) for i, row in enumerate(CELLS)}, id="index"
+        ),
+        pytest.param(
+            "split", {"columns": [*TABLE], "index": [0, 1], "data": CELLS}, id="split-with-index"
+        ),
+        pytest.param("split", {"columns": [*TABLE], "data": CELLS}, id="split"),
+    ],
+)
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+def test_a_table_of_pandas_that_is_no_rows_is_named_with_what_helps(
+    tmp_path: Path, name: str, orient: str, table: dict[str, Any]
+):
+    """It was refused as a row without a question."""
+    (tmp_path / name).write_text(json.dumps(table))
+    (failure,) = read(tmp_path / name)
+    assert (failure.reason, failure.row) == ("malformed_json", 0)
+    assert f'orient="{orient}"' in failure.detail
+    assert 'orient="records", lines=True' in failure.detail
+
+
+def test_a_row_whose_cells_are_all_turns_is_no_table(tmp_path: Path):
+    sides = {name: {"role": "assistant", "content": name} for name in ("chosen", "rejected")}
+    row = {"prompt": {"role": "user", "content": "?"}, **sides}
+    (tmp_path / "q.json").write_text(json.dumps(row))
+    (sample,) = read(tmp_path / "q.json", text_only="allow", given_answers="pairs")
+    assert [answer.text for answer in sample.answers] == ["chosen", "rejected"]
 
 
 @pytest.mark.parametrize(
