@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def dataset_card(
         "## Columns\n\n"
         + table(("column", "type", "what it holds"), column_rows(export, stats["format"])),
         "## Use\n\n" + usage(stats["format"], files_by_split(stats["parts"])),
-        how_it_was_made(config),
+        how_it_was_made(config, format=stats["format"]),
         rounds_table(stats),
         two_columns("sampling", sampling),
         two_columns("selection", msgspec.to_builtins(config.part(RankingConfig))),
@@ -87,14 +88,17 @@ def dataset_card(
     return str(DatasetCard(text, ignore_metadata_errors=False))
 
 
-def how_it_was_made(config: RunConfig) -> str:
-    """The command and the models."""
+def how_it_was_made(config: RunConfig, *, format: str | None = None) -> str:
+    """The command and the models. `format` is the dataset's own, whichever others are made beside
+    it; None for one that no run writes."""
     models = msgspec.to_builtins(config.part(ModelConfig))
     paths = {"sampler": config.sampler} | {n: p for n, p in models.items() if "model_path" in n}
     named = {name: model_name(path) for name, path in paths.items() if path}
+    formats = OutputConfig().format if format is None else (format,)
+    command = command_line(replace(config, format=formats))
     return (
         f"## How it was made\n\nBy {DISTRIBUTION} {__version__}:\n\n"
-        f"{fenced(command_line(config), 'bash')}\n\n" + two_columns("model", named)
+        f"{fenced(command, 'bash')}\n\n" + two_columns("model", named)
     ).rstrip()
 
 

@@ -6,8 +6,9 @@
 Files of rows are put beside those of the dataset that stands, under names that no other content
 has. Then the few files of fixed names are replaced, each only if it is still the one that was there
 when this merge began; the card, whose `data_files` name exactly these rows, is the last, and from
-then on `load_dataset` reads the new dataset. What the old one held is removed after that. A merge
-that was stopped for a while and wakes up finds other versions, and ends.
+then on `load_dataset` reads the new dataset. What the old one held is removed after that, its
+pictures where the new one has none; files of others stay. A merge that was stopped for a while and
+wakes up finds other versions, and ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from stream_engine.errors import ChangedError, ConfigError
-from stream_engine.outputs.published import CARD, IMAGES, RECORD, entries_of, is_ours, parts_of
+from stream_engine.outputs.published import (
+    CARD,
+    IMAGES,
+    RECORD,
+    entries_of,
+    is_ours,
+    parts_of,
+    recorded,
+)
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
@@ -26,7 +35,7 @@ from stream_engine.store.base import Location, Version
 
 ROWS = re.compile(r"(train|test)(-\d{5}-of-\d{5})?-[0-9a-f]{8}(\.parquet|\.jsonl|/.+)")
 """Names of files of rows, and of folders of them, as `with_token` makes them."""
-PICTURE = re.compile(rf"{IMAGES}/(-|[0-9a-f]{{32}}\.\d+\.\w+)")
+PICTURE = re.compile(rf"{IMAGES}/[0-9a-f]{{32}}\.\d+\.\w+")
 BESIDE_ROWS = re.compile(r"assets/(-|example\.\w+)|train-logps\.parquet|dataset_info\.json")
 """Names that a first publication may leave when it is ended before the record is written."""
 
@@ -46,6 +55,7 @@ class Publication:
         self.folder = folder
         self.began = files.now(folder.parent)
         self.versions = {name: entry.version for name, entry in entries_of(folder).items()}
+        self.recorded = recorded(read_sealed(folder / RECORD) or {})
 
     def put(self, scratch: Path, rows: Mapping[str, str], *, card: bytes, record: bytes) -> None:
         """Publish what lies in `scratch`, with card and record.
@@ -76,6 +86,8 @@ class Publication:
             self.take_back(mine)
             raise
         self.remove_others({*rows.values(), *fixed, RECORD, CARD})
+        if not (scratch / IMAGES).exists():
+            remove_pictures(self.folder, before=self.began)
 
     def take_back(self, rows: Mapping[str, Version | None]) -> None:
         """Remove the rows of a dataset that did not come to stand."""
@@ -105,7 +117,7 @@ class Publication:
             if ROWS.fullmatch(name):
                 if entry.modified < self.began:
                     erase(self.folder, entry.path)
-            elif name in self.versions:
+            elif name in self.versions and (name in self.recorded or BESIDE_ROWS.fullmatch(name)):
                 with suppress(ChangedError):
                     files.remove(entry.path, self.versions[name])
                     files.erase(entry.path)  # an empty parquet file would fail who reads the folder
@@ -142,13 +154,25 @@ def erase(folder: Location, path: Location) -> None:
             path.parent.rmdir()
 
 
-def remove_older_rows(folder: Location) -> None:
+def remove_pictures(folder: Location, *, before: float) -> None:
+    """Remove the picture files of earlier rows, those that were put there since then aside."""
+    for entry in files.list_files(folder / IMAGES):
+        if PICTURE.fullmatch(f"{IMAGES}/{entry.name}") and entry.modified < before:
+            erase(folder, entry.path)
+
+
+def remove_older_files(folder: Location) -> None:
     """Remove what a publication that was ended at its last step left of the dataset before."""
     entries, stands = entries_of(folder), set(parts_of(folder))
+    stats = read_sealed(folder / RECORD)
+    if stats is None or RECORD not in entries:
+        return
+    published = entries[RECORD].modified
     for name, entry in entries.items():
-        is_older = RECORD in entries and entry.modified < entries[RECORD].modified
-        if ROWS.fullmatch(name) and entry.path not in stands and is_older:
+        if ROWS.fullmatch(name) and entry.path not in stands and entry.modified < published:
             erase(folder, entry.path)
+    if f"{IMAGES}/" not in recorded(stats):
+        remove_pictures(folder, before=published)
 
 
 def with_token(name: str, token: str) -> str:
@@ -171,6 +195,7 @@ def is_begun(folder: Location) -> bool:
     has_rows = any(map(ROWS.fullmatch, names))
     return bool(names) and all(
         PICTURE.fullmatch(name)
+        or name == f"{IMAGES}/-"
         or (has_rows and (ROWS.fullmatch(name) or BESIDE_ROWS.fullmatch(name)))
         for name in names
     )

@@ -29,7 +29,7 @@ from stream_engine import __version__
 from stream_engine.config import OutputConfig, RankingConfig, RunConfig, Stage, fingerprint
 from stream_engine.errors import ConservationError
 from stream_engine.outputs.formats import export_class
-from stream_engine.outputs.publication import Publication, remove_older_rows
+from stream_engine.outputs.publication import Publication, remove_older_files
 from stream_engine.pairs.balance import Balances
 from stream_engine.pairs.helpers import Crew, Ranked, RankOrder
 from stream_engine.pairs.merge_debug import DebugFiles
@@ -134,7 +134,7 @@ def write_formats(
     made_from = {name: inputs.fingerprint(config, name) for name in folders}
     stale = [name for name in folders if not is_current(folders[name], inputs, made_from[name])]
     for name in folders.keys() - set(stale):
-        remove_older_rows(folders[name])
+        remove_older_files(folders[name])
     if stale:
         inputs.check_complete(allow_partial=allow_partial)
         logger.info("building pairs from %d shards", inputs.num_shards - len(inputs.missing))

@@ -21,7 +21,7 @@ from stream_engine.outputs.card import write_example
 from stream_engine.outputs.formats import ranking_class
 from stream_engine.outputs.formats.base import SPLITS, RankedAnswer, RankedRow, split_of
 from stream_engine.outputs.parquet import Part
-from stream_engine.outputs.publication import Publication, remove_older_rows
+from stream_engine.outputs.publication import Publication, remove_older_files
 from stream_engine.outputs.ranking_card import ranking_card
 from stream_engine.pairs.filters import IMAGE_TAG
 from stream_engine.pairs.merge_inputs import MergeInputs, read_inputs
@@ -72,7 +72,7 @@ def write_ranking(
     target = folder or place.export_dir(format)
     made_from = inputs.fingerprint(config, format)
     if is_current(target, inputs, made_from):
-        remove_older_rows(target)
+        remove_older_files(target)
     else:
         publication = Publication(target)
         with files.scratch_folder(target) as scratch:

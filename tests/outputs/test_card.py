@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,19 @@ def test_the_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert "--reward_model_path judge,split" in line
     assert "--dataset_path in.parquet,acme/questions:train" in line
     assert "--rank 2" in line
+
+
+def test_each_card_names_its_own_format_whatever_others_are_asked_for(run_dir: RunDir) -> None:
+    """A card told the formats of the merge that made it, when others were asked for since."""
+
+    def formats_told(folder: str) -> list[str]:
+        return re.findall(r"--format (\S+)", (run_dir.root / folder / "README.md").read_text())
+
+    for formats in (("trl",), ("trl", "ms_swift_jsonl"), ("trl", "llama_factory")):
+        run_merge(run_dir, format=formats)
+        assert formats_told("dataset") == ["trl"]
+    assert formats_told("dataset_ms_swift_jsonl") == ["ms_swift_jsonl"]
+    assert formats_told("dataset_llama_factory") == ["llama_factory"]
 
 
 def test_an_example_cannot_end_its_block(tmp_path: Path) -> None:

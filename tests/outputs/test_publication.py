@@ -14,7 +14,14 @@ from stream_engine.outputs.validate import validate
 from stream_engine.pairs.merger import export
 from stream_engine.run_dir.paths import RunDir
 from tests.conftest import rows_file
-from tests.synthetic import FINGERPRINTS, SyntheticPipeline, synthetic_sample, write_run
+from tests.synthetic import (
+    FINGERPRINTS,
+    SyntheticPipeline,
+    run_merge,
+    synthetic_sample,
+    write_example_run,
+    write_run,
+)
 
 
 class Ended(Exception):
@@ -87,6 +94,44 @@ def test_a_folder_of_others_is_refused(tmp_path: Path, names: list[str]) -> None
         path.write_bytes(b"precious")
     with pytest.raises(ConfigError, match="holds other files"):
         Publication(tmp_path / "dataset")
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_format_takes_the_files_of_the_one_before_away_and_no_others(
+    tmp_path: Path,
+) -> None:
+    """Pictures of JSON lines stayed beside parquet, and files that somebody put there went."""
+    run_dir, plain = write_example_run(tmp_path / "run"), write_example_run(tmp_path / "plain")
+    folder = run_dir.dataset_dir
+    run_merge(run_dir, format=("llama_factory_jsonl",))
+    assert any(name.startswith("images/") for name in files_in(folder))
+    mine = {"notes.txt", "assets/mine.png", "images/mine.png", "images/0123.png"}
+    for name in mine:
+        (folder / name).write_text("mine")
+    for format in ("trl", "ms_swift_jsonl", "rlaifv"):
+        run_merge(run_dir, format=(format,))
+        run_merge(plain, format=(format,))
+        assert files_in(folder) == files_in(plain.dataset_dir) | mine
+    assert not (plain.dataset_dir / "images").exists()
+
+
+def test_pictures_that_a_publication_could_not_remove_go_with_the_next_look(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_merge(finished, format=("ms_swift_jsonl",))
+    images = finished.dataset_dir / "images"
+    for path in images.iterdir():
+        os.utime(path, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Publication, "remove_others", lambda *_: (_ for _ in ()).throw(Ended))
+        with pytest.raises(Ended):
+            run_merge(finished, format=("trl",))
+    assert images.exists()
+    run_merge(finished, format=("trl",))
+    assert not images.exists() and validate(finished.dataset_dir) == []
 
 
 def test_rows_that_a_publication_could_not_remove_go_with_the_next_look(finished: RunDir) -> None:
