@@ -3,7 +3,7 @@
 torch sends float32 products to MKL, which runs at a third to a half of oneDNN's speed on AMD
 processors, and bfloat16 ones to oneDNN with the weight laid out anew at each call; where there are
 AMX tiles, `cpu/tile_product.py` reads it as it lies, which for few rows is faster still, as is
-`cpu/panel_product.py` with a float32 weight that oneDNN has laid out. oneDNN is reached through the
+`cpu/panel_product.py` with a weight that oneDNN has laid out. oneDNN is reached through the
 operator that inductor emits; it is not public, so the first use checks it (it exists, it is right,
 it is not slower) and falls back to torch's own.
 """
@@ -56,10 +56,12 @@ def linears(
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` in float32, of bfloat16 x [N, D] and weight [V, D], packed or not.
 
-    One product in AMX tiles where `takes` says so, else two: oneDNN rounds the first to bfloat16,
-    and the second is what that has lost, computed in float32 before it is rounded in turn. Together
-    they are within 2**-17 of the truth.
+    One product in AMX tiles where `takes` says so, or in panels, else two: oneDNN rounds the first
+    to bfloat16, and the second is what that has lost, computed in float32 before it is rounded in
+    turn. Together they are within 2**-17 of the truth.
     """
+    if panel_product.reads(weight):
+        return panel_product.panel_products(x, (weight,), (bias,), dtype=torch.float32)[0]
     if takes(weight):
         result = tile_product(x, weight)
         return result if bias is None else result.add_(bias)
@@ -72,10 +74,11 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def pack_for_float32(weight: Tensor) -> Tensor:
     """What `linear_float32` reads fastest of a bfloat16 weight, or a float32 one for `linear`."""
-    if weight.dtype == torch.bfloat16 and takes(weight):
-        return weight
-    keeps_format = weight.dtype == torch.bfloat16 and two_products_pay()
-    return pack(weight if keeps_format else weight.float())
+    if weight.dtype == torch.bfloat16:
+        packed = pack(weight)
+        if takes(packed) or panel_product.reads(packed) or two_products_pay():
+            return packed
+    return pack(weight.float())
 
 
 @cache
@@ -107,8 +110,7 @@ def pack(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu" or not packable or not onednn_pays(weight.dtype):
         return weight
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    if weight.dtype == torch.float32:
-        panel_product.note_layout(weight, packed)
+    panel_product.note_layout(weight, packed)
     return packed
 
 

@@ -99,6 +99,7 @@ def _decoded(
             decode_layer.Sizes(heads // size, kv_heads // size, size, inner),
             (cosines[0], sines[0]),
             (step.prefix_spans, step.group_rows, step.row_slots, step.suffix_lengths),
+            in_panels=products[0].weight.is_mkldnn,
         )
     weights = decode_layer.Weights(
         [each.weight for each in norms],

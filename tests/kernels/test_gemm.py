@@ -102,16 +102,19 @@ def test_a_product_in_tiles_rounds_once(num_rows: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 6, 50, 400])
-@pytest.mark.parametrize("size", [16, 768, 4112])
-def test_products_with_weights_in_panels_are_exact(num_rows: int, size: int) -> None:
+@pytest.mark.parametrize("size", [16, 768, 4112, 8242])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_weights_in_panels_are_exact(
+    num_rows: int, size: int, dtype: torch.dtype
+) -> None:
     """In any blocks, by any threads, several in one call; and a row's are the same by itself."""
     torch.manual_seed(0)
-    x = torch.randn(2, num_rows, size)
-    weights = [torch.randn(num_columns, size) for num_columns in (64, 97, 300)]
-    biases = [torch.randn(64), None, torch.randn(300)]
+    x = torch.randn(2, num_rows, size).to(dtype)
+    weights = [torch.randn(num_columns, size).to(dtype) for num_columns in (64, 97, 300)]
+    biases = [torch.randn(64).to(dtype), None, torch.randn(300).to(dtype)]
     packed = [gemm.pack(weight) for weight in weights]
     if not all(map(panel_product.reads, packed)):
-        pytest.skip("needs AVX-512, oneDNN and a C compiler")
+        pytest.skip("needs AVX-512 (with BF16 for bfloat16), oneDNN and a C compiler")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -122,23 +125,40 @@ def test_products_with_weights_in_panels_are_exact(num_rows: int, size: int) -> 
     for out, weight, bias in zip(got, weights, biases, strict=True):
         exact_bias = None if bias is None else bias.double()
         truth = functional.linear(x.double(), weight.double(), exact_bias)
-        assert (out - truth).abs().max() <= 2**-20 * truth.abs().max()
+        assert out.dtype == dtype
+        rounding = 0 if dtype == torch.float32 else 2**-8 * truth.abs()  # half a unit
+        assert ((out - truth).abs() <= rounding + 2**-20 * truth.abs().max()).all()
     with torch.no_grad():
         alone = gemm.linear(x[1, -1:], packed[2], biases[2])
     assert torch.equal(alone[0], got[2][1, -1])
 
 
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_the_head_in_panels_of_bfloat16_is_as_exact_as_a_float32_one(num_rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(num_rows, 256).bfloat16(), torch.randn(501, 256).bfloat16()
+    bias = torch.randn(501).bfloat16()
+    packed = gemm.pack_for_float32(weight)
+    if not (packed.dtype == torch.bfloat16 and panel_product.reads(packed)):
+        pytest.skip("needs AVX512_BF16 without AMX, oneDNN and a C compiler")
+    truth = functional.linear(x.double(), weight.double(), bias.double())
+    got = gemm.linear_float32(x, packed, bias)
+    assert got.dtype == torch.float32
+    assert (got - truth).abs().max() <= 2**-21 * truth.abs().max()
+
+
 def test_a_layout_of_another_kind_is_left_to_onednn() -> None:
-    weight = torch.randn(128, 77)  # 77 is no multiple of what oneDNN takes at a time
-    packed = gemm.pack(weight)
-    if not packed.is_mkldnn:
-        pytest.skip("oneDNN is not this processor's choice")
-    assert not panel_product.reads(packed)
-    shuffled = torch.randn(128, 64)
-    assert not panel_product._is_in_panels(shuffled, gemm.pack(torch.randn(128, 64)))
-    with torch.no_grad():
-        x = torch.randn(3, 77)
-        assert torch.allclose(gemm.linear(x, packed), functional.linear(x, weight), atol=1e-4)
+    for dtype, atol in ((torch.float32, 1e-4), (torch.bfloat16, 0.25)):
+        weight = torch.randn(128, 77).to(dtype)  # no multiple of what is taken at a time
+        packed = gemm.pack(weight)
+        if not packed.is_mkldnn:
+            pytest.skip("oneDNN is not this processor's choice")
+        assert not panel_product.reads(packed)
+        shuffled, other = torch.randn(2, 128, 64).to(dtype)
+        assert not panel_product._is_in_panels(shuffled, gemm.pack(other))
+        with torch.no_grad():
+            x = torch.randn(3, 77).to(dtype)
+            assert torch.allclose(gemm.linear(x, packed), functional.linear(x, weight), atol=atol)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])

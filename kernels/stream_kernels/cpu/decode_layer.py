@@ -77,8 +77,9 @@ def _function() -> Any:
 
 def serves(dtype: torch.dtype, head_size: int, weights: Sequence[Tensor]) -> bool:
     """Whether `DecodeLayers` takes a layer with these weights: all are read by one of the two."""
-    reads = panel_product.reads if dtype == torch.float32 else tile_product.takes
-    return _serves_heads(dtype, head_size) and all(map(reads, weights))
+    return _serves_heads(dtype, head_size) and (
+        all(map(panel_product.reads, weights)) or all(map(tile_product.takes, weights))
+    )
 
 
 @cache
@@ -93,10 +94,16 @@ class DecodeLayers:
     """The layers of one step, which share buffers: `run` each in turn."""
 
     def __init__(
-        self, x: Tensor, sizes: Sizes, tables: tuple[Tensor, Tensor], layout: Sequence[Tensor]
+        self,
+        x: Tensor,
+        sizes: Sizes,
+        tables: tuple[Tensor, Tensor],
+        layout: Sequence[Tensor],
+        *,
+        in_panels: bool,
     ) -> None:
         """x [R, D] is one like those that `run` takes; cosines and sines [R, S]; `layout` as
-        `decode_attention` takes it."""
+        `decode_attention` takes it. `in_panels`: the weights are packed."""
         heads, kv_heads, size, inner = sizes
         rows, hidden = x.shape
         self.normed, self.middle = torch.empty(2, rows, hidden, dtype=x.dtype)
@@ -104,7 +111,7 @@ class DecodeLayers:
         self.key, self.value = torch.empty(2, rows, kv_heads, size, dtype=x.dtype)
         self.gate, self.up, self.active = torch.empty(3, rows, inner, dtype=x.dtype)
         self.tables, self.layout = [each.contiguous() for each in tables], layout
-        products = _InPanels if x.dtype == torch.float32 else _InTiles
+        products = _InPanels if in_panels else _InTiles
         self.first = products(self.normed, (self.query, self.key, self.value))
         self.output = products(self.attended, (self.middle,))
         self.second = products(self.normed, (self.gate, self.up))
@@ -210,15 +217,13 @@ class _Products(ABC):
 
 
 class _InPanels(_Products):
-    """Of a float32 x, in one call."""
+    """Of packed weights, in one call."""
 
     def __init__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        names = panel_product.NUMBERS[1:]
+        numbers = panel_product.numbers(x.flatten(1), x.dtype)
         self.all = panel_product.Products(
-            x=x.data_ptr(),
-            num_products=len(outs),
-            rows=len(x),
-            size=x[0].numel(),
-            num_threads=torch.get_num_threads(),
+            x=x.data_ptr(), num_products=len(outs), **dict(zip(names, numbers, strict=True))
         )
         self.products = [self.all.products[i] for i in range(len(outs))]
         for product, out in zip(self.products, outs):
@@ -231,7 +236,7 @@ class _InPanels(_Products):
 
 
 class _InTiles(_Products):
-    """Of a bfloat16 x, a call each."""
+    """Of bfloat16 weights as they lie, a call each."""
 
     def __init__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         self.size = x[0].numel()

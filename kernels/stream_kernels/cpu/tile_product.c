@@ -37,11 +37,6 @@ int64_t tiles_run_here(void) {
     return has_tiles && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
-INLINE __m512 widened(const uint16_t *from) {
-    __m256i half = _mm256_loadu_si256((const __m256i *)from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 /* A tile of sums, 16 columns by 16 rows, goes to the rows of `out`. */
 TARGET static void give(const Product *p, const float *sums, int64_t row, int64_t column) {
     __m512i r[WIDTH];
@@ -49,7 +44,7 @@ TARGET static void give(const Product *p, const float *sums, int64_t row, int64_
     for (int i = 0; i < WIDTH; i++) r[i] = _mm512_load_si512(sums + i * WIDTH);
     transpose(r);
     int64_t count = smaller(SIDE, p->rows - row);
-    __m512 bias = p->bias ? widened(p->bias + column) : _mm512_setzero_ps();
+    __m512 bias = p->bias ? widened(p->bias + column, 0xffff) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; i++) {
         if (i >= count) continue;
@@ -58,7 +53,7 @@ TARGET static void give(const Product *p, const float *sums, int64_t row, int64_
         if (p->bias) x = _mm512_add_ps(x, bias);
         if (p->is_bfloat16) {
             __m512i bits = rounded(x);
-            if (p->to) bits = rounded(_mm512_add_ps(widened(p->to + at), upper(bits)));
+            if (p->to) bits = rounded(_mm512_add_ps(widened(p->to + at, 0xffff), upper(bits)));
             __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
             _mm256_storeu_si256((__m256i *)((uint16_t *)p->out + at), half);
         } else

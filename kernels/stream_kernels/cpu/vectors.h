@@ -17,6 +17,12 @@ INLINE __m512 upper(__m512i pairs) {
 
 INLINE __m512 lower(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 
+/* 16 elements of bfloat16 as float32; what lies beyond `mask` is 0. */
+INLINE __m512 widened(const uint16_t *from, __mmask16 mask) {
+    __m256i half = _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 /* The 16 elements that begin at `units` words of 32 bits; what lies beyond `mask` is 0. */
 INLINE __m512i words(const void *from, int64_t units, __mmask16 mask) {
     return _mm512_maskz_loadu_epi32(mask, (const int32_t *)from + units);
