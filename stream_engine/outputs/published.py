@@ -16,6 +16,7 @@ import msgspec
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
 from stream_engine.store.base import Entry, Location
+from stream_engine.text import one_line
 
 RECORD = "stats.json"
 CARD = "README.md"
@@ -105,7 +106,11 @@ def file_problems(folder: Location) -> Iterator[str]:
         if is_ours(folder):
             yield f"{path}: is lost; the next merge makes the dataset again"
         return
-    stats = read_sealed(path)
+    try:
+        stats = read_sealed(path)
+    except OSError as error:
+        yield f"{path}: {unreadable(error)}"
+        return
     if stats is None:
         yield f"{path}: is not what was written; the next merge makes the dataset again"
         return
@@ -119,8 +124,25 @@ def file_problems(folder: Location) -> Iterator[str]:
         except (FileNotFoundError, NotADirectoryError):
             yield f"{folder / name}: is lost"
             continue
+        except OSError as error:
+            yield f"{error.filename or folder / name}: {unreadable(error)}"
+            continue
         if found != record:
             yield f"{folder / name}: {difference(record, found)}"
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file cannot be read, or not to its end, as a problem of it."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return f"cannot be read: {said or one_line(error)}"
+
+
+def read_record(folder: Location) -> dict[str, Any] | None:
+    """A dataset's record; None when it is missing, not what was written, or cannot be read."""
+    try:
+        return read_sealed(folder / RECORD)
+    except OSError:
+        return None
 
 
 def recorded(stats: Mapping[str, Any]) -> dict[str, FileRecord]:
@@ -182,7 +204,7 @@ def quick_problems(folder: Location, stats: Mapping[str, Any]) -> Iterator[str]:
 
 def parts_of(folder: Location) -> list[Location]:
     """The files of rows that a dataset's record names; else all that look like some."""
-    stats = read_sealed(folder / RECORD)
+    stats = read_record(folder)
     if stats is not None:
         return [folder / part["name"] for part in stats["parts"]]
     paths = [entry.path for entry in entries_of(folder).values()]

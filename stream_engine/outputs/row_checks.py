@@ -9,6 +9,7 @@ from typing import Any
 
 from stream_engine.config import InputConfig
 from stream_engine.errors import RecordError
+from stream_engine.outputs.published import unreadable
 from stream_engine.store import files
 from stream_engine.store.base import Location
 from stream_engine.text import reading
@@ -167,7 +168,11 @@ def mark_problems(
         if isinstance(image, dict):
             yield from image_problems(image["bytes"])
             continue
-        data = files.read_bytes(folder / image)
+        try:
+            data = files.read_bytes(folder / image)
+        except OSError as error:
+            yield f"{image}: {unreadable(error)}"
+            continue
         if data is None:
             yield f"{image}: No such file or directory"
             continue

@@ -20,11 +20,17 @@ from stream_engine.outputs.formats.base import (
 )
 from stream_engine.outputs.parquet import arrow_schema, rows_of
 from stream_engine.outputs.publication import ROWS
-from stream_engine.outputs.published import RECORD, file_problems, is_ours, parts_of, recorded
+from stream_engine.outputs.published import (
+    file_problems,
+    is_ours,
+    parts_of,
+    read_record,
+    recorded,
+    unreadable,
+)
 from stream_engine.outputs.row_checks import CHECKS, Check, Row
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rounds import run_file_as_read
-from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
 from stream_engine.store.base import Location
 from stream_engine.store.files import location
@@ -33,6 +39,7 @@ from stream_engine.store.objects import is_object_url
 
 MAX_PROBLEMS = 100
 RESERVED_TRL_COLUMNS = frozenset(("image", "label", "messages", "completion"))
+LATE_IMAGES = "the first row with images is not the first of all; `images` may not load"
 OPTIONAL_COLUMNS = frozenset(("logps", *EXTRAS, *ANSWER_EXTRAS)) - {"idx"}
 
 FEATURES = {name: kind.features for name, kind in FORMATS.items() if issubclass(kind, ParquetFiles)}
@@ -122,7 +129,7 @@ def is_run(folder: Location) -> bool:
 
 def format_of(path: Location) -> str | None:
     """A dataset's format, as its record, columns or files say; None when it is none of ours."""
-    stats = read_sealed(path / RECORD)
+    stats = read_record(path)
     if stats is not None and stats.get("format") in FORMATS:
         return str(stats["format"])
     for part in parquet_parts(path):
@@ -132,7 +139,7 @@ def format_of(path: Location) -> str | None:
     parts = jsonl_parts(path)
     if files.exists(path / "dataset_info.json"):
         return "llama_factory_jsonl" if parts else None
-    first = next((row for part in parts for row in lines_of(part)), None)
+    first = next(filter(None, map(first_row, parts)), None)
     return "ms_swift_jsonl" if first is not None and "rejected_response" in first else None
 
 
@@ -183,7 +190,7 @@ def dataset_problems(folder: Location) -> Iterator[str]:
 
 def foreign_rows(folder: Location) -> Iterator[str]:
     """Files of rows from elsewhere; what an ended merge left is taken away by the next."""
-    stats = read_sealed(folder / RECORD)
+    stats = read_record(folder)
     if stats is None:
         return
     known = recorded(stats)
@@ -206,27 +213,27 @@ def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]
                 for number, row in enumerate(rows_of(file)):
                     yield f"{part}, row {number}", row
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            yield str(part), f"cannot be read on: {error}"
+            yield str(part), unreadable(error)
 
 
 def jsonl_rows(folder: Location, _name: str) -> Iterator[tuple[str, Row | str]]:
     """Every row of the splits' files, or a problem instead, each with its place."""
     for path in jsonl_parts(folder):
         begins_with_image = True
-        for number, row in enumerate(lines_of(path)):
-            where = f"{path}, row {number}"
-            if row is None:
-                yield where, "not a JSON object"
-                continue
-            if number == 0:
-                begins_with_image = bool(row.get("images"))
-            elif row.get("images") and not begins_with_image:
-                begins_with_image = True  # said once
-                yield (
-                    where,
-                    "the first row with images is not the first of all; `images` may not load",
-                )
-            yield where, row
+        try:
+            for number, row in enumerate(lines_of(path)):
+                where = f"{path}, row {number}"
+                if row is None:
+                    yield where, "not a JSON object"
+                    continue
+                if number == 0:
+                    begins_with_image = bool(row.get("images"))
+                elif row.get("images") and not begins_with_image:
+                    begins_with_image = True  # said once
+                    yield where, LATE_IMAGES
+                yield where, row
+        except OSError as error:
+            yield str(path), unreadable(error)
 
 
 def schema_problems(file: Any, name: str) -> Iterator[str]:
@@ -264,14 +271,22 @@ def lines_of(path: Location) -> Iterator[Row | None]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield row if isinstance(row, dict) else None
 
 
+def first_row(path: Location) -> Row | None:
+    """The object of a file's first line; None when it is none, or cannot be read."""
+    try:
+        return next(lines_of(path), None)
+    except OSError:
+        return None
+
+
 def count_problems(folder: Location, num_rows: int) -> Iterator[str]:
     """Whether the rows are as many as stats.json says, which is checked with the files."""
-    stats = read_sealed(folder / RECORD)
+    stats = read_record(folder)
     expected = num_rows if stats is None else sum(stats["splits"].values())
     if expected != num_rows:
         yield f"{folder}: {num_rows} rows, stats.json says {expected}"

@@ -73,7 +73,7 @@ def read_sealed(path: Location) -> dict[str, Any] | None:
     data = files.read_bytes(path)
     try:
         content = msgspec.json.decode(data or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if not isinstance(content, dict) or sealed(content) != data:
         return None

@@ -195,7 +195,7 @@ def test_lost_rows_and_torn_parts_are_problems(run_dir: RunDir) -> None:
     (found,) = row_problems(run_dir.dataset_dir)
     assert f"{table.num_rows - 1} rows, stats.json says {table.num_rows}" in found
     path.write_bytes(path.read_bytes()[:-100])
-    assert any("cannot be read on" in problem for problem in row_problems(run_dir.dataset_dir))
+    assert any("cannot be read: " in problem for problem in row_problems(run_dir.dataset_dir))
 
 
 def test_rows_from_elsewhere_in_a_dataset_are_named(run_dir: RunDir) -> None:
@@ -248,6 +248,42 @@ def test_a_damaged_or_lost_file_is_named_and_the_next_merge_mends_it(
     assert any(f"{path}" in p and says in p for p in validate(folder)), validate(folder)
     run_merge(run_dir, format=tuple(EXPORTS))
     assert validate(folder) == []
+
+
+def make_unreadable(path: Path) -> None:
+    """A folder in a file's place: it is there, and cannot be read, whoever asks."""
+    path.unlink()
+    path.mkdir()
+    (path / "inner").write_text("inner")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *((name, f) for name in ("rlaifv", "ms_swift_jsonl") for f in ("stats.json", "README.md")),
+        *(("rlaifv", "rows"), ("ms_swift_jsonl", "rows"), ("ms_swift_jsonl", "images/*.png")),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_looked_at(
+    run_dir: RunDir, name: str, file: str
+) -> None:
+    """One such file ended the whole check of a run, stats.json the first."""
+    folder = folder_of(run_dir, name)
+    path = rows_file(folder) if file == "rows" else min(folder.glob(file))
+    make_unreadable(path)
+    assert f"{path}: cannot be read: Is a directory" in validate(folder)
+    other = folder_of(run_dir, "trl")
+    rewrite(other, TRL_FAULTS["rejected is empty"])
+    problems = validate(run_dir.root)
+    assert any("rejected is empty" in problem for problem in problems)
+    assert f"{path}: cannot be read: Is a directory" in problems
+
+
+def test_a_record_nested_too_deep_is_not_what_was_written(run_dir: RunDir) -> None:
+    record = run_dir.stats_json
+    record.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (problem,) = validate(run_dir.dataset_dir)
+    assert problem.startswith(f"{record}: is not what was written")
 
 
 def test_one_changed_byte_anywhere_in_a_dataset_is_told(run_dir: RunDir) -> None:
