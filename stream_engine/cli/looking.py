@@ -44,15 +44,15 @@ def status(args: argparse.Namespace) -> int:
     state = open_state(args)
     found = collect(state)
     timing = timing_of(state) if args.timing else None
-    left = datasets_to_merge(state) if args.check and found.is_finished else []
+    left, beside = datasets_to_merge(state) if args.check and found.is_finished else ([], [])
     if args.json:
         told = msgspec.to_builtins(found)
         told |= {"timing": msgspec.to_builtins(timing)} if timing else {}
-        told |= {"datasets_left": left} if args.check else {}
+        told |= {"datasets_left": left, "left_behind": beside} if args.check else {}
         print(msgspec.json.encode(told).decode())
     else:
         print("\n".join([*status_lines(found), *(timing.lines() if timing else [])]))
-        for line in [f"  {problem}" for problem in problems(state)] + left:
+        for line in [f"  {problem}" for problem in problems(state)] + left + beside:
             print(printable(line))
     if not args.check:
         return 0
@@ -61,12 +61,17 @@ def status(args: argparse.Namespace) -> int:
     return 2 if found.has_problems or no_pairs(state.run_dir) else 0
 
 
-def datasets_to_merge(state: RunState) -> list[str]:
-    """A line for each dataset that is lost, damaged or not written yet, with what writes it."""
+def datasets_to_merge(state: RunState) -> tuple[list[str], list[str]]:
+    """A line for each dataset that is lost, damaged or not written yet, with what writes it; and
+    for each beside which files of another publication lie."""
     from stream_engine.pairs.merge_step import datasets_left
 
     again = f"`stream-engine merge {shlex.quote(str(state.run_dir.root))}` writes it"
-    return [f"dataset: {line}; {again}" for line in datasets_left(state)]
+    to_write, beside = datasets_left(state)
+    return (
+        [f"dataset: {line}; {again}" for line in to_write],
+        [f"dataset: {line}" for line in beside],
+    )
 
 
 def status_lines(status: Status) -> list[str]:

@@ -14,7 +14,7 @@ wakes up finds other versions, and ends.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,17 +26,20 @@ from stream_engine.outputs.published import (
     entries_of,
     is_ours,
     parts_of,
+    read_record,
     recorded,
 )
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.sealed import read_sealed
 from stream_engine.store import files
-from stream_engine.store.base import Location, Version
+from stream_engine.store.base import Entry, Location, Version
 
 ROWS = re.compile(r"(train|test)(-\d{5}-of-\d{5})?-[0-9a-f]{8}(\.parquet|\.jsonl|/.+)")
 """Names of files of rows, and of folders of them, as `with_token` makes them."""
 PICTURE = re.compile(rf"{IMAGES}/[0-9a-f]{{32}}\.\d+\.\w+")
-BESIDE_ROWS = re.compile(r"assets/(-|example\.\w+)|train-logps\.parquet|dataset_info\.json")
+OF_FORMATS = re.compile(r"assets/example\.\w+|train-logps\.parquet")
+"""Fixed names that nobody else gives."""
+BESIDE_ROWS = re.compile(rf"{OF_FORMATS.pattern}|assets/-|dataset_info\.json")
 """Names that a first publication may leave when it is ended before the record is written."""
 
 
@@ -117,7 +120,7 @@ class Publication:
             if ROWS.fullmatch(name):
                 if entry.modified < self.began:
                     erase(self.folder, entry.path)
-            elif name in self.versions and (name in self.recorded or BESIDE_ROWS.fullmatch(name)):
+            elif name in self.versions and (name in self.recorded or OF_FORMATS.fullmatch(name)):
                 with suppress(ChangedError):
                     files.remove(entry.path, self.versions[name])
                     files.erase(entry.path)  # an empty parquet file would fail who reads the folder
@@ -156,23 +159,51 @@ def erase(folder: Location, path: Location) -> None:
 
 def remove_pictures(folder: Location, *, before: float) -> None:
     """Remove the picture files of earlier rows, those that were put there since then aside."""
-    for entry in files.list_files(folder / IMAGES):
-        if PICTURE.fullmatch(f"{IMAGES}/{entry.name}") and entry.modified < before:
+    for entry in pictures_in(folder):
+        if entry.modified < before:
             erase(folder, entry.path)
+
+
+def pictures_in(folder: Location) -> list[Entry]:
+    """The files of pictures that rows named."""
+    found = files.list_files(folder / IMAGES)
+    return [entry for entry in found if PICTURE.fullmatch(f"{IMAGES}/{entry.name}")]
+
+
+def left_behind(folder: Location) -> list[Entry]:
+    """Files of other datasets than the one that stands, under names that are ours: of publications
+    that were ended, or that go on. None where the record does not tell which stands."""
+    stats = read_record(folder)
+    if stats is None:
+        return []
+    stands = recorded(stats)
+    found = [
+        entry
+        for name, entry in entries_of(folder).items()
+        if name not in stands and (ROWS.fullmatch(name) or OF_FORMATS.fullmatch(name))
+    ]
+    return found if f"{IMAGES}/" in stands else found + pictures_in(folder)
+
+
+def other_publications(folder: Location) -> Iterator[str]:
+    """A line on the files that are left of those."""
+    if found := left_behind(folder):
+        more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+        are = "are" if more else "is"
+        yield (
+            f"{found[0].path}{more}: {are} of another publication, which goes on or was ended; the "
+            "next that writes this dataset takes such away"
+        )
 
 
 def remove_older_files(folder: Location) -> None:
-    """Remove what a publication that was ended at its last step left of the dataset before."""
-    entries, stands = entries_of(folder), set(parts_of(folder))
-    stats = read_sealed(folder / RECORD)
-    if stats is None or RECORD not in entries:
-        return
-    published = entries[RECORD].modified
-    for name, entry in entries.items():
-        if ROWS.fullmatch(name) and entry.path not in stands and entry.modified < published:
+    """Remove what a publication that was ended at its last step left of the dataset before, and
+    what no process writes any more."""
+    files.remove_leftovers(folder)
+    record = files.stat(folder / RECORD)
+    for entry in left_behind(folder):
+        if record is not None and entry.modified < record.modified:
             erase(folder, entry.path)
-    if f"{IMAGES}/" not in recorded(stats):
-        remove_pictures(folder, before=published)
 
 
 def with_token(name: str, token: str) -> str:

@@ -19,7 +19,7 @@ from stream_engine.outputs.formats.base import (
     split_named,
 )
 from stream_engine.outputs.parquet import arrow_schema, rows_of
-from stream_engine.outputs.publication import ROWS
+from stream_engine.outputs.publication import left_behind, other_publications
 from stream_engine.outputs.published import (
     file_problems,
     is_ours,
@@ -189,15 +189,16 @@ def dataset_problems(folder: Location) -> Iterator[str]:
 
 
 def foreign_rows(folder: Location) -> Iterator[str]:
-    """Files of rows from elsewhere; what an ended merge left is taken away by the next."""
+    """Files of rows from elsewhere, and of other publications."""
     stats = read_record(folder)
     if stats is None:
         return
-    known = recorded(stats)
+    known = {*recorded(stats), *(entry.name for entry in left_behind(folder))}
     for entry in files.list_files(folder):
         is_rows = entry.path.suffix in (".parquet", ".jsonl", ".arrow")
-        if is_rows and entry.name not in known and not ROWS.fullmatch(entry.name):
+        if is_rows and entry.name not in known:
             yield f"{entry.path}: is not of this dataset; who reads all files there reads it, too"
+    yield from other_publications(folder)
 
 
 def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]:

@@ -10,6 +10,7 @@ from typing import Literal
 from stream_engine import __version__
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError, LeaseLostError
+from stream_engine.outputs.publication import other_publications
 from stream_engine.outputs.published import CARD, RECORD, is_ours, quick_problems
 from stream_engine.pairs.merge_inputs import MergeInputs, seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current, read_stats
@@ -114,8 +115,20 @@ def was_merged_meanwhile(state: RunState, config: RunConfig, before: dict[str, V
     )
 
 
-def datasets_left(state: RunState) -> Iterator[str]:
-    """A line for each dataset that a merge would write now, where nothing is left to work on."""
+def datasets_left(state: RunState) -> tuple[list[str], list[str]]:
+    """A line for each dataset that a merge would write now, where nothing is left to work on; and
+    one for each beside whose files those of another publication lie."""
+    to_write: list[str] = []
+    beside: list[str] = []
+    for folder, part, config, name in datasets(state):
+        if why := reason_to_write(folder, part, config, name):
+            to_write.append(why)
+        beside += other_publications(folder)
+    return to_write, beside
+
+
+def datasets(state: RunState) -> Iterator[tuple[Location, MergeInputs, RunConfig, str]]:
+    """Where each dataset of a run belongs, what a merge would make it from now, and its format."""
     inputs, run_dir = seen_inputs(state), state.run_dir
     if all(counts is None for _, _, counts in inputs.digest):
         return
@@ -125,8 +138,7 @@ def datasets_left(state: RunState) -> Iterator[str]:
     for part, place in (of_all, *of_rounds):
         config = configs[part.number or len(configs)]
         for name, folder in place.dataset_folders(formats).items():
-            if why := reason_to_write(folder, part, config, name):
-                yield why
+            yield folder, part, config, name
 
 
 def reason_to_write(

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from stream_engine.errors import ChangedError, ConfigError
+from stream_engine.store import local
 from stream_engine.store.base import (
     Entry,
     Location,
@@ -24,7 +25,7 @@ from stream_engine.store.base import (
     Wanted,
     all_names,
 )
-from stream_engine.store.local import LocalStore, remove_leftovers, temporary_path
+from stream_engine.store.local import LocalStore, temporary_path
 from stream_engine.store.objects import SCHEMES, is_object_url, object_path, object_store
 from stream_engine.text import home_in
 
@@ -181,13 +182,19 @@ def scratch_folder(folder: Location) -> Iterator[Path]:
             yield Path(name)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
+    remove_leftovers(folder)
     scratch = temporary_path(folder)
     scratch.mkdir()
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(folder: Location) -> None:
+    """Delete what killed processes left beside a folder, scratch folders among that."""
+    if isinstance(folder, Path):
+        local.remove_leftovers(folder.parent)
 
 
 def now(folder: Location) -> float:

@@ -35,6 +35,14 @@ def test_the_steps_alone_make_a_run(
     assert main(["merge", run_dir, "--echo_twice"]) == 0  # an option of the run's own pipeline
     assert main(["status", run_dir, "--check"]) == 0
     rows = rows_file(tmp_path / "w/dataset")
+    left = rows.with_name("train-00000-of-00001-0123abcd.parquet")
+    left.write_text("of a publication that was ended")
+    capsys.readouterr()
+    assert main(["status", run_dir, "--check", "--json"]) == 0  # the dataset stands as it should
+    (told,) = json.loads(capsys.readouterr().out)["left_behind"]
+    assert told.startswith(f"dataset: {left}: is of another publication")
+    assert main(["status", run_dir, "--check"]) == 0 and told in capsys.readouterr().out
+    left.unlink()
     rows.write_bytes(rows.read_bytes()[:100])
     capsys.readouterr()
     assert main(["status", run_dir, "--check"]) == 1

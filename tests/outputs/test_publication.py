@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from stream_engine.outputs.publication import Publication
 from stream_engine.outputs.validate import validate
 from stream_engine.pairs.merger import export
 from stream_engine.run_dir.paths import RunDir
+from stream_engine.store.local import temporary_path
 from tests.conftest import rows_file
 from tests.synthetic import (
     FINGERPRINTS,
@@ -130,6 +133,8 @@ def test_pictures_that_a_publication_could_not_remove_go_with_the_next_look(
         with pytest.raises(Ended):
             run_merge(finished, format=("trl",))
     assert images.exists()
+    (told,) = validate(images.parent)
+    assert f" and {len(list(images.iterdir()))} more files: are of another publication" in told
     run_merge(finished, format=("trl",))
     assert not images.exists() and validate(finished.dataset_dir) == []
 
@@ -146,8 +151,27 @@ def test_rows_that_a_publication_could_not_remove_go_with_the_next_look(finished
     later.parent.mkdir()
     later.write_bytes(b"new")
     os.utime(later, (2**31, 2**31))
+    (told,) = validate(folder)
+    assert "train-0123abcd" in told and "1 more files: are of another publication" in told
     export_to(finished, "llama_factory")
     assert not old.parent.exists() and later.exists() and rows.exists()
+    (told,) = validate(folder)
+    assert told.startswith(f"{later}: is of another publication, which goes on or was ended")
+
+
+def test_a_scratch_folder_of_a_process_that_is_gone_goes_with_the_next_look(
+    finished: RunDir,
+) -> None:
+    """It held a whole dataset, and stayed until another was written."""
+    export_to(finished, "trl")
+    words = [sys.executable, "-c", "import os; print(os.getpid())"]
+    pid = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    scratch = temporary_path(finished.export_dir("trl"))
+    left = scratch.with_name(scratch.name.replace(f"-{os.getpid()}-", f"-{pid}-"))
+    for path in (scratch, left):
+        path.mkdir()
+    export_to(finished, "trl")
+    assert scratch.exists() and not left.exists()
 
 
 def test_an_old_card_of_the_same_size_is_a_publication_that_did_not_end(finished: RunDir) -> None:
