@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from stream_kernels import HostLayout, attention_with_lse, merge_by_lse, prefix_attention
+from stream_kernels.cpu import extend_attention
 from stream_kernels.cpu.decode_layer import DecodeLayers
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -57,7 +58,7 @@ class PrefillStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         store = self.cache.store(layer, key)
-        place, outs, offset = self._next.get(layer, 0), [], 0
+        place, lengths, offset = self._next.get(layer, 0), [], 0
         while offset < query.shape[2]:
             if place == len(self.spans):
                 raise UnsupportedAttentionError(f"layer {layer} attends more than once")
@@ -65,12 +66,18 @@ class PrefillStep:
             part = slice(offset, offset + length)
             store.prefix_key[:, start : start + length] = key[0, :, part]
             store.prefix_value[:, start : start + length] = value[0, :, part]
-            outs.append(
-                causal_attention(query[:, :, part], key[:, :, part], value[:, :, part], scale)
-            )
+            lengths.append(length)
             place, offset = place + 1, offset + length
         assert offset == query.shape[2], f"{query.shape[2]} tokens do not end with a prompt"
         self._next[layer] = place
+        packed = _by_token(query), _by_token(key), _by_token(value)
+        prefix = store.prefix_key, store.prefix_value
+        if extend_attention.serves(*packed, prefix):
+            rows = [(length, (0, 0)) for length in lengths]
+            chunks = extend_attention.chunks_of(rows, query.shape[1] // key.shape[1])
+            return extend_attention.extend_attention(*packed, prefix, chunks, scale=scale)[None]
+        parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+        outs = [causal_attention(q, k, v, scale) for q, k, v in parts]
         return torch.cat(outs, dim=2).transpose(1, 2)
 
 
@@ -93,11 +100,21 @@ class ExtendStep:
             torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
         )  # [N]: the row of each packed token
         self._columns = torch.cat([torch.arange(n) for n in lengths])
+        self._chunks: dict[int, Tensor] = {}  # by how many query heads share a key head
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         store = self.cache.store(layer, key)
         rows, columns = self._rows.to(query.device), self._columns.to(query.device)
         self._rows, self._columns = rows, columns
+        packed = _by_token(query), _by_token(key), _by_token(value)
+        if self.slots is not None:
+            slots = torch.tensor(self.slots, device=query.device)[rows]
+            store.suffix_key[slots, :, columns] = packed[1]
+            store.suffix_value[slots, :, columns] = packed[2]
+        prefix = store.prefix_key, store.prefix_value
+        if extend_attention.serves(*packed, prefix):
+            chunks = self._chunks_of(query.shape[1] // key.shape[1])
+            return extend_attention.extend_attention(*packed, prefix, chunks, scale=scale)[None]
         shape = (len(self._lengths), max(self._lengths))
 
         def padded(packed: Tensor) -> Tensor:  # [1, H, N, D] -> [R, H, A, D]
@@ -105,9 +122,8 @@ class ExtendStep:
             grid[rows, columns] = packed[0].transpose(0, 1)
             return grid.transpose(1, 2)
 
-        own_key, own_value = padded(key), padded(value)
         own, own_lse = attention_with_lse(
-            padded(query), own_key, own_value, scale=scale, causal=True
+            padded(query), padded(key), padded(value), scale=scale, causal=True
         )
         own = own.transpose(1, 2)[rows, columns]  # [N, Hq, D]
         own_lse = own_lse.transpose(1, 2)[rows, columns]  # [N, Hq]
@@ -123,12 +139,13 @@ class ExtendStep:
             outs.append(out[0].transpose(0, 1))
             lses.append(lse[0].transpose(0, 1))
             offset = tokens.stop
-        if self.slots is not None:
-            slots = torch.tensor(self.slots, device=query.device)
-            longest = shape[1]
-            store.suffix_key[slots, :, :longest] = own_key
-            store.suffix_value[slots, :, :longest] = own_value
         return merge_by_lse(torch.cat(outs), torch.cat(lses), own, own_lse)[None]
+
+    def _chunks_of(self, repeats: int) -> Tensor:
+        if repeats not in self._chunks:
+            rows = [(count, span) for span, counts in self.groups for count in counts]
+            self._chunks[repeats] = extend_attention.chunks_of(rows, repeats)
+        return self._chunks[repeats]
 
 
 @dataclass
@@ -191,6 +208,11 @@ class DecodeStep:
             new=new,
         )
         return out[None]
+
+
+def _by_token(packed: Tensor) -> Tensor:
+    """[1, H, N, D] -> [N, H, D]."""
+    return packed[0].transpose(0, 1)
 
 
 _active_step: ContextVar[Step | None] = ContextVar("stream_engine_step", default=None)

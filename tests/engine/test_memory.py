@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stream_kernels.cpu import extend_attention
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,7 +129,9 @@ class Peak(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scores", [False, True], ids=["prefill", "suffixes"])
-def test_a_forward_peaks_below_its_activations(make_engine, scores):
+def test_a_forward_peaks_below_its_activations(make_engine, scores, monkeypatch):
+    # a GPU's form, which memory is planned for; the compiled one of a processor needs less
+    monkeypatch.setattr(extend_attention, "serves", lambda *_: False)
     engine, length = make_engine(), 32
     cache, model, shape = engine.runner.cache, engine.model, shape_of(engine)
     spans = [(cache.allocate_span(length), length) for _ in range(16)]
