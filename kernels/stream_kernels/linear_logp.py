@@ -6,6 +6,7 @@ Legend: N tokens, D hidden size, V vocabulary, C vocabulary columns of one chunk
 import torch
 from torch import Tensor
 
+from stream_kernels.cpu import panel_product
 from stream_kernels.cpu.log_sums import (
     LogSums,
     has_sums_of_logits,
@@ -36,12 +37,14 @@ def linear_logp(
     vocab_size: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """`log_softmax((hidden @ weight.T)[:, :vocab_size].float())[range(N), targets]`, float32 [N].
 
     hidden [N, D], weight [V, D], bias [V], targets int64 [N]. The logits are, in this order,
     `hidden @ weight.T + bias`, times `logit_scale`, then `softcap * tanh(logits / softcap)`, in
     float32 whatever the inputs' dtype. Rows of `weight` at and beyond `vocab_size` do not count.
+    `packed`, what `gemm.pack_for_float32` made of the weight, is read instead where that is faster.
     On CPU the target's logit and the row's largest are float64 products: most of the error of a
     log-prob is theirs.
     """
@@ -66,6 +69,7 @@ def linear_logp(
                 bias=bias,
                 logit_scale=logit_scale,
                 softcap=softcap,
+                packed=packed,
             )
             for first in range(0, hidden.shape[0], _MAX_ROWS)
         ]
@@ -80,13 +84,19 @@ def _linear_logp_rows(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    packed: Tensor | None,
 ) -> Tensor:
     if bias is None and softcap is None and takes_products(hidden, weight):
         sums = sums_of_products(hidden, weight, targets, scale=logit_scale)
     else:
-        hidden = hidden.float()
         sums = _sums_of_chunks(
-            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            packed=packed,
         )
     peaks = sums.peaks.double()
     lse = (peaks + sums.totals.double().log()).logsumexp(dim=0)
@@ -111,22 +121,39 @@ def _sums_of_chunks(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    packed: Tensor | None,
 ) -> LogSums:
     """What the logits say, made and read one chunk of the vocabulary after the other."""
     num_tokens, size = hidden.shape
     vocab_size = weight.shape[0]
     columns = min(_MAX_COLUMNS, max(256, _CHUNK_BYTES // (4 * num_tokens)), vocab_size)
-    if weight.dtype != torch.float32:
-        columns = min(columns, max(256, _CHUNK_BYTES // (4 * size)))
+    panels = packed if packed is not None and _reads(packed, hidden) else None
+    if panels is not None:
+        hidden = hidden.to(panels.dtype)
+        columns = -(-columns // panel_product.PANEL) * panel_product.PANEL
+    else:
+        hidden = hidden.float()
+        if weight.dtype != torch.float32:
+            columns = min(columns, max(256, _CHUNK_BYTES // (4 * size)))
     sums = LogSums.empty(-(-vocab_size // columns), num_tokens)
     read = sums_of_logits if has_sums_of_logits() else _sums_of_logits
     for stretch, first in enumerate(range(0, vocab_size, columns)):
-        chunk_weight = weight[first : first + columns].float()
-        chunk_bias = None if bias is None else bias[first : first + columns].float()
-        logits_NC = _shape_logits(linear(hidden, chunk_weight, chunk_bias), logit_scale, softcap)
-        read(logits_NC, targets, sums, stretch, first)
+        last = min(first + columns, vocab_size)
+        chunk_bias = None if bias is None else bias[first:last].float()
+        if panels is None:
+            logits_NC = linear(hidden, weight[first:last].float(), chunk_bias)
+        else:
+            logits_NC = panel_product.some_columns(hidden, panels, first, last)
+            if chunk_bias is not None:
+                logits_NC.add_(chunk_bias)
+        read(_shape_logits(logits_NC, logit_scale, softcap), targets, sums, stretch, first)
         del logits_NC  # before the next chunk's are made
     return sums
+
+
+def _reads(packed: Tensor, hidden: Tensor) -> bool:
+    is_exact = packed.dtype in (torch.float32, hidden.dtype)
+    return is_exact and panel_product.reads(packed)
 
 
 def _sums_of_logits(

@@ -214,4 +214,5 @@ def target_logps(runner: ModelRunner, hidden: Tensor, targets: Sequence[int]) ->
         vocab_size=model.vocab_size,
         logit_scale=model.logit_scale,
         softcap=model.logit_softcap,
+        packed=runner.head_weight,
     ).tolist()

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 import torch
-from stream_kernels import linear_logp, reference
+from stream_kernels import gemm, linear_logp, reference
+from stream_kernels.cpu import panel_product
 from stream_kernels.cpu.log_sums import takes_products
 
 from tests.kernels.cases import Recorder
@@ -48,6 +49,31 @@ def test_bfloat16_weights_lose_nothing_that_their_rounding_did_not() -> None:
     error = (linear_logp(hidden, weight, targets) - truth(hidden, weight, targets)).abs().max()
     naive = torch.log_softmax((hidden @ weight.T).float(), dim=1)[range(33), targets]
     assert error < 1e-5 < (naive - truth(hidden, weight, targets)).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [None, 2990])
+def test_a_packed_weight_gives_what_the_plain_one_does(
+    dtype: torch.dtype, vocab_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = inputs(700, 64, 3001, dtype)
+    bias, packed = torch.randn(3001).to(dtype), gemm.pack_for_float32(weight)
+    if not panel_product.reads(packed):
+        pytest.skip("needs AVX-512, oneDNN and a C compiler, and no AMX for bfloat16")
+    given = hidden, weight, targets % 2990
+    plain = linear_logp(*given, bias=bias, vocab_size=vocab_size)
+    read: list[int] = []
+    some = panel_product.some_columns
+    monkeypatch.setattr(
+        panel_product,
+        "some_columns",
+        lambda *which: read.append(which[3] - which[2]) or some(*which),
+    )
+    got = linear_logp(*given, bias=bias, vocab_size=vocab_size, packed=packed)
+    assert sum(read) == (vocab_size or 3001)
+    assert (got - plain).abs().max() < 3e-6
+    other = gemm.pack_for_float32(weight.float()) if dtype == torch.bfloat16 else packed
+    assert (linear_logp(*given, packed=other) - linear_logp(*given)).abs().max() < 3e-6
 
 
 def test_in_tiles_a_token_is_the_same_whatever_tokens_and_threads_there_are() -> None:

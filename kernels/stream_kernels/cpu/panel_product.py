@@ -137,6 +137,18 @@ def panel_products(
     return _multiply(_function(x.dtype), x, products, dtype or x.dtype)
 
 
+def some_columns(x: Tensor, weight: Tensor, first: int, last: int) -> Tensor:
+    """Columns first .. last of `x @ weight.T` in float32, `first` a multiple of PANEL.
+
+    x [N, D], weight [V, D] as `reads` takes it; [N, last - first].
+    """
+    assert first % PANEL == 0 and x.dtype == weight.dtype, f"{first}, {x.dtype}"
+    assert 0 <= first < last <= weight.shape[0], f"{first} .. {last} of {weight.shape}"
+    panel_bytes = torch.ops.mkldnn._nbytes(weight) // -(-weight.shape[0] // PANEL)
+    product = address(weight) + first // PANEL * panel_bytes, None, last - first
+    return _multiply(_function(x.dtype), x, [product], torch.float32)[0]
+
+
 def _multiply(
     function: Any,
     x: Tensor,
