@@ -98,7 +98,9 @@ class FaultyProxy:
     something (from 1; 0 for reads), before it is passed on; it may kill or stop the client itself.
     """
 
-    def __init__(self, address: str, decide: Callable[[int, str, str], Fault]) -> None:
+    def __init__(
+        self, address: str, decide: Callable[[int, str, str], Fault], *, port: int = 0
+    ) -> None:
         self.upstream = address.removeprefix("http://")
         self.decide = decide
         self.counts: Counter[str] = Counter()
@@ -123,7 +125,7 @@ class FaultyProxy:
             def handle_error(self, *of: object) -> None:
                 pass  # the client was killed
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", port), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 

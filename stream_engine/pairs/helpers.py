@@ -45,6 +45,7 @@ from stream_engine.ranks import num_cores
 from stream_engine.records import ShardInfo
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.rankings import Checksums, RankedShard
+from stream_engine.store import files
 from stream_engine.store.local import remove_leftovers
 from stream_engine.text import describe
 
@@ -292,7 +293,9 @@ def begin_job(job: Job) -> RowMaker:
     kind = operator.attrgetter(name)(importlib.import_module(module))
     pipeline = kind(RunConfig.create(job.settings))
     output = msgspec.convert(job.output, OutputConfig)
-    return RowMaker(RunDir(job.root), pipeline, output, job.formats)
+    run_dir = RunDir(job.root)
+    files.trust(run_dir.root)
+    return RowMaker(run_dir, pipeline, output, job.formats)
 
 
 def carry_out(order: Order, rows: RowMaker) -> Iterator[Answer]:

@@ -55,6 +55,13 @@ def store_of(path: Location) -> Store:
     return object_store(path.root) if isinstance(path, ObjectPath) else LOCAL
 
 
+def trust(folder: Location) -> None:
+    """Say that another process has reached where a folder lies: what fails there now passes, and
+    is waited for from the first request on."""
+    if isinstance(folder, ObjectPath):
+        object_store(folder.root).is_reached = True
+
+
 def read(path: Location) -> tuple[bytes, Entry] | None:
     """A file's content, and what it is; None when it is absent."""
     return store_of(path).read(path)

@@ -32,7 +32,15 @@ from stream_engine.store.base import (
     absent,
     all_names,
 )
-from stream_engine.store.requests import RETRIES, ConditionError, ask, content, no_bucket
+from stream_engine.store.requests import (
+    FIRST_RETRIES,
+    RETRIES,
+    ConditionError,
+    ask,
+    content,
+    no_bucket,
+    reach,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -85,12 +93,25 @@ class ObjectStore:
         self.root = root
         client: Any = {"timeout": TIMEOUT_S, "allow_http": True}  # where the address says http://
         try:
-            self.bucket: Bucket = from_url(
-                root, client_options=client, retry_config=RETRIES, **settings(root)
-            )
+            found = {"client_options": client, **settings(root)}
+            self._bucket: Bucket = from_url(root, retry_config=RETRIES, **found)
+            self._first: Bucket = from_url(root, retry_config=FIRST_RETRIES, **found)
         except Exception as error:
             raise ConfigError(f"cannot open {root}: {error}") from error
+        self.is_reached = False
         self._clock: tuple[float, float] | None = None
+
+    @property
+    def bucket(self) -> Bucket:
+        """Where requests go, once anybody has answered there at all.
+
+        Raises:
+            OSError: when nobody does.
+        """
+        if not self.is_reached:
+            reach(self.root, self._first)
+            self.is_reached = True
+        return self._bucket
 
     def read(self, path: Location) -> tuple[bytes, Entry] | None:
         try:

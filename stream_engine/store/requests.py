@@ -27,8 +27,22 @@ RETRIES: Any = {
 }
 """Each wait is drawn between the first one and `base` times the last one, some 20 seconds in all: a
 store that is asked for too much refuses for seconds. obstore's own `base` of 2 comes to two."""
+FIRST_RETRIES: Any = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=6),
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=2),
+        "base": 3,
+    },
+}
+"""The same of the first request: where nobody answers for some seconds the address is wrong."""
 REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
 NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
+NO_CONNECTION = re.compile(r"kind: Connect\b")
+ADDRESS = re.compile(r"Error performing [A-Z]+ (\w+://[^/\s]+)")
+CAUSE = re.compile(r'(?:message|error): "([^"]+)"')
+"""What obstore says of a request that found nobody to answer it."""
 SAID = re.compile(r"<Code>([^<]+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
 """What a store says of an error, in the body of its answer."""
 
@@ -60,6 +74,26 @@ def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: 
         found = SAID.search(str(error))
         said = f"{found[1]}: {found[2] or ''}" if found else one_line(error)
         raise OSError(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
+
+
+def reach(root: str, bucket: Bucket) -> None:
+    """Ask for an object that need not be there: any answer will do.
+
+    Raises:
+        OSError: when nobody answers at the store's address; no later try is worth while.
+    """
+    import obstore
+    from obstore.exceptions import BaseError
+
+    try:
+        obstore.head(bucket, ".reached")
+    except (BaseError, FileNotFoundError) as error:
+        said = str(error)
+        if NO_CONNECTION.search(said):
+            address, cause = ADDRESS.search(said), CAUSE.search(said)
+            who = f"nobody answers at {address[1] if address else 'the address of the store'}"
+            what = f"{who} ({cause[1] if cause else one_line(error)}): {REMEDY}"
+            raise OSError(errno.ENXIO, what, root) from error
 
 
 def no_bucket(path: Location | str) -> OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,7 +15,8 @@ from stream_engine.store.base import Location
 from stream_engine.store.files import location
 from stream_engine.store.leases import Lease, list_leases
 from stream_engine.store.objects import object_store
-from tests.s3 import Fault, FaultyProxy, environment, s3_server
+from stream_engine.store.transient import is_transient
+from tests.s3 import Fault, FaultyProxy, environment, free_port, s3_server
 from tests.store.publishing import count_in_threads
 
 
@@ -195,12 +197,39 @@ def test_an_object_whose_content_always_breaks_off_is_an_error_of_reading(
                 read(folder / "file")
 
 
-def test_a_store_that_cannot_be_reached_is_said_in_one_line(use, monkeypatch):
-    use("http://127.0.0.1:1")
-    monkeypatch.setattr("stream_engine.store.objects.RETRIES", {"max_retries": 0})
-    with pytest.raises(OSError, match="can the store be reached") as caught:
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "https://no-such-host.invalid:9000"])
+def test_an_address_at_which_nobody_answers_is_said_in_one_line(use, address: str):
+    """It was asked for as long as a store is waited for that refuses in the midst of a run."""
+    use(address)
+    with pytest.raises(OSError, match=f"nobody answers at {address} ") as caught:
         files.read(location("s3://bucket/run/x"))
-    assert "\n" not in str(caught.value) and "s3://bucket/run/x" in str(caught.value)
+    assert "\n" not in str(caught.value) and "can the store be reached" in str(caught.value)
+    assert not is_transient(caught.value)
+
+
+def test_a_store_that_was_reached_is_waited_for(folder: Location, server: str, use, monkeypatch):
+    """As by a process that comes to help in the midst of a run."""
+    path, port = folder / "x", free_port()
+    files.create(path, b"here")
+    monkeypatch.setattr("stream_engine.store.objects.FIRST_RETRIES", {"max_retries": 0})
+    use(f"http://127.0.0.1:{port}")
+    with pytest.raises(OSError, match="nobody answers"):
+        files.read_bytes(path)
+    files.trust(path)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(files.read_bytes, path)
+        with pytest.raises(TimeoutError):
+            found.result(timeout=1.5)
+        with FaultyProxy(server, lambda *_: "", port=port):
+            assert found.result() == b"here"
+
+
+def test_a_store_that_refuses_the_first_request_is_waited_for(folder: Location, server: str, use):
+    files.create(folder / "x", b"here")
+    requests = iter(range(100))
+    with FaultyProxy(server, lambda *_: "fail" if next(requests) < 8 else "") as proxy:
+        use(proxy.address)
+        assert files.read_bytes(folder / "x") == b"here"
 
 
 def test_a_name_without_a_bucket_is_refused():
