@@ -38,6 +38,7 @@ from stream_engine.store.requests import (
     ConditionError,
     ask,
     content,
+    in_whole,
     no_bucket,
     reach,
 )
@@ -149,9 +150,8 @@ class ObjectStore:
         """Objects and common prefixes right below a prefix, by name."""
         import obstore
 
-        found = ask(
-            f"{self.root}/{prefix}", obstore.list_with_delimiter, self.bucket, prefix or None
-        )
+        address, bucket = f"{self.root}/{prefix}", self.bucket
+        found = in_whole(lambda: ask(address, obstore.list_with_delimiter, bucket, prefix or None))
         return {
             "objects": sorted(found["objects"], key=lambda meta: meta["path"]),
             "prefixes": sorted(found["common_prefixes"]),
@@ -186,10 +186,23 @@ class ObjectStore:
         return ObjectSpool(self)
 
     def take(self, source: Path, path: Location) -> None:
+        in_whole(lambda: self.upload(source, path))
+        source.unlink()
+
+    def upload(self, source: Path, path: Location) -> None:
+        """Write a file of this machine to an object, whatever is there.
+
+        A large one goes in several requests. The last of them, sent again since its answer was
+        lost, finds no upload any more: what came of it is told by the mark.
+        """
         import obstore
 
-        ask(path, obstore.put, self.bucket, key_of(path), source)
-        source.unlink()
+        mark = uuid.uuid4().hex
+        try:
+            ask(path, obstore.put, self.bucket, key_of(path), source, attributes={MARK: mark})
+        except OSError:
+            if self.marked(path)[1] != mark:
+                raise
 
     def erase(self, path: Location) -> None:
         import obstore

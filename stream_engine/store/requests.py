@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,18 +38,24 @@ FIRST_RETRIES: Any = {
     },
 }
 """The same of the first request: where nobody answers for some seconds the address is wrong."""
+MOST_BREAKS = 3
 REMEDY = "can the store be reached from here, and are its address, region and credentials set?"
 NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 NO_CONNECTION = re.compile(r"kind: Connect\b")
 ADDRESS = re.compile(r"Error performing [A-Z]+ (\w+://[^/\s]+)")
 CAUSE = re.compile(r'(?:message|error): "([^"]+)"')
 """What obstore says of a request that found nobody to answer it."""
+BROKEN_OFF = re.compile(r"\b\w+ResponseBody\b")
 SAID = re.compile(r"<Code>([^<]+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
 """What a store says of an error, in the body of its answer."""
 
 
 class ConditionError(Exception):
     """The condition of a put does not hold."""
+
+
+class BrokenOffError(OSError):
+    """An answer that said "done" broke off in its midst; obstore does not ask again then."""
 
 
 def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: Any) -> T:
@@ -73,7 +80,8 @@ def ask(path: Location | str, request: Callable[..., T], *args: Any, **options: 
             raise
         found = SAID.search(str(error))
         said = f"{found[1]}: {found[2] or ''}" if found else one_line(error)
-        raise OSError(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
+        kind = BrokenOffError if BROKEN_OFF.search(str(error)) else OSError
+        raise kind(errno.EIO, f"{said} ... ({REMEDY})", str(path)) from error
 
 
 def reach(root: str, bucket: Bucket) -> None:
@@ -99,6 +107,14 @@ def reach(root: str, bucket: Bucket) -> None:
 def no_bucket(path: Location | str) -> OSError:
     """The error of a bucket that is not there; no later try will find it."""
     return OSError(errno.ENXIO, "there is no such bucket; make it, or name another", str(path))
+
+
+def in_whole(request: Callable[[], T]) -> T:
+    """The answer to a request that may be sent again, and is where its answer breaks off."""
+    for _ in range(MOST_BREAKS):
+        with suppress(BrokenOffError):
+            return request()
+    return request()
 
 
 def content(path: Location, bucket: Bucket, key: str, **options: Any) -> tuple[Any, Any]:

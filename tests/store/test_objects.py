@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from stream_engine.store.files import location
 from stream_engine.store.leases import Lease, list_leases
 from stream_engine.store.objects import object_store
 from stream_engine.store.transient import is_transient
-from tests.s3 import Fault, FaultyProxy, environment, free_port, s3_server
+from tests.s3 import Fault, FaultyProxy, client, environment, free_port, s3_server
 from tests.store.publishing import count_in_threads
 
 
@@ -87,6 +88,57 @@ def test_listings_tell_files_and_folders_by_name(folder: Location):
     assert [(e.path.name, e.size) for e in files.list_files(folder)] == [("a", 1), ("b", 1)]
     assert files.list_folders(folder) == [folder / "inner"]
     assert files.list_files(folder / "missing") == files.list_folders(folder / "missing") == []
+
+
+def test_a_listing_of_more_than_one_page_is_whole(folder: Location, server: str, use):
+    """A store tells a thousand names at a time; here the last page also breaks off once."""
+    names = [f"{i:04d}" for i in range(600)]
+    store, prefix = client(server), str(folder).removeprefix("s3://bucket/")
+    keys = [f"{prefix}/{kind}{name}" for name in names for kind in ("", "in-")]
+
+    def put(key: str) -> None:
+        inner = "/inner" if "/in-" in key else ""
+        store.put_object(Bucket="bucket", Key=key + inner, Body=b"x")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(put, keys))
+    pages: list[str] = []
+
+    def decide(_: int, method: str, path: str) -> Fault:
+        pages.extend([path] * ("list-type" in path))
+        return "cut" if len(pages) == 2 else ""
+
+    with FaultyProxy(server, decide) as proxy:
+        use(proxy.address)
+        assert [entry.name for entry in files.list_files(folder)] == names
+        assert len(pages) == 4
+        assert [path.name for path in files.list_folders(folder)] == [f"in-{n}" for n in names]
+        assert len(pages) == 6
+
+
+@pytest.mark.parametrize("request_of", ["?uploads", "partNumber=2", "uploadId="])
+@pytest.mark.parametrize("fault", ["lost", "fail", "cut"])
+def test_a_large_file_is_taken_over_whatever_answer_does_not_arrive(
+    folder: Location, server: str, use, tmp_path: Path, request_of: str, fault: Fault
+):
+    """It goes in several requests: the answer to the last one broke off, the upload was then found
+    gone, and that was taken for a file that is not there."""
+    source, content = tmp_path / "rows", os.urandom(12 << 20)
+    source.write_bytes(content)
+    met: list[str] = []
+
+    def decide(_: int, method: str, path: str) -> Fault:
+        is_last = request_of == "uploadId=" and method != "POST"
+        if method not in ("POST", "PUT") or request_of not in path or is_last or met:
+            return ""
+        met.append(path)
+        return fault
+
+    with FaultyProxy(server, decide) as proxy:
+        use(proxy.address)
+        files.take(source, folder / "rows")
+        assert met and files.read_bytes(folder / "rows") == content
+    assert not source.exists()
 
 
 def test_a_large_object_is_streamed_and_read_at_any_place(folder: Location):
