@@ -16,8 +16,9 @@
 #define ROWS 6        /* query rows that share registers */
 #define MOST_ROWS 64  /* query rows of a task */
 #define MOST_SIZE 256 /* elements of a head */
-#define FETCHES 1     /* lines fetched ahead each time */
 #define LINE 64       /* bytes that are fetched together */
+#define WORK_OF_A_TILE 64    /* to transpose 16 x 16 words, in multiplications of vectors */
+#define WORK_OF_A_VECTOR 8   /* to make a vector of scores weights */
 #define LOWEST (-1e38f)
 
 /* What the heads of queries, keys and values have in common. */
@@ -37,10 +38,12 @@ typedef struct {
     int64_t first, repeats;
 } Sight;
 
-/* Memory that is wanted next: fetched line by line while sums run, which hides its latency. */
+/* Memory that is wanted next, keys and then values: fetched while sums run, which hides its latency.
+ * Every so many vectors of work a line is asked for, so that memory has as much to do at all times. */
 typedef struct {
-    const char *next;
-    const char *end;
+    const char *next, *end;             /* keys, when they are through values */
+    const char *values, *end_of_values;
+    int64_t work_of_a_line, done; /* vectors, times 16 */
 } Ahead;
 
 typedef struct {
@@ -52,19 +55,28 @@ typedef struct {
     float peaks[MOST_ROWS];
 } __attribute__((aligned(64))) Scratch;
 
-INLINE void fetch(Ahead *ahead, int64_t lines) {
-    for (; lines > 0 && ahead->next < ahead->end; lines--, ahead->next += LINE)
+INLINE void fetch(Ahead *ahead, int64_t vectors) {
+    for (ahead->done += vectors * 16; ahead->done >= ahead->work_of_a_line && ahead->next;) {
+        ahead->done -= ahead->work_of_a_line;
         _mm_prefetch(ahead->next, _MM_HINT_T0);
+        ahead->next += LINE;
+        if (ahead->next >= ahead->end) {
+            ahead->next = ahead->values;
+            ahead->end = ahead->end_of_values;
+            ahead->values = 0;
+        }
+    }
 }
 
 /* Up to KEYS keys of `size` elements: into[place][key]. Keys beyond `count` are 0. */
 INLINE void transpose_keys(const int32_t *from, int64_t stride, int64_t count, int64_t size,
-                           int is_bfloat16, float *into) {
+                           int is_bfloat16, float *into, Ahead *ahead) {
     int64_t units = words_of(size, is_bfloat16);
     for (int64_t first = 0; first < count; first += WIDTH)
         for (int64_t unit = 0; unit < units; unit += WIDTH) {
             __mmask16 mask = mask_of(units - unit);
             __m512i r[WIDTH];
+            fetch(ahead, WORK_OF_A_TILE);
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; i++)
                 r[i] = words(from, (first + i) * stride + unit, first + i < count ? mask : 0);
@@ -81,6 +93,53 @@ INLINE void transpose_keys(const int32_t *from, int64_t stride, int64_t count, i
         }
 }
 
+/* The sums of 16 vectors. */
+INLINE __m512 sums_of(__m512 r[WIDTH]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        r[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+                             _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+        r[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(r[0], r[1], 0x88),
+                         _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
+}
+
+/* weights[key] = query . key, of one row, to whom keys are not worth a transposition. */
+TARGET static void scores_of_one(const int32_t *keys, int64_t stride, int64_t count, int64_t units,
+                                 int is_bfloat16, const float *query, float *weights,
+                                 Ahead *ahead) {
+    for (int64_t first = 0; first < count; first += WIDTH) {
+        __m512 r[WIDTH];
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) r[i] = _mm512_setzero_ps();
+        for (int64_t unit = 0; unit < units; unit += WIDTH) {
+            __mmask16 mask = mask_of(units - unit);
+            fetch(ahead, WIDTH);
+            const float *part = query + (is_bfloat16 ? 2 * unit : unit);
+            __m512 q = _mm512_load_ps(part), more = _mm512_load_ps(part + WIDTH);
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; i++) {
+                __m512i read = words(keys, (first + i) * stride + unit, first + i < count ? mask : 0);
+                if (is_bfloat16) {
+                    r[i] = _mm512_fmadd_ps(lower(read), q, r[i]);
+                    r[i] = _mm512_fmadd_ps(upper(read), more, r[i]);
+                } else
+                    r[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(read), q, r[i]);
+            }
+        }
+        _mm512_store_ps(weights + first, sums_of(r));
+    }
+}
+
 /* weights[row][key] = query[row] . key, for `rows` rows and `vectors` vectors of keys. */
 INLINE void scores(const float *keys, const float *query, int64_t places, int rows, int vectors,
                    float *weights, Ahead *ahead) {
@@ -90,7 +149,7 @@ INLINE void scores(const float *keys, const float *query, int64_t places, int ro
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_ps();
     for (int64_t place = 0; place < places; place++) {
-        fetch(ahead, FETCHES);
+        fetch(ahead, rows * vectors);
         __m512 key[KEYS / WIDTH];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) key[v] = _mm512_load_ps(keys + place * KEYS + v * WIDTH);
@@ -111,7 +170,8 @@ INLINE void scores(const float *keys, const float *query, int64_t places, int ro
 
 /* The first `seen` scores of a row, of `count`, become weights under its highest score so far, and
  * the others 0; what it has summed up under a lower one is scaled down. */
-INLINE void soften(Scratch *s, int64_t row, int64_t seen, int64_t count, int64_t places) {
+INLINE void soften(Scratch *s, int64_t row, int64_t seen, int64_t count, int64_t places,
+                   Ahead *ahead) {
     float *weights = s->weights + row * KEYS;
     __m512 highest = _mm512_set1_ps(s->peaks[row]);
     for (int64_t key = 0; key < seen; key += WIDTH)
@@ -128,6 +188,7 @@ INLINE void soften(Scratch *s, int64_t row, int64_t seen, int64_t count, int64_t
         s->peaks[row] = peak;
     }
     for (int64_t key = 0; key < count; key += WIDTH) {
+        fetch(ahead, WORK_OF_A_VECTOR);
         __m512 below = _mm512_sub_ps(_mm512_load_ps(weights + key), _mm512_set1_ps(peak));
         __m512 weight = _mm512_maskz_mov_ps(mask_of(seen - key), power_of_two(below));
         totals = _mm512_add_ps(totals, weight);
@@ -149,7 +210,7 @@ INLINE void add_values(const Span *values, int64_t from, int64_t count, int64_t 
             total[r][v] = _mm512_load_ps(sums + r * MOST_SIZE + v * WIDTH);
     int loads = is_bfloat16 ? vectors / 2 : vectors;
     for (int64_t key = 0; key < count; key++) {
-        fetch(ahead, FETCHES);
+        fetch(ahead, rows * vectors);
         __m512 value[4];
 #pragma GCC unroll 4
         for (int v = 0; v < loads; v++) {
@@ -218,16 +279,20 @@ TARGET static void add_bfloat16(const Span *values, int64_t from, int64_t count,
 #undef CALL
 }
 
-/* The lines of a block of a span that lies densely. */
-INLINE Ahead lines_of(const void *from, const Span *span, int64_t units, int64_t first) {
-    if (span->stride != units) return (Ahead){0, 0};
-    const char *next = (const char *)((const int32_t *)from + first * units);
-    return (Ahead){next, next + smaller(KEYS, span->count - first) * units * 4};
+/* A block of a span that lies densely, to be fetched during so much work. */
+INLINE Ahead block_of(const Span *span, int64_t units, int64_t first, int64_t work) {
+    int64_t bytes = smaller(KEYS, span->count - first) * units * 4;
+    if (span->stride != units || bytes <= 0) return (Ahead){0};
+    const char *keys = (const char *)((const int32_t *)span->key + first * units);
+    const char *values = (const char *)((const int32_t *)span->value + first * units);
+    return (Ahead){keys, keys + bytes, values, values + bytes, work * 16 / (2 * bytes / LINE + 2), 0};
 }
 
-/* Rows first .. first + rows of a task attend to a span; the one after it is fetched meanwhile. */
+/* Rows first .. first + rows of a task attend to a span; the one after it is fetched meanwhile.
+ * `is_one`: it is one row whatever rows there are, so that its sums may be made in an order that
+ * suits one. */
 TARGET static void attend(const Heads *h, Scratch *s, Span span, Span after, Sight sight,
-                          int64_t first, int64_t rows) {
+                          int64_t first, int64_t rows, int is_one) {
     int is_bfloat16 = (int)h->is_bfloat16;
     int64_t units = words_of(h->size, is_bfloat16), vectors = (units + WIDTH - 1) / WIDTH;
     int64_t places = vectors * WIDTH;
@@ -237,29 +302,37 @@ TARGET static void attend(const Heads *h, Scratch *s, Span span, Span after, Sig
         int is_last = start + KEYS >= span.count;
         const Span *next = is_last ? &after : &span;
         int64_t from = is_last ? 0 : start + KEYS;
-        Ahead keys = lines_of(next->key, next, units, from);
-        Ahead values = lines_of(next->value, next, units, from);
-        transpose_keys((const int32_t *)span.key + start * span.stride, span.stride, block, h->size,
-                       is_bfloat16, s->keys);
+        int64_t key_vectors = (block + WIDTH - 1) / WIDTH;
+        int64_t tiles = (units + WIDTH - 1) / WIDTH;
+        int64_t to_score = is_one ? tiles * WIDTH : tiles * WORK_OF_A_TILE + rows * places;
+        int64_t work = key_vectors * (to_score + rows * WORK_OF_A_VECTOR) + rows * vectors * block;
+        Ahead ahead = block_of(next, units, from, work);
+        const int32_t *from_key = (const int32_t *)span.key + start * span.stride;
+        if (!is_one)
+            transpose_keys(from_key, span.stride, block, h->size, is_bfloat16, s->keys, &ahead);
         for (int64_t row = first; row < first + rows;) {
             int64_t left = first + rows - row, sets = (left + ROWS - 1) / ROWS;
             int64_t some = (left + sets - 1) / sets, count = block;
             if (sight.repeats)
                 count = smaller(block, sight.first + (row + some - 1) / sight.repeats - start);
             if (count > 0) {
-                some_scores(s->keys, s->query + row * MOST_SIZE, places, some,
-                            (count + WIDTH - 1) / WIDTH, s->weights + row * KEYS, &keys);
+                if (is_one)
+                    scores_of_one(from_key, span.stride, count, units, is_bfloat16,
+                                  s->query + row * MOST_SIZE, s->weights + row * KEYS, &ahead);
+                else
+                    some_scores(s->keys, s->query + row * MOST_SIZE, places, some,
+                            (count + WIDTH - 1) / WIDTH, s->weights + row * KEYS, &ahead);
                 for (int64_t r = row; r < row + some; r++) {
                     int64_t seen = count;
                     if (sight.repeats)
                         seen = smaller(count, sight.first + r / sight.repeats - start);
-                    soften(s, r, seen, count, places);
+                    soften(s, r, seen, count, places, &ahead);
                 }
                 for (int64_t v = 0; v < vectors; v += 4)
                     (is_bfloat16 ? add_bfloat16 : add_float32)(
                         &span, start, count, units, is_bfloat16 ? v / 2 * WIDTH : v * WIDTH, some,
                         smaller(4, vectors - v), s->weights + row * KEYS,
-                        s->sums + row * MOST_SIZE + v * WIDTH, &values);
+                        s->sums + row * MOST_SIZE + v * WIDTH, &ahead);
             }
             row += some;
         }

@@ -67,14 +67,14 @@ TARGET static void run_task(const Arguments *a, Scratch *s, int64_t group, int64
     int64_t begin = kv_head * a->prefix_head + a->spans[2 * group] * a->size;
     Span prefix = span_of(&h, a->prefix_key, a->prefix_value, begin, a->spans[2 * group + 1]);
     Span suffix = suffix_of(a, row_of(a, group, first, repeats), kv_head);
-    attend(&h, s, prefix, suffix, all, 0, last - first);
+    attend(&h, s, prefix, suffix, all, 0, last - first, 0);
     for (int64_t flat = first; flat < last;) {
         int64_t row = row_of(a, group, flat, repeats);
         int64_t end = smaller(last, (flat / repeats + 1) * repeats);
         Span after = {0};
         if (end < last) after = suffix_of(a, row_of(a, group, end, repeats), kv_head);
         if (a->new_key) keep_new(a, row, kv_head, suffix);
-        attend(&h, s, suffix, after, all, flat - first, end - flat);
+        attend(&h, s, suffix, after, all, flat - first, end - flat, repeats == 1);
         suffix = after;
         for (; flat < end; flat++) {
             int64_t head = kv_head * repeats + flat % repeats;

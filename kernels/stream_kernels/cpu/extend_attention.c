@@ -46,8 +46,8 @@ TARGET static void run_task(const Arguments *a, Scratch *s, const Chunk *chunk, 
     int64_t before = chunk->first - chunk->row_first;
     Span own = {at(&h, a->key, begin), at(&h, a->value, begin), before + chunk->count,
                 words_of(a->key_token, is_bfloat16)};
-    attend(&h, s, prefix, own, (Sight){0, 0}, 0, rows);
-    attend(&h, s, own, (Span){0}, (Sight){before + 1, repeats}, 0, rows);
+    attend(&h, s, prefix, own, (Sight){0, 0}, 0, rows, 0);
+    attend(&h, s, own, (Span){0}, (Sight){before + 1, repeats}, 0, rows, 0);
     for (int64_t row = 0; row < rows; row++) {
         int64_t token = chunk->first + row / repeats, head = kv_head * repeats + row % repeats;
         store_out(&h, s, at(&h, a->out, (token * a->heads + head) * a->size), row);
