@@ -17,6 +17,9 @@ from pathlib import Path
 
 from stream_engine.errors import ConfigError
 
+SHARING_DEVICE = "STREAM_ENGINE_RANKS_SHARING_DEVICE"
+"""Set by launchers that show each rank its own devices alone (work/ray_workers.py)."""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -30,6 +33,9 @@ class Rank:
     """Whether OMP_NUM_THREADS already says how many threads to use."""
     tensor_parallel: int = 1
     """Consecutive ranks that are one worker."""
+    sharing_device: int | None = None
+    """Ranks that share a device, where the launcher says so; None: it shows each rank all devices
+    of the host."""
 
     @classmethod
     def from_environment(
@@ -71,6 +77,7 @@ class Rank:
             local_world_size=number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
             threads_set="OMP_NUM_THREADS" in environ,
             tensor_parallel=tensor_parallel,
+            sharing_device=number(SHARING_DEVICE, default=0) or None,
         )
 
     @property
@@ -99,6 +106,10 @@ class Rank:
         Nodes that were launched apart each have a rank 0, so the host is part of it.
         """
         return f"rank-{self.rank}-{socket.gethostname()}"
+
+    def ranks_per_device(self, num_devices: int) -> int:
+        """How many ranks may share one of the `num_devices` devices that this one sees."""
+        return self.sharing_device or -(-self.local_world_size // num_devices)
 
     def num_threads(self) -> int:
         """This rank's share of the cores that the process may use."""

@@ -69,3 +69,12 @@ def test_a_plan_asks_torch_for_a_device_only_where_a_driver_is(
     assert planned_device(RANK, "auto") == device
     assert planned_device(RANK, "cpu") == "cpu"
     assert planned_device(RANK, "cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_devices", "sharing"),
+    [(1, 1, 1), (8, 8, 1), (8, 2, 4), (3, 2, 2), (2, 8, 1)],
+)
+def test_ranks_of_a_host_share_its_devices(num_ranks, num_devices, sharing):
+    rank = Rank(world_size=num_ranks, local_world_size=num_ranks)
+    assert rank.ranks_per_device(num_devices) == sharing

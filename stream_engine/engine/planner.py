@@ -134,7 +134,7 @@ class MemoryPlanner:
 
     def available(self) -> int:
         """Bytes free for this engine; ranks that hold a model together agree on the least."""
-        free = free_bytes(self.runner.model.device, ranks=Rank.from_environment().local_world_size)
+        free = free_bytes(self.runner.model.device, Rank.from_environment())
         if self.runner.model.tensor_parallel > 1:
             free = agreed_minimum(free)
         return free if self.allowance is None else min(free, self.allowance)
@@ -217,10 +217,10 @@ def share_memory(planners: Sequence[MemoryPlanner]) -> None:
         planner.plan_memory()
 
 
-def free_bytes(device: torch.device, *, ranks: int) -> int:
-    """Bytes that this process may still take on a device that this host's `ranks` may share."""
+def free_bytes(device: torch.device, rank: Rank) -> int:
+    """Bytes that this process may still take on a device that other ranks may share."""
     if device.type != "cuda":
-        return host_available(share=ranks)
+        return host_available(share=rank.local_world_size)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return free // -(-ranks // torch.cuda.device_count())
+    return free // rank.ranks_per_device(torch.cuda.device_count())

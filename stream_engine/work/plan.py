@@ -183,7 +183,7 @@ def _free_bytes(device: str, rank: Rank) -> int:
 
     from stream_engine.engine.planner import free_bytes
 
-    return free_bytes(torch.device(device), ranks=rank.local_world_size)
+    return free_bytes(torch.device(device), rank)
 
 
 def _demand(role: ModelRole, config: RunConfig, *, device: str) -> Demand:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ import msgspec
 from stream_engine import DISTRIBUTION
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, DeviceLostError, RoundOverError, StreamEngineError
-from stream_engine.ranks import Rank
+from stream_engine.ranks import SHARING_DEVICE, Rank
 from stream_engine.run_dir.damage import whole_manifest
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.store import files
@@ -183,15 +184,16 @@ class Crew:
         if not ray.is_initialized():
             ray.init(logging_level=logging.WARNING)
         places = self.places.within(ray.cluster_resources())
-        assert places.num_workers is not None
+        num_workers, gpus = places.num_workers, places.gpus_per_worker
+        assert num_workers is not None and gpus is not None
         kind = ray.remote(RayWorker)
         settings, folder = self.config.to_dict(), os.getcwd()
-        job = (settings, self.steps, self.round_number, folder, places.num_workers)
-        for number in range(1, places.num_workers + 1):
+        job = (settings, self.steps, self.round_number, folder, num_workers, gpus)
+        for number in range(1, num_workers + 1):
             actor = kind.options(
                 name=f"stream-engine-worker-{number}",
                 num_cpus=places.cpus_per_worker,
-                num_gpus=places.gpus_per_worker,
+                num_gpus=gpus,
                 resources=places.resources,
                 scheduling_strategy="SPREAD" if places.spread else "DEFAULT",
                 max_restarts=places.max_restarts,
@@ -202,8 +204,8 @@ class Crew:
             self.waiting[actor.work.remote(*job)] = number
         logger.info(
             "asked Ray for %d workers, %g GPUs and %g CPUs each",
-            places.num_workers,
-            places.gpus_per_worker,
+            num_workers,
+            gpus,
             places.cpus_per_worker,
         )
 
@@ -312,12 +314,13 @@ class RayWorker:
         round_number: int | None,
         folder: str,
         num_workers: int,
+        gpus_per_worker: float,
     ) -> dict[str, Any]:
         """Work until nothing is left to do, and say how it ended.
 
         What only a new process can mend, and what nobody foresaw, ends this one.
         """
-        os.environ.update(self.environment(num_workers))
+        os.environ.update(self.environment(num_workers, gpus_per_worker))
         try:
             config = RunConfig.create(settings)
             self.enter(folder, config)
@@ -343,9 +346,10 @@ class RayWorker:
             )
         )
 
-    def environment(self, num_workers: int) -> dict[str, str]:
+    def environment(self, num_workers: int, gpus_per_worker: float) -> dict[str, str]:
         """A launcher's variables. The worker's GPUs are the only ones that it sees."""
-        return {
+        sharing = {SHARING_DEVICE: str(math.ceil(1 / gpus_per_worker))} if gpus_per_worker else {}
+        return sharing | {
             "RANK": str(self.number),
             "LOCAL_RANK": "0",
             "WORLD_SIZE": str(num_workers + 1),

@@ -23,6 +23,7 @@ import pytest
 from stream_engine.cli.main import main
 from stream_engine.config import RunConfig
 from stream_engine.errors import ConfigError, RoundOverError
+from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.work.ray_workers import RayPlaces, RayWorker, run_on_ray
 from tests.conftest import DEMO_FLAGS, ROOT, answers
@@ -47,6 +48,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     }.items():
         monkeypatch.setenv(name, value)
     folder = tempfile.mkdtemp(prefix="ray-")  # short, as names of sockets must be
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    os.mkdir(f"{folder}/ray")  # where it writes its address, and does not make the folder
     made = cluster_utils.Cluster(
         initialize_head=True, head_node_args={**NODE, "temp_dir": folder}, shutdown_at_exit=False
     )
@@ -181,11 +184,24 @@ def test_a_worker_tells_that_its_round_is_over(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "0")  # so that what the worker sets is taken back
     ended = {
-        number: RayWorker(1).work(config.to_dict(), ("shard", "work"), number, os.getcwd(), 1)
+        number: RayWorker(1).work(config.to_dict(), ("shard", "work"), number, os.getcwd(), 1, 0.0)
         for number, config in ((1, first), (2, second))
     }
     assert ended[1]["is_round_over"] and "gone on from round 1" in ended[1]["error"]
     assert ended[2]["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "sharing"),
+    [pytest.param(1.0, 1, id="a-gpu-each"), pytest.param(0.25, 4, id="a-quarter-each")],
+)
+def test_a_worker_has_the_gpu_that_ray_gives_it_to_itself(
+    gpus_per_worker: float, sharing: int
+) -> None:
+    """It sees no other: all workers of the run were taken to share it, and a worker of 64 planned
+    its batches for a 64th of its memory."""
+    rank = Rank.from_environment(RayWorker(3).environment(64, gpus_per_worker))
+    assert rank.ranks_per_device(1) == sharing
 
 
 @pytest.mark.parametrize(
