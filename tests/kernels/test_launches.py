@@ -172,6 +172,31 @@ def test_attention_fits_the_chip(size: int, dtype: torch.dtype) -> None:
     assert max(shared for _, shared in launched) <= SHARED_BYTES
 
 
+def test_one_kernel_serves_all_lengths() -> None:
+    """Each was compiled anew for lengths of 1, for multiples of 16 and for others."""
+    kernels = (attention.attention_kernel, prefix_fused.fused_kernel, prefix_split.prefix_kernel)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    with compiled_launches():
+        for queries, keys in ((1, 1), (2, 16), (5, 9), (16, 630), (16, 640)):
+            query = torch.zeros(1, 1, queries, 64, dtype=torch.bfloat16)
+            key = torch.zeros(1, 1, keys, 64, dtype=torch.bfloat16)
+            attention_with_lse_cuda(query, key, key, scale=1.0, causal=False, key_lengths=None)
+        for rows in (12, 16):
+            case = prefix_case(
+                group_sizes=[rows],
+                prefix_lengths=[9],
+                suffix_lengths=[2] * rows,
+                size=64,
+                dtype=torch.bfloat16,
+            )
+            prefix_fused.attend_fused(PrefixBatch(*case), 1.0)
+            prefix_split.attend_split(PrefixBatch(*case), 1.0)
+    for kernel in kernels:
+        [(compiled, *_)] = kernel.device_caches.values()
+        assert len(compiled) == 1, kernel.__name__
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sampling_and_log_probs_fit_the_chip(dtype: torch.dtype) -> None:
     module = importlib.import_module("tests.kernels.triton_forms.test_linear_logp")

@@ -66,7 +66,8 @@ def attention_with_lse_cuda(
     return out, lse
 
 
-@triton.jit
+# Else each kind of length (1, a multiple of 16, others) of each would be a kernel to compile.
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "num_keys"])
 def attention_kernel(
     query,  # [B, Hkv, rows, D]
     key,  # [B, Hkv, N, D]

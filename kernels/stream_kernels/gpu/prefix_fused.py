@@ -53,7 +53,8 @@ def fused_options(
     return {**tile, "HEADS": heads, "REP": rep, "D": size, "MAX_K": max_k}
 
 
-@triton.jit
+# Else 1 and multiples of 16 would each be a kernel to compile.
+@triton.jit(do_not_specialize=["group_size"])
 def fused_kernel(
     query,  # [R, HEADS, D]
     prefix_key,  # [Hkv, T, D]

@@ -83,7 +83,7 @@ def suffix_options(
 
 
 # The launcher makes a constant of a number that is 1, which has no `.to`.
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "group_size"])
 def prefix_kernel(
     query,  # [R, HEADS, D]
     prefix_key,  # [Hkv, T, D]
