@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stream_kernels import forms
 from stream_kernels.cpu import compiled, extend_attention
 from torch import Tensor
 
@@ -87,3 +88,16 @@ def test_what_it_does_not_take_is_left_to_torch() -> None:
     assert not serves(query.bfloat16(), key, value, prefix)
     assert not serves(query.repeat(1, 40, 1), key, value, prefix)  # 80 heads share a key head
     assert not serves(*(each[..., ::2] for each in (query, key, value)), prefix)
+
+
+def test_other_devices_and_rehearsals_of_them_are_left_to_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine with a GPU compiled the C files at its first prompt, and a rehearsal ran them in
+    place of the kernels that it is to rehearse."""
+    parts = given(4, 4, 64, torch.float32)
+    monkeypatch.setattr(forms, "INTERPRETED", True)
+    assert not extend_attention.serves(parts[0], parts[1], parts[2], (parts[3], parts[4]))
+    monkeypatch.setattr(compiled, "library", lambda: pytest.fail("it is compiled"))
+    query, key, value, *prefix = (part.to("meta") for part in parts)
+    assert not extend_attention.serves(query, key, value, (prefix[0], prefix[1]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stream_kernels.cpu import compiled
+from stream_kernels.forms import takes_triton
 
 POINTERS = ("query", "key", "value", "prefix_key", "prefix_value", "out", "chunks")
 NUMBERS = (
@@ -91,11 +92,12 @@ def _truth(
 
 def serves(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> bool:
     """Whether `extend_attention` takes these: heads of up to 256 elements, one format, on CPU."""
+    if takes_triton(query.device) or query.device.type != "cpu":
+        return False
     size = query.shape[2]
     library = compiled.library()
     return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16)
+        query.dtype in (torch.float32, torch.bfloat16)
         and all(part.dtype == query.dtype for part in (key, value, *prefix))
         and size <= MOST_SIZE
         and size % 2 == 0
