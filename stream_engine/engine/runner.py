@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from stream_kernels.forms import takes_triton
 from stream_kernels.gemm import linear, linear_float32, pack_for_float32
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class ModelRunner:
             # Float32 convolutions (a tower's patches) would be rounded to 10 bits, as torch allows
             # by default for them, though not for matrix products.
             torch.backends.cudnn.allow_tf32 = False
-        if model.device.type == "cpu":
+        elif model.device.type == "cpu" and not takes_triton(model.device):  # nor in a rehearsal
             keep_freed_memory()
             # recurrent layers read their weights themselves, which a packed one does not allow
             if model.offload is None and model.shares_prefix:

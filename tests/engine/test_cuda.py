@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stream_kernels.gpu import prefix_attention
 
 from stream_engine.config import ModelConfig
 from stream_engine.engine import Engine, GenerateRequest, Generation, ResolvedSampling, ScoreRequest
@@ -115,8 +116,23 @@ def was_captured(engine: Engine) -> bool:
     return graphs is not None and bool(graphs.graphs)
 
 
+@pytest.fixture
+def attended(monkeypatch) -> list[int]:
+    """The rows of each decode step that Triton's attention was asked for."""
+    rows: list[int] = []
+    attend = prefix_attention.prefix_attention_cuda
+
+    def noting(query, *arguments, **options):
+        rows.append(len(query))
+        return attend(query, *arguments, **options)
+
+    monkeypatch.setattr(prefix_attention, "prefix_attention_cuda", noting)
+    return rows
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_captured_steps_draw_what_eager_ones_and_the_cpu_draw(engine_on, name):
+def test_captured_steps_draw_what_eager_ones_and_the_cpu_draw(engine_on, attended, name):
+    """The steps once took their attention from the compiled layers of the CPU in a rehearsal."""
     if name == "hundreds" and not ON_GPU:
         pytest.skip("hundreds of rows take the interpreter minutes")
     case = CASES[name]
@@ -128,6 +144,7 @@ def test_captured_steps_draw_what_eager_ones_and_the_cpu_draw(engine_on, name):
     captured = engine_on(max_rows=case.max_rows, **case.sampling)
     got = run(captured)
     assert was_captured(captured), "decode steps could not be captured"
+    assert attended
     assert_same(got, run(eager(engine_on(max_rows=case.max_rows, **case.sampling))))
     with torch_forms():
         assert_same(got, run(engine_on("cpu", max_rows=case.max_rows, **case.sampling)))
