@@ -48,6 +48,21 @@ class Compiled:
         return len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.[\w.]*128", self.sass))
 
     @property
+    def loops(self) -> list[str]:
+        """The instructions of each loop, those of loops inside it among them."""
+        labels: dict[str, int] = {}
+        found, code = [], list[str]()
+        for line in self.sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+                code.append(line)
+                back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+                if back and back[1] in labels:
+                    found.append("\n".join(code[labels[back[1]] :]))
+        return found
+
+    @property
     def bulk_loads(self) -> int:
         """Tiles fetched by the tensor memory accelerator."""
         return len(re.findall(r"\bUTMALDG", self.sass))

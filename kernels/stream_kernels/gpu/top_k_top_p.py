@@ -1,6 +1,8 @@
 """Second launch of sampling, with top-k or top-p only: what is not likely enough loses its mass.
 
-A row's cutoff is found digit by digit, 4 bits of the float's ordered integer at a time.
+A row's cutoff is found bit by bit of the floats' ordered integers, two at a time: a pass over the
+row weighs what lies above each of three candidates. Its sums stay in a thread's registers until the
+end, and it ends where what is above the cutoff is just what was asked for.
 """
 
 # mypy: allow-untyped-defs
@@ -11,8 +13,9 @@ import triton.language as tl
 
 from stream_kernels.gpu.scores import BLOCK, Draw, finite_peak, load_scores, ordered_key
 
-# Digits of 4 bits that tell two numbers of the dtype apart once both are float32.
-_DIGITS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}
+# Leading bits that tell two numbers of the dtype apart once both are float32; even.
+_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
+_TILE = 4096
 
 
 def keep_likeliest(draw: Draw, top_k: int, top_p: float) -> None:
@@ -36,8 +39,9 @@ def keep_likeliest(draw: Draw, top_k: int, top_p: float) -> None:
         USE_TOP_K=0 < top_k < vocab_size,
         USE_TOP_P=top_p < 1,
         SUPPRESS=draw.is_suppressing,
-        DIGITS=_DIGITS[draw.scores.dtype],
+        BITS=_BITS[draw.scores.dtype],
         BLOCK=BLOCK,
+        TILE=_TILE,
         MAX_BLOCKS=triton.next_power_of_2(num_blocks),
         num_warps=8,
     )
@@ -60,8 +64,9 @@ def filter_kernel(
     USE_TOP_K: tl.constexpr,
     USE_TOP_P: tl.constexpr,
     SUPPRESS: tl.constexpr,
-    DIGITS: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -75,87 +80,86 @@ def filter_kernel(
     columns = (row_scores, allowed, vocab_size, peak, inverse_temperature)
     cutoff = tl.zeros([], tl.uint32)
     if USE_TOP_K:
-        cutoff = top_k_cutoff(columns, top_k, SUPPRESS, DIGITS, BLOCK)
+        cutoff = highest_cutoff(columns, cutoff, top_k, True, SUPPRESS, BITS, TILE)
     if USE_TOP_P:
-        cutoff = top_p_cutoff(columns, cutoff, top_p, SUPPRESS, DIGITS, BLOCK)
+        floor = cutoff
+        mass, _, _ = weights_from(columns, floor, (floor, floor, floor), False, SUPPRESS, TILE)
+        cutoff = highest_cutoff(columns, floor, mass * top_p, False, SUPPRESS, BITS, TILE)
     tl.store(cutoffs + row, cutoff.to(tl.int64))
 
     for block in range(0, num_blocks):
-        column = block * BLOCK + tl.arange(0, BLOCK)
-        s = load_scores(row_scores, allowed, column, vocab_size, SUPPRESS)
         block_peak = tl.load(row_stats + block)
-        weight = tl.exp((s - finite_peak(block_peak)) * inverse_temperature)
-        stays = ordered_key(s) >= cutoff
-        total = tl.sum(tl.where(stays, weight, 0.0), 0)
+        total = tl.load(row_stats + plane + block)
+        if ordered_key(block_peak) >= cutoff:
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            s = load_scores(row_scores, allowed, column, vocab_size, SUPPRESS)
+            weight = tl.exp((s - finite_peak(block_peak)) * inverse_temperature)
+            kept = tl.sum(tl.where(ordered_key(s) >= cutoff, weight, 0.0), 0)
+        else:
+            kept = 0.0
         # A NaN has no place in the order: it must reach the sum all the same.
-        total = tl.where(tl.sum(weight, 0) >= 0, total, float("nan"))
-        tl.store(row_stats + plane + block, total)
+        tl.store(row_stats + plane + block, tl.where(total >= 0, kept, float("nan")))
 
 
 @triton.jit
-def top_k_cutoff(columns, top_k, SUPPRESS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key with at least `top_k` keys of the row at or above it; columns: next_digit."""
-    digit = tl.arange(0, 16)
-    above = tl.zeros([], tl.float64)  # keys with higher digits than those chosen so far
-    prefix = tl.zeros([], tl.uint32)
-    floor = tl.zeros([], tl.uint32)
-    for step in range(DIGITS):
-        bins = next_digit(columns, floor, prefix, 28 - 4 * step, True, SUPPRESS, BLOCK)
-        # bins from this digit up, for each digit
-        from_digit = tl.sum(tl.where(digit[None, :] >= digit[:, None], bins[None, :], 0.0), 1)
-        chosen = tl.max(tl.where(above + from_digit >= top_k, digit, 0), 0)
-        above += tl.sum(tl.where(digit > chosen, bins, 0.0), 0)
-        prefix = prefix * 16 + chosen.to(tl.uint32)
-    return prefix << (32 - 4 * DIGITS)
-
-
-@triton.jit
-def top_p_cutoff(
-    columns, floor, top_p, SUPPRESS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The least key with less than `top_p` of the mass from `floor` up strictly above it."""
-    digit = tl.arange(0, 16)
-    above = tl.zeros([], tl.float64)
-    prefix = tl.zeros([], tl.uint32)
-    limit = tl.zeros([], tl.float64)
-    for step in range(DIGITS):
-        bins = next_digit(columns, floor, prefix, 28 - 4 * step, False, SUPPRESS, BLOCK)
-        if step == 0:
-            limit = tl.sum(bins, 0) * top_p
-        over_digit = tl.sum(tl.where(digit[None, :] > digit[:, None], bins[None, :], 0.0), 1)
-        chosen = tl.min(tl.where(above + over_digit < limit, digit, 15), 0)
-        above += tl.sum(tl.where(digit > chosen, bins, 0.0), 0)
-        prefix = prefix * 16 + chosen.to(tl.uint32)
-    return tl.maximum(floor, prefix << (32 - 4 * DIGITS))
-
-
-@triton.jit
-def next_digit(
+def highest_cutoff(
     columns,
     floor,
-    prefix,
-    shift,
+    target,
     COUNT: tl.constexpr,
     SUPPRESS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Weight by the next 4 bits, of the numbers whose higher bits are `prefix`: float64 [16].
+    """The largest key from which on the row weighs at least `target`, or one that keeps as much.
 
-    The weight is 1 (COUNT) or the tempered exponential, of numbers whose key is at least `floor`.
-    columns: (scores of the row, allowed, V, the row's peak, inverse temperature).
+    Arguments as for `weights_from`.
+    """
+    cutoff = tl.zeros([], tl.uint32)
+    weight = tl.full([], float("inf"), tl.float64)  # from the cutoff on
+    shift = 32
+    while (shift > 32 - BITS) & (weight != target):
+        shift -= 2
+        unit = tl.full([], 1, tl.uint32) << shift
+        keys = (cutoff + unit, cutoff + 2 * unit, cutoff + 3 * unit)
+        one, two, three = weights_from(columns, floor, keys, COUNT, SUPPRESS, TILE)
+        step = (one >= target).to(tl.uint32) + (two >= target).to(tl.uint32)
+        step += (three >= target).to(tl.uint32)
+        weight = tl.where(one >= target, one, weight)
+        weight = tl.where(two >= target, two, weight)
+        weight = tl.where(three >= target, three, weight)
+        cutoff += step * unit
+    return tl.maximum(floor, cutoff)
+
+
+@triton.jit
+def weights_from(
+    columns, floor, keys, COUNT: tl.constexpr, SUPPRESS: tl.constexpr, TILE: tl.constexpr
+):
+    """What the row's numbers weigh from each of three keys up: float64.
+
+    A number's weight is 1 (COUNT), or its tempered exponential, and 0 where its key is below
+    `floor`. columns: (scores of the row, allowed, V, the row's peak, inverse temperature).
     """
     row_scores, allowed, vocab_size, peak, inverse_temperature = columns
-    bins = tl.zeros([16], tl.float64)
-    digit = tl.arange(0, 16)
-    for first in range(0, vocab_size, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+    one, two, three = keys
+    from_one = tl.zeros([TILE], tl.float32)
+    from_two = tl.zeros([TILE], tl.float32)
+    from_three = tl.zeros([TILE], tl.float32)
+    for start in range(0, vocab_size, TILE):
+        column = start + tl.arange(0, TILE)
         s = load_scores(row_scores, allowed, column, vocab_size, SUPPRESS)
         key = ordered_key(s)
-        member = (column < vocab_size) & (key >= floor) & (((key >> shift) >> 4) == prefix)
+        there = (column < vocab_size) & (key >= floor)
         if COUNT:
-            weight = tl.where(member, 1.0, 0.0)
+            weight = tl.where(there, 1.0, 0.0)
         else:
-            weight = tl.where(member, tl.exp((s - peak) * inverse_temperature), 0.0)
-        mine = ((key >> shift) & 15)[:, None] == digit[None, :]
-        bins += tl.sum(tl.where(mine, weight[:, None], 0.0), 0).to(tl.float64)
-    return bins
+            weight = tl.where(there, tl.exp((s - peak) * inverse_temperature), 0.0)
+        from_one += tl.where(key >= one, weight, 0.0)
+        from_two += tl.where(key >= two, weight, 0.0)
+        from_three += tl.where(key >= three, weight, 0.0)
+    return (
+        tl.sum(from_one.to(tl.float64), 0),
+        tl.sum(from_two.to(tl.float64), 0),
+        tl.sum(from_three.to(tl.float64), 0),
+    )
