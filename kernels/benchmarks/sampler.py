@@ -30,7 +30,7 @@ def measure(device: str, rounds: int, size: Size) -> Iterator[dict[str, object]]
     shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
     on_card = takes_triton(torch.device(device))
     bandwidth = copy_bandwidth(device, 1 << (20 if size == "tiny" else 30)) if on_card else None
-    for shape in of_size(shapes, TINY, size, quick=1):
+    for shape in of_size(shapes, TINY, size, quick=2):
         for settings in SETTINGS:
             yield measure_shape(*shape, settings, device, rounds, bandwidth)
 
