@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stream_engine.config import ModelRole, RunConfig
 from stream_engine.pipelines.base import Pipeline
+from stream_engine.ranks import Rank
 from stream_engine.servers import served
 
 WEIGHTS_SHARE = 0.6
@@ -95,13 +96,14 @@ def _tensors(path: Path) -> Iterator[tuple[int, int]]:
             yield numel, SAFETENSORS_BYTES.get(entry["dtype"], 2)
 
 
-def worker_memory(device: str, *, local_workers: int, offload: str | None = None) -> int:
-    """Bytes of memory that one rank's weights share: its GPU's, or its part of the host's."""
+def worker_memory(device: str, rank: Rank, *, offload: str | None = None) -> int:
+    """Bytes of memory that one rank's weights share: its part of a GPU's, or of the host's."""
     if device.startswith("cuda") and offload is None:
         import torch
 
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, local_workers)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return total // rank.ranks_per_device(torch.cuda.device_count())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // rank.local_world_size
 
 
 def human_bytes(count: float) -> str:

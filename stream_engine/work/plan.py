@@ -75,7 +75,7 @@ def plan_lines(config: RunConfig) -> Iterator[str]:
     yield f"pipeline  {pipeline.name}, {config.sample_k} answers a question, seed {config.seed}"
     rank = Rank.from_environment()
     device = planned_device(rank, config.device)
-    memory = worker_memory(device, local_workers=rank.local_world_size, offload=config.offload)
+    memory = worker_memory(device, rank, offload=config.offload)
     placement = decide_placement(pipeline, config, memory_bytes=memory, device=device)
     for role in local_roles(pipeline):
         size = human_bytes(placement.model_bytes[role.path])

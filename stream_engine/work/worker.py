@@ -266,9 +266,7 @@ class Worker:
         self.is_placed = True
         device = set_device(self.rank, self.config.device)
         config = self.config
-        memory = worker_memory(
-            device, local_workers=self.rank.local_world_size, offload=config.offload
-        )
+        memory = worker_memory(device, self.rank, offload=config.offload)
         placement = decide_placement(self.pipeline, config, memory_bytes=memory, device=device)
         logger.info("%s", placement.line())
         if not placement.together:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stream_engine.config import RunConfig
 from stream_engine.demo import demo_models
@@ -13,7 +15,7 @@ from stream_engine.ranks import Rank
 from stream_engine.run_dir.paths import RunDir
 from stream_engine.run_dir.run_json import open_run
 from stream_engine.work.loaded_engines import LoadedEngines
-from stream_engine.work.placement import decide_placement, loaded_bytes
+from stream_engine.work.placement import decide_placement, loaded_bytes, worker_memory
 from stream_engine.work.stage_inputs import stage_inputs
 from tests.conftest import DEMO_FLAGS, answers, parts
 from tests.processes import run_rank
@@ -47,6 +49,24 @@ def test_models_that_do_not_fit_together_are_staged() -> None:
     assert placed(int(1.2 * total), placement="together").together
     assert not placed(10**12, placement="staged").together
     assert "one model at a time" in placed(10**12, placement="staged").line()
+
+
+@pytest.mark.parametrize(
+    ("rank", "share"),
+    [
+        pytest.param(Rank(local_world_size=2), 1, id="a-gpu-each"),
+        pytest.param(Rank(local_world_size=8), 4, id="four-on-a-gpu"),
+        pytest.param(Rank(local_world_size=8, sharing_device=2), 2, id="as-the-launcher-says"),
+    ],
+)
+def test_ranks_that_share_a_gpu_share_its_memory(
+    rank: Rank, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each had all of it to itself, and models that did not fit there together were so held."""
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worker_memory("cuda:0", rank) == (80 << 30) // share
 
 
 def test_staged_engines_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
