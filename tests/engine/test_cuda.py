@@ -248,6 +248,21 @@ def test_what_is_begun_early_in_captured_steps_is_drawn_the_same(engine_on):
 
 
 @needs_gpu
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_leaves_the_device_whole(engine_on):
+    """A read in the middle of a step ends its capture: random numbers could not be drawn after it,
+    nor steps of another engine be captured."""
+    refused, other, plain = engine_on(), engine_on(), eager(engine_on())
+    expected = drawn(plain.generate(ask(plain, QUESTIONS)))
+    logits = refused.runner.logits
+    refused.runner.logits = lambda hidden: (hidden.sum().item(), logits(hidden))[1]
+    assert_same(drawn(refused.generate(ask(refused, QUESTIONS))), expected)
+    assert refused.decoder.graphs is None
+    assert torch.rand(3, device=DEVICE).max() < 1
+    assert_same(drawn(other.generate(ask(other, QUESTIONS))), expected)
+    assert was_captured(other)
+
+
+@needs_gpu
 def test_a_device_named_by_its_number_is_the_same(engine_on):
     named = engine_on("cuda:0")
     assert named.model.device == torch.device("cuda:0")
