@@ -210,17 +210,20 @@ class ObjectStore:
         ask(path, obstore.delete, self.bucket, key_of(path))
 
     def now(self, folder: Location) -> float:
-        """Asked of the store once a minute."""
+        """Asked of the store once a minute.
+
+        A slow answer makes it late, never early: a lease that is beating would look stale.
+        """
         import obstore
 
-        ticks = time.monotonic()
-        if self._clock is None or ticks - self._clock[1] > CLOCK_S:
+        if self._clock is None or time.monotonic() - self._clock[1] > CLOCK_S:
             probe = folder / f".clock-{uuid.uuid4().hex[:12]}"
             ask(probe, obstore.put, self.bucket, key_of(probe), b"now")
+            ticks = time.monotonic()
             asked = ask(probe, obstore.head, self.bucket, key_of(probe))["last_modified"]
             ask(probe, obstore.delete, self.bucket, key_of(probe))
             self._clock = asked.timestamp(), ticks
-        return self._clock[0] + ticks - self._clock[1]
+        return self._clock[0] + time.monotonic() - self._clock[1]
 
     def put(self, path: Location, file: BinaryIO, size: int, version: Version | None) -> Version:
         """Write an object where it is that version, or (None) absent; returns its new version.

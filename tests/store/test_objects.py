@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -224,6 +225,23 @@ def test_one_contender_has_a_lease_and_a_stale_one_is_taken_over(folder: Locatio
     assert info.worker_id == "other"
     taken.release()
     assert list_leases(folder) == []
+
+
+def test_a_request_on_its_way_for_long_sets_no_clock_forward(folder: Location, server: str, use):
+    """The time for which the store was asked counted from before the request: leases that were
+    beating looked stale for as long as it had been on its way."""
+
+    def decide(_: int, method: str, path: str) -> Fault:
+        time.sleep(4.0 * (method == "PUT" and "/.clock-" in path))
+        return ""
+
+    with FaultyProxy(server, decide) as proxy:
+        use(proxy.address)
+        files.now(folder)
+        now = files.now(folder)
+        files.create(folder / "later", b"x")
+        (entry,) = files.list_files(folder)
+        assert now < entry.modified + 2.0
 
 
 def test_a_bucket_that_is_not_there_is_said(folder: Location):
