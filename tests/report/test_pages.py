@@ -303,9 +303,16 @@ LAYOUT_SHIFTS = """() => new Promise((resolve) => {
 })"""
 
 
+WIDTH = "() => document.documentElement.scrollWidth"
+LARGE_NUMBERS = """() => document.querySelectorAll("td.number")
+  .forEach((cell) => { cell.textContent = "123,456,789" })"""
+
+
 def test_it_is_readable_on_a_small_screen(report: Path, browser: Any) -> None:
     with watched(browser) as seen:
         seen.page.set_viewport_size({"width": 390, "height": 800})
         for page in ("index.html", "pairs.html"):
             opened = seen.open(address_of(report, page))
-            assert opened.evaluate("() => document.documentElement.scrollWidth") <= 390
+            assert opened.evaluate(WIDTH) <= 390
+            opened.evaluate(LARGE_NUMBERS)
+            assert opened.evaluate(WIDTH) <= 390
