@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from stream_kernels import linear_logp, prefix_attention, reference, sample
 from stream_kernels.cpu import (
     compiled,
     decode_attention,
+    extend_attention,
     layer_steps,
     log_sums,
+    panel_product,
     sampling,
     tile_product,
 )
@@ -105,7 +108,10 @@ def test_other_layouts_are_left_to_torch() -> None:
     ("module", "look_up"),
     [
         pytest.param(decode_attention, lambda m: m._function.__wrapped__(), id="attention"),
+        pytest.param(extend_attention, lambda m: m._function.__wrapped__(), id="extend"),
         pytest.param(tile_product, lambda m: m._function.__wrapped__(), id="product"),
+        pytest.param(panel_product, lambda m: m._function.__wrapped__(torch.float32), id="panels"),
+        pytest.param(panel_product, lambda m: m._function.__wrapped__(torch.bfloat16), id="pairs"),
         pytest.param(sampling, lambda m: m._function.__wrapped__(), id="sampling"),
         pytest.param(log_sums, lambda m: m._function.__wrapped__("sums_of_logits"), id="logits"),
         pytest.param(log_sums, lambda m: m._function.__wrapped__("sums_of_products"), id="sums"),
@@ -121,9 +127,10 @@ def test_a_function_that_is_wrong_here_is_not_used(
     """One that says it has done its work and has not."""
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
     names = ("decode_attention", "tile_product", "draw_tokens", *layer_steps.NAMES)
-    names += ("sums_of_logits", "sums_of_products")
+    names += ("sums_of_logits", "sums_of_products", "extend_attention", "panel_products")
     idle = {name: kind(lambda arguments, parallel: 1) for name in names}
-    library = SimpleNamespace(tiles_run_here=lambda: 1, **idle)
+    told = {"tiles_run_here": 1, "bfloat16_runs_here": 1, "rows_of_a_chunk": 64}
+    library = SimpleNamespace(**{name: partial(int, is_so) for name, is_so in told.items()}, **idle)
     monkeypatch.setattr(compiled, "library", lambda: library)
     assert not look_up(module)
     assert "is wrong on this machine" in caplog.text

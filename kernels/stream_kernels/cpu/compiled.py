@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,20 @@ def library() -> ctypes.CDLL | None:
         logger.warning("no compiled form, torch's kernels are used, slower: %s", error)
         return None
     return loaded if runs_here else None
+
+
+def function(
+    name: str, arguments: type[ctypes.Structure], is_right: Callable[[Any], bool] | None = None
+) -> Any:
+    """A function of the library, which is called with a pointer to `arguments` and `parallel()`,
+    and returns 0 where memory ran out; None where there is none, or it is not right here."""
+    loaded = library()
+    if loaded is None:
+        return None
+    found = getattr(loaded, name)
+    found.argtypes = [ctypes.POINTER(arguments), ctypes.c_void_p]
+    found.restype = ctypes.c_int64
+    return found if is_right is None or agrees(name, lambda: is_right(found)) else None
 
 
 def agrees(name: str, check: Callable[[], bool]) -> bool:

@@ -66,13 +66,7 @@ class Slabs(NamedTuple):
 @cache
 def _function() -> Any:
     """The C function, or None where it cannot be had."""
-    library = compiled.library()
-    if library is None:
-        return None
-    function = library.make_calls
-    function.argtypes = [ctypes.POINTER(Calls), ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    return function
+    return compiled.function("make_calls", Calls)
 
 
 def serves(dtype: torch.dtype, head_size: int, weights: Sequence[Tensor]) -> bool:
@@ -220,11 +214,8 @@ class _InPanels(_Products):
     """Of packed weights, in one call."""
 
     def __init__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
-        names = panel_product.NUMBERS[1:]
         numbers = panel_product.numbers(x.flatten(1), x.dtype)
-        self.all = panel_product.Products(
-            x=x.data_ptr(), num_products=len(outs), **dict(zip(names, numbers, strict=True))
-        )
+        self.all = panel_product.Products(x=x.data_ptr(), num_products=len(outs), **numbers)
         self.products = [self.all.products[i] for i in range(len(outs))]
         for product, out in zip(self.products, outs):
             product.out, product.columns = out.data_ptr(), out[0].numel()

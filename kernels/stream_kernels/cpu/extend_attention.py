@@ -36,13 +36,7 @@ class Arguments(ctypes.Structure):
 @cache
 def _function() -> Any:
     """The C function, or None where it cannot be had or is wrong."""
-    library = compiled.library()
-    if library is None:
-        return None
-    function = library.extend_attention
-    function.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    return function if compiled.agrees("extend_attention", lambda: _agrees(function)) else None
+    return compiled.function("extend_attention", Arguments, _agrees)
 
 
 def _agrees(function: Any) -> bool:

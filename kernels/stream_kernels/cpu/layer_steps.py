@@ -35,14 +35,10 @@ class Layer(ctypes.Structure):
 @cache
 def _functions() -> tuple[Any, ...]:
     """The C functions, or nothing where they cannot be had or are wrong."""
-    library = compiled.library()
-    if library is None:
+    functions = tuple(compiled.function(name, Layer) for name in NAMES)
+    if None in functions or not compiled.agrees("layer step", lambda: _agree(*functions)):
         return ()
-    functions = tuple(getattr(library, name) for name in NAMES)
-    for function in functions:
-        function.argtypes = [ctypes.POINTER(Layer), ctypes.c_void_p]
-        function.restype = ctypes.c_int64
-    return functions if compiled.agrees("layer step", lambda: _agree(*functions)) else ()
+    return functions
 
 
 def serves(dtype: torch.dtype) -> bool:

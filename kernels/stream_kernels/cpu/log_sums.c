@@ -111,10 +111,11 @@ static void take_rows(void *data) {
     }
 }
 
-/* One stretch: all columns that are given. */
-void sums_of_logits(const LogSums *s, Parallel *parallel) {
+/* 1. One stretch: all columns that are given. */
+int64_t sums_of_logits(const LogSums *s, Parallel *parallel) {
     Work work = {s, 0, (s->rows + ROWS_OF_A_TASK - 1) / ROWS_OF_A_TASK, 0};
     run(&work, take_rows, parallel);
+    return 1;
 }
 
 /* -- logits in tiles, a row a lane -------------------------------------------------------------- */

@@ -52,14 +52,8 @@ class Arguments(ctypes.Structure):
 @cache
 def _function(name: str) -> Any:
     """One of the C file's two functions, or None where it cannot be had or is wrong here."""
-    library = compiled.library()
-    if library is None:
-        return None
-    function = getattr(library, name)
-    function.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
-    function.restype = None if name == "sums_of_logits" else ctypes.c_int64
     check = _logits_agree if name == "sums_of_logits" else _products_agree
-    return function if compiled.agrees(name, lambda: check(function)) else None
+    return compiled.function(name, Arguments, check)
 
 
 def has_sums_of_logits() -> bool:

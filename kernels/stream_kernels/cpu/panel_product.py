@@ -6,7 +6,7 @@ Legend: V rows of a weight, D elements of each.
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,14 +49,10 @@ def _function(dtype: torch.dtype) -> Any:
     library = compiled.library()
     if library is None or (dtype == torch.bfloat16 and not library.bfloat16_runs_here()):
         return None
-    function = library.panel_products
-    function.argtypes = [ctypes.POINTER(Products), ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    name = f"panel_product of {str(dtype).removeprefix('torch.')}"
-    return function if compiled.agrees(name, lambda: _agrees(function, dtype)) else None
+    return compiled.function("panel_products", Products, partial(_agrees, dtype=dtype))
 
 
-def _agrees(function: Any, dtype: torch.dtype) -> bool:
+def _agrees(function: Any, *, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     sizes = (19, 46), (75, 46), (75,)
     x, weight, bias = (torch.randn(*n, generator=generator).to(dtype) for n in sizes)
@@ -164,15 +160,18 @@ def _multiply(
         for (address, bias, columns), out in zip(products, outs)
     )
     all_of_them = Products(
-        (Product * MOST_PRODUCTS)(*each), x.data_ptr(), len(products), *numbers(x, dtype)
+        (Product * MOST_PRODUCTS)(*each), x.data_ptr(), len(products), **numbers(x, dtype)
     )
     function(ctypes.byref(all_of_them), compiled.parallel())
     return outs
 
 
-def numbers(x: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+def numbers(x: Tensor, dtype: torch.dtype) -> dict[str, int]:
     """`NUMBERS` but the first, of products of x [..., D] that come out as `dtype`."""
-    size = x.shape[-1]
-    is_rounded = dtype == torch.bfloat16
-    threads = torch.get_num_threads()
-    return x.numel() // size, size, threads, x.dtype == torch.bfloat16, is_rounded
+    return {
+        "rows": x.numel() // x.shape[-1],
+        "size": x.shape[-1],
+        "num_threads": torch.get_num_threads(),
+        "is_bfloat16": x.dtype == torch.bfloat16,
+        "is_rounded": dtype == torch.bfloat16,
+    }

@@ -31,13 +31,7 @@ class Sampling(ctypes.Structure):
 @cache
 def _function() -> Any:
     """The C function, or None where it cannot be had or is wrong."""
-    library = compiled.library()
-    if library is None:
-        return None
-    function = library.draw_tokens
-    function.argtypes = [ctypes.POINTER(Sampling), ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    return function if compiled.agrees("sampling", lambda: _agrees(function)) else None
+    return compiled.function("draw_tokens", Sampling, _agrees)
 
 
 def serves(logits: Tensor, penalized: Tensor | None) -> bool:

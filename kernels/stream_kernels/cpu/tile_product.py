@@ -29,10 +29,7 @@ def _function() -> Any:
     library = compiled.library()
     if library is None or not library.tiles_run_here():
         return None
-    function = library.tile_product
-    function.argtypes = [ctypes.POINTER(Product), ctypes.c_void_p]
-    function.restype = ctypes.c_int64
-    return function if compiled.agrees("tile_product", lambda: _agrees(function)) else None
+    return compiled.function("tile_product", Product, _agrees)
 
 
 def _agrees(function: Any) -> bool:
