@@ -1,9 +1,7 @@
 /* Calls of the functions beside, made one after the other: what a layer does, without a return to
  * Python in between.
  */
-#include <stdint.h>
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
+#include "threads.h"
 
 typedef struct {
     int64_t (*function)(const void *arguments, Parallel *); /* 0 where memory ran out */

@@ -3,12 +3,10 @@
  * prefix together.
  *
  * Only AVX-512 (F, BW, DQ, VL) is used, and only after `runs_here` has said yes. No file of Python
- * or torch is needed. Threads are those of the OpenMP that the caller has loaded: it hands over
- * GOMP_parallel, and tasks are taken from a counter.
+ * or torch is needed.
  */
 #include "attention.h"
-
-#include <stdatomic.h>
+#include "threads.h"
 
 /* Strides are in elements; the last dimension of every tensor is dense. */
 typedef struct {
@@ -119,15 +117,11 @@ int64_t runs_here(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-/* 1. `parallel` is GOMP_parallel, or null for one thread. */
-int64_t decode_attention(const Arguments *a,
-                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+/* 1: nothing here can fail. */
+int64_t decode_attention(const Arguments *a, Parallel *parallel) {
     int64_t rows = rows_of_a_task(a), all = a->widest * (a->heads / a->kv_heads);
     Work work = {a, rows, (all + rows - 1) / rows, 0, 0};
     work.num_tasks = a->num_groups * a->kv_heads * work.chunks;
-    if (parallel && a->num_threads > 1 && work.num_tasks > 1)
-        parallel(take_tasks, &work, (unsigned)a->num_threads, 0);
-    else
-        take_tasks(&work);
+    share_out(take_tasks, &work, work.num_tasks, a->num_threads, parallel);
     return 1;
 }

@@ -5,8 +5,7 @@
  * that read the same prefix under the same head follow each other.
  */
 #include "attention.h"
-
-#include <stdatomic.h>
+#include "threads.h"
 
 /* Of a row's tokens. Places are among all tokens, but `prefix`, which is in the prefixes. */
 typedef struct {
@@ -65,14 +64,9 @@ static void take_tasks(void *data) {
 /* The most query rows that a chunk may have: its tokens times the heads that share a key head. */
 int64_t rows_of_a_chunk(void) { return MOST_ROWS; }
 
-/* 1. `parallel` is GOMP_parallel, or null for one thread. */
-int64_t extend_attention(const Arguments *a,
-                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+/* 1: nothing here can fail. */
+int64_t extend_attention(const Arguments *a, Parallel *parallel) {
     Work work = {a, a->num_chunks * a->kv_heads, 0};
-    int64_t threads = smaller(a->num_threads, work.num_tasks);
-    if (parallel && threads > 1)
-        parallel(take_tasks, &work, (unsigned)threads, 0);
-    else
-        take_tasks(&work);
+    share_out(take_tasks, &work, work.num_tasks, a->num_threads, parallel);
     return 1;
 }

@@ -3,12 +3,9 @@
  * value is rounded where torch's own operators round it.
  */
 #include "vectors.h"
-
-#include <stdatomic.h>
+#include "threads.h"
 
 #define PER_THREAD (1 << 15) /* elements that are worth a thread */
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
 
 /* Strides are in elements; the last dimension of every tensor is dense. */
 typedef struct {
@@ -26,12 +23,6 @@ typedef struct {
     int64_t rows_each, num_tasks;
     atomic_long next;
 } Work;
-
-INLINE __m512 load(const void *from, int64_t element, __mmask16 mask, int is_bfloat16) {
-    if (!is_bfloat16) return _mm512_maskz_loadu_ps(mask, (const float *)from + element);
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + element);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
 
 INLINE void store(void *to, int64_t element, __mmask16 mask, int is_bfloat16, __m512 x) {
     if (is_bfloat16) {
@@ -52,7 +43,7 @@ INLINE void norm(const Layer *a, int64_t row, int is_bfloat16) {
     int64_t first = row * a->size;
     __m512d squares = _mm512_setzero_pd();
     for (int64_t i = 0; i < a->size; i += WIDTH) {
-        __m512 x = load(a->x, first + i, mask_of(a->size - i), is_bfloat16);
+        __m512 x = elements(a->x, first + i, mask_of(a->size - i), is_bfloat16);
         __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
         __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
         squares = _mm512_fmadd_pd(low, low, squares);
@@ -63,8 +54,8 @@ INLINE void norm(const Layer *a, int64_t row, int is_bfloat16) {
     __m512 factor = _mm512_div_ps(_mm512_set1_ps(1), root);
     for (int64_t i = 0; i < a->size; i += WIDTH) {
         __mmask16 mask = mask_of(a->size - i);
-        __m512 x = _mm512_mul_ps(load(a->x, first + i, mask, is_bfloat16), factor);
-        x = _mm512_mul_ps(load(a->y, i, mask, is_bfloat16), kept(x, is_bfloat16));
+        __m512 x = _mm512_mul_ps(elements(a->x, first + i, mask, is_bfloat16), factor);
+        x = _mm512_mul_ps(elements(a->y, i, mask, is_bfloat16), kept(x, is_bfloat16));
         store(a->out, first + i, mask, is_bfloat16, x);
     }
 }
@@ -75,15 +66,15 @@ INLINE void rotate(const Layer *a, int64_t row, void *out, int64_t first, int64_
     for (int64_t head = 0; head < heads; head++, first += a->size)
         for (int64_t i = 0; i < half; i += WIDTH) {
             __mmask16 mask = mask_of(half - i);
-            __m512 low = load(out, first + i, mask, is_bfloat16);
-            __m512 high = load(out, first + half + i, mask, is_bfloat16);
-            __m512 cosine = load(a->x, table + i, mask, is_bfloat16);
-            __m512 sine = load(a->y, table + i, mask, is_bfloat16);
+            __m512 low = elements(out, first + i, mask, is_bfloat16);
+            __m512 high = elements(out, first + half + i, mask, is_bfloat16);
+            __m512 cosine = elements(a->x, table + i, mask, is_bfloat16);
+            __m512 sine = elements(a->y, table + i, mask, is_bfloat16);
             __m512 turned = _mm512_sub_ps(kept(_mm512_mul_ps(low, cosine), is_bfloat16),
                                           kept(_mm512_mul_ps(high, sine), is_bfloat16));
             store(out, first + i, mask, is_bfloat16, turned);
-            cosine = load(a->x, table + half + i, mask, is_bfloat16);
-            sine = load(a->y, table + half + i, mask, is_bfloat16);
+            cosine = elements(a->x, table + half + i, mask, is_bfloat16);
+            sine = elements(a->y, table + half + i, mask, is_bfloat16);
             turned = _mm512_add_ps(kept(_mm512_mul_ps(high, cosine), is_bfloat16),
                                    kept(_mm512_mul_ps(low, sine), is_bfloat16));
             store(out, first + half + i, mask, is_bfloat16, turned);
@@ -104,10 +95,10 @@ INLINE void gate(const Layer *a, int64_t row, int is_bfloat16) {
     __m512 one = _mm512_set1_ps(1);
     for (int64_t i = 0; i < a->size; i += WIDTH) {
         __mmask16 mask = mask_of(a->size - i);
-        __m512 x = load(a->x, first + i, mask, is_bfloat16);
+        __m512 x = elements(a->x, first + i, mask, is_bfloat16);
         __m512 below = _mm512_add_ps(one, exponential(x));
         x = kept(_mm512_div_ps(x, below), is_bfloat16);
-        x = _mm512_mul_ps(x, load(a->y, first + i, mask, is_bfloat16));
+        x = _mm512_mul_ps(x, elements(a->y, first + i, mask, is_bfloat16));
         store(a->out, first + i, mask, is_bfloat16, x);
     }
 }
@@ -146,11 +137,7 @@ static int64_t run(const Layer *a, int64_t row_elements, void (*row)(const Layer
     int64_t each = PER_THREAD / row_elements;
     if (each < 1) each = 1;
     Work work = {a, row, each, (a->rows + each - 1) / each, 0};
-    int64_t threads = smaller(a->num_threads, work.num_tasks);
-    if (parallel && threads > 1)
-        parallel(take_rows, &work, (unsigned)threads, 0);
-    else
-        take_rows(&work);
+    share_out(take_rows, &work, work.num_tasks, a->num_threads, parallel);
     return 1;
 }
 

@@ -6,17 +6,15 @@
  * rows stand beside it and however many threads there are.
  */
 #include "tiles.h"
+#include "threads.h"
 
 #include <math.h>
-#include <stdatomic.h>
 
 #define LOG2_E 1.44269504f
 #define LOWEST (-1e38f)
 #define ROWS_OF_A_TASK 8
 #define VECTORS_OF_A_SUM 32 /* summed in float32 before they are added up in float64 */
 #define CACHED_BYTES (768 << 10) /* of a weight, that several rows of x read in turn */
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
 
 typedef struct {
     const void *x;      /* logits, or rows for a product */
@@ -36,14 +34,6 @@ typedef struct {
     int64_t num_tasks;
     atomic_long next;
 } Work;
-
-static void run(Work *work, void (*task)(void *), Parallel *parallel) {
-    int64_t threads = smaller(work->sums->num_threads, work->num_tasks);
-    if (parallel && threads > 1)
-        parallel(task, work, (unsigned)threads, 0);
-    else
-        task(work);
-}
 
 INLINE __m512 power_of_e(__m512 x) {
     return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)));
@@ -114,7 +104,7 @@ static void take_rows(void *data) {
 /* 1. One stretch: all columns that are given. */
 int64_t sums_of_logits(const LogSums *s, Parallel *parallel) {
     Work work = {s, 0, (s->rows + ROWS_OF_A_TASK - 1) / ROWS_OF_A_TASK, 0};
-    run(&work, take_rows, parallel);
+    share_out(take_rows, &work, work.num_tasks, s->num_threads, parallel);
     return 1;
 }
 
@@ -198,7 +188,7 @@ int64_t sums_of_products(const LogSums *s, Parallel *parallel) {
     char *x = laid_out(s->x, s->rows, s->size);
     if (!x) return 0;
     Work work = {s, x, (s->columns + s->stretch - 1) / s->stretch, 0};
-    run(&work, take_stretches, parallel);
+    share_out(take_stretches, &work, work.num_tasks, s->num_threads, parallel);
     free(x);
     return 1;
 }

@@ -9,9 +9,9 @@
  * are the same whatever rows stand beside it.
  */
 #include "vectors.h"
+#include "threads.h"
 
 #include <cpuid.h>
-#include <stdatomic.h>
 
 #define PANEL 64
 #define VECTORS (PANEL / WIDTH)
@@ -73,11 +73,6 @@ static Task task_of(const Work *work, int64_t index) {
     const int32_t *from = (const int32_t *)product->weight + panel * work->panel_words * PANEL;
     int64_t end = smaller(row + work->rows_each, work->all->rows);
     return (Task){product, from, panel * PANEL, row, end};
-}
-
-INLINE __m512 elements(const void *from, int64_t at, __mmask16 mask, int64_t is_bfloat16) {
-    if (is_bfloat16) return widened((const uint16_t *)from + at, mask);
-    return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
 }
 
 /* What a row's sums with a panel come to, with bias and what they are added to. */
@@ -218,8 +213,7 @@ static void take_tasks(void *data) {
 
 /* 1. `rows` and `size` are at least 1, `size` even for bfloat16; panels begin at multiples of 64
  * bytes. */
-int64_t panel_products(const Products *all,
-                       void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+int64_t panel_products(const Products *all, Parallel *parallel) {
     int64_t words = all->is_bfloat16 ? all->size / 2 : all->size, panels = 0;
     int64_t panel_words = all->is_bfloat16 ? (words + PADDED - 1) / PADDED * PADDED : words;
     int64_t spans = (words + MOST_WORDS - 1) / MOST_WORDS;
@@ -228,10 +222,6 @@ int64_t panel_products(const Products *all,
         panels += (all->products[i].columns + PANEL - 1) / PANEL;
     Work work = {all, words, panel_words, row_blocks, (all->rows + row_blocks - 1) / row_blocks,
                  (words + spans - 1) / spans, panels * row_blocks, 0};
-    int64_t threads = smaller(all->num_threads, work.num_tasks);
-    if (parallel && threads > 1)
-        parallel(take_tasks, &work, (unsigned)threads, 0);
-    else
-        take_tasks(&work);
+    share_out(take_tasks, &work, work.num_tasks, all->num_threads, parallel);
     return 1;
 }

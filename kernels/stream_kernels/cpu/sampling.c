@@ -6,15 +6,13 @@
  * more than a block are float64, and a row's are the same whatever rows stand beside it.
  */
 #include "vectors.h"
+#include "threads.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 
 #define BLOCK 128
 #define LOG2_E 1.44269504f
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned);
 
 typedef struct {
     const float *logits;     /* [rows, columns] */
@@ -306,10 +304,6 @@ static void take_rows(void *data) {
 /* 0 where memory ran out. */
 int64_t draw_tokens(const Sampling *s, Parallel *parallel) {
     Work work = {s, 0, 0};
-    int64_t threads = smaller(s->num_threads, s->rows);
-    if (parallel && threads > 1)
-        parallel(take_rows, &work, (unsigned)threads, 0);
-    else
-        take_rows(&work);
+    share_out(take_rows, &work, s->rows, s->num_threads, parallel);
     return !work.failed;
 }

@@ -2,9 +2,9 @@
  * rounded once to bfloat16. With few rows each weight is read once.
  */
 #include "tiles.h"
+#include "threads.h"
 
 #include <cpuid.h>
-#include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -103,8 +103,7 @@ TILES static void take_blocks(void *data) {
 }
 
 /* 0 where memory ran out. `columns` >= COLUMNS, `size` a multiple of STEP. */
-int64_t tile_product(const Product *p,
-                     void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+int64_t tile_product(const Product *p, Parallel *parallel) {
     char *x = laid_out(p->x, p->rows, p->size);
     if (!x) return 0;
     int64_t each = smaller(CACHED_BYTES / (2 * p->size), MOST_ROWS) / COLUMNS * COLUMNS;
@@ -112,11 +111,7 @@ int64_t tile_product(const Product *p,
     int64_t columns_each = p->rows <= 2 * COLUMNS ? smaller(each, FEW_COLUMNS) : each;
     Work work = {p, x, each, columns_each, (p->rows + each - 1) / each, 0, 0};
     work.num_tasks = work.row_blocks * ((p->columns + columns_each - 1) / columns_each);
-    int64_t threads = smaller(p->num_threads, work.num_tasks);
-    if (parallel && threads > 1)
-        parallel(take_blocks, &work, (unsigned)threads, 0);
-    else
-        take_blocks(&work);
+    share_out(take_blocks, &work, work.num_tasks, p->num_threads, parallel);
     free(x);
     return 1;
 }

@@ -23,6 +23,12 @@ INLINE __m512 widened(const uint16_t *from, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+/* 16 elements of either format as float32, from element `at` on; what lies beyond `mask` is 0. */
+INLINE __m512 elements(const void *from, int64_t at, __mmask16 mask, int64_t is_bfloat16) {
+    if (is_bfloat16) return widened((const uint16_t *)from + at, mask);
+    return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
+}
+
 /* The 16 elements that begin at `units` words of 32 bits; what lies beyond `mask` is 0. */
 INLINE __m512i words(const void *from, int64_t units, __mmask16 mask) {
     return _mm512_maskz_loadu_epi32(mask, (const int32_t *)from + units);
