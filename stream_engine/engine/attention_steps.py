@@ -30,7 +30,7 @@ from stream_kernels.cpu.decode_layer import DecodeLayers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from stream_engine.engine.prefix_cache import KVCache
+from stream_engine.engine.prefix_cache import KVCache, LayerStore
 
 ATTENTION_NAME = "stream_engine"
 
@@ -70,12 +70,10 @@ class PrefillStep:
             place, offset = place + 1, offset + length
         assert offset == query.shape[2], f"{query.shape[2]} tokens do not end with a prompt"
         self._next[layer] = place
-        packed = _by_token(query), _by_token(key), _by_token(value)
-        prefix = store.prefix_key, store.prefix_value
-        if extend_attention.serves(*packed, prefix):
-            rows = [(length, (0, 0)) for length in lengths]
-            chunks = extend_attention.chunks_of(rows, query.shape[1] // key.shape[1])
-            return extend_attention.extend_attention(*packed, prefix, chunks, scale=scale)[None]
+        rows = tuple((length, (0, 0)) for length in lengths)
+        compiled = _compiled_attention(query, key, value, store, rows, scale)
+        if compiled is not None:
+            return compiled
         parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
         outs = [causal_attention(q, k, v, scale) for q, k, v in parts]
         return torch.cat(outs, dim=2).transpose(1, 2)
@@ -100,26 +98,24 @@ class ExtendStep:
             torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
         )  # [N]: the row of each packed token
         self._columns = torch.cat([torch.arange(n) for n in lengths])
-        self._chunks: dict[int, Tensor] = {}  # by how many query heads share a key head
+        self._spans = tuple((n, span) for span, rows in self.groups for n in rows)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         store = self.cache.store(layer, key)
         rows, columns = self._rows.to(query.device), self._columns.to(query.device)
         self._rows, self._columns = rows, columns
-        packed = _by_token(query), _by_token(key), _by_token(value)
         if self.slots is not None:
             slots = torch.tensor(self.slots, device=query.device)[rows]
-            store.suffix_key[slots, :, columns] = packed[1]
-            store.suffix_value[slots, :, columns] = packed[2]
-        prefix = store.prefix_key, store.prefix_value
-        if extend_attention.serves(*packed, prefix):
-            chunks = self._chunks_of(query.shape[1] // key.shape[1])
-            return extend_attention.extend_attention(*packed, prefix, chunks, scale=scale)[None]
+            store.suffix_key[slots, :, columns] = _by_token(key)
+            store.suffix_value[slots, :, columns] = _by_token(value)
+        compiled = _compiled_attention(query, key, value, store, self._spans, scale)
+        if compiled is not None:
+            return compiled
         shape = (len(self._lengths), max(self._lengths))
 
         def padded(packed: Tensor) -> Tensor:  # [1, H, N, D] -> [R, H, A, D]
             grid = packed.new_zeros(*shape, packed.shape[1], packed.shape[3])
-            grid[rows, columns] = packed[0].transpose(0, 1)
+            grid[rows, columns] = _by_token(packed)
             return grid.transpose(1, 2)
 
         own, own_lse = attention_with_lse(
@@ -140,12 +136,6 @@ class ExtendStep:
             lses.append(lse[0].transpose(0, 1))
             offset = tokens.stop
         return merge_by_lse(torch.cat(outs), torch.cat(lses), own, own_lse)[None]
-
-    def _chunks_of(self, repeats: int) -> Tensor:
-        if repeats not in self._chunks:
-            rows = [(count, span) for span, counts in self.groups for count in counts]
-            self._chunks[repeats] = extend_attention.chunks_of(rows, repeats)
-        return self._chunks[repeats]
 
 
 @dataclass
@@ -208,6 +198,24 @@ class DecodeStep:
             new=new,
         )
         return out[None]
+
+
+def _compiled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: LayerStore,
+    rows: tuple[tuple[int, tuple[int, int]], ...],
+    scale: float,
+) -> Tensor | None:
+    """What a step gives of packed rows, each with its number of tokens and the span of its prefix;
+    None where the compiled form does not take them."""
+    packed = _by_token(query), _by_token(key), _by_token(value)
+    prefix = store.prefix_key, store.prefix_value
+    if not extend_attention.serves(*packed, prefix):
+        return None
+    chunks = extend_attention.chunks_of(rows, query.shape[1] // key.shape[1])
+    return extend_attention.extend_attention(*packed, prefix, chunks, scale=scale)[None]
 
 
 def _by_token(packed: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def attended(parts: list[Tensor], rows: list, scale: float) -> Tensor:
     query, key, value, *prefix = parts
     pair = prefix[0], prefix[1]
     assert extend_attention.serves(query, key, value, pair)
-    chunks = extend_attention.chunks_of(rows, query.shape[1] // key.shape[1])
+    chunks = extend_attention.chunks_of(tuple(rows), query.shape[1] // key.shape[1])
     return extend_attention.extend_attention(query, key, value, pair, chunks, scale=scale)
 
 

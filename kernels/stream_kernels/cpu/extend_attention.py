@@ -6,7 +6,7 @@ Legend: N packed tokens, Hq/Hkv query/key heads, D head size, T tokens of all pr
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def _function() -> Any:
 def _agrees(function: Any) -> bool:
     """Two rows, one of them over a prefix, in both formats."""
     generator = torch.Generator().manual_seed(0)
-    rows = [(70, (3, 66)), (9, (0, 0))]
+    rows = (70, (3, 66)), (9, (0, 0))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         query, key, value = (
             torch.randn(79, heads, 36, generator=generator).to(dtype) for heads in (4, 2, 2)
@@ -106,8 +106,9 @@ def serves(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tens
     )
 
 
-def chunks_of(rows: Sequence[tuple[int, tuple[int, int]]], repeats: int) -> Tensor:
-    """How rows, one after the other, are worked on: int64 [C, 5].
+@lru_cache(maxsize=8)
+def chunks_of(rows: tuple[tuple[int, tuple[int, int]], ...], repeats: int) -> Tensor:
+    """How rows, one after the other, are worked on: int64 [C, 5], the same for all layers of a step.
 
     `rows` has each row's number of tokens and its prefix: where that starts, and its length.
     `repeats` query heads share a key head.
