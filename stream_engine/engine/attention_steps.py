@@ -205,11 +205,10 @@ def _compiled_attention(
     key: Tensor,
     value: Tensor,
     store: LayerStore,
-    rows: tuple[tuple[int, tuple[int, int]], ...],
+    rows: extend_attention.Rows,
     scale: float,
 ) -> Tensor | None:
-    """What a step gives of packed rows, each with its number of tokens and the span of its prefix;
-    None where the compiled form does not take them."""
+    """What a step gives of packed rows; None where the compiled form does not take them."""
     packed = _by_token(query), _by_token(key), _by_token(value)
     prefix = store.prefix_key, store.prefix_value
     if not extend_attention.serves(*packed, prefix):

@@ -195,14 +195,12 @@ class _CaptureSite:
             ):
                 step()
         except BaseException:
-            torch.cuda.set_stream(current)
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own current
             self.end_allocation()
             # The device's generator takes itself to be recorded still, and would refuse to draw.
             generator = torch.cuda.default_generators[stream.device_index]
             generator.graphsafe_set_state(generator.clone_state())
             raise
-        finally:  # a capture that fails leaves its stream current
-            torch.cuda.set_stream(current)
         return graph
 
     def end_allocation(self) -> None:

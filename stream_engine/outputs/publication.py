@@ -14,7 +14,7 @@ wakes up finds other versions, and ends.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -185,9 +185,9 @@ def left_behind(folder: Location) -> list[Entry]:
     return found if f"{IMAGES}/" in stands else found + pictures_in(folder)
 
 
-def other_publications(folder: Location) -> Iterator[str]:
-    """A line on the files that are left of those."""
-    if found := left_behind(folder):
+def other_publications(found: Sequence[Entry]) -> Iterator[str]:
+    """A line on the files that `left_behind` finds."""
+    if found:
         more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
         are = "are" if more else "is"
         yield (

@@ -193,12 +193,13 @@ def foreign_rows(folder: Location) -> Iterator[str]:
     stats = read_record(folder)
     if stats is None:
         return
-    known = {*recorded(stats), *(entry.name for entry in left_behind(folder))}
+    left = left_behind(folder)
+    known = {*recorded(stats), *(entry.name for entry in left)}
     for entry in files.list_files(folder):
         is_rows = entry.path.suffix in (".parquet", ".jsonl", ".arrow")
         if is_rows and entry.name not in known:
             yield f"{entry.path}: is not of this dataset; who reads all files there reads it, too"
-    yield from other_publications(folder)
+    yield from other_publications(left)
 
 
 def parquet_rows(folder: Location, name: str) -> Iterator[tuple[str, Row | str]]:

@@ -10,7 +10,7 @@ from typing import Literal
 from stream_engine import __version__
 from stream_engine.config import STAGES, RunConfig
 from stream_engine.errors import ConfigError, LeaseLostError
-from stream_engine.outputs.publication import other_publications
+from stream_engine.outputs.publication import left_behind, other_publications
 from stream_engine.outputs.published import CARD, RECORD, is_ours, quick_problems
 from stream_engine.pairs.merge_inputs import MergeInputs, seen_inputs
 from stream_engine.pairs.merge_report import MergeReport, is_current, read_stats
@@ -123,7 +123,7 @@ def datasets_left(state: RunState) -> tuple[list[str], list[str]]:
     for folder, part, config, name in datasets(state):
         if why := reason_to_write(folder, part, config, name):
             to_write.append(why)
-        beside += other_publications(folder)
+        beside += other_publications(left_behind(folder))
     return to_write, beside
 
 

@@ -17,26 +17,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RETRIES: Any = {
-    "max_retries": 8,
-    "retry_timeout": timedelta(seconds=90),
-    "backoff": {
+
+def retries(most: int, *, timeout_s: float, longest_wait_s: float, base: float) -> Any:
+    """obstore's settings: a wait is drawn between the first one and `base` times the last one."""
+    backoff = {
         "init_backoff": timedelta(milliseconds=200),
-        "max_backoff": timedelta(seconds=5),
-        "base": 5,
-    },
-}
-"""Each wait is drawn between the first one and `base` times the last one, some 20 seconds in all: a
-store that is asked for too much refuses for seconds. obstore's own `base` of 2 comes to two."""
-FIRST_RETRIES: Any = {
-    "max_retries": 5,
-    "retry_timeout": timedelta(seconds=6),
-    "backoff": {
-        "init_backoff": timedelta(milliseconds=200),
-        "max_backoff": timedelta(seconds=2),
-        "base": 3,
-    },
-}
+        "max_backoff": timedelta(seconds=longest_wait_s),
+        "base": base,
+    }
+    timeout = timedelta(seconds=timeout_s)
+    return {"max_retries": most, "retry_timeout": timeout, "backoff": backoff}
+
+
+RETRIES = retries(8, timeout_s=90, longest_wait_s=5, base=5)
+"""Some 20 seconds in all: a store that is asked for too much refuses for seconds. obstore's own
+`base` of 2 comes to two."""
+FIRST_RETRIES = retries(5, timeout_s=6, longest_wait_s=2, base=3)
 """The same of the first request: where nobody answers for some seconds the address is wrong."""
 MOST_BREAKS = 3
 REMEDY = "can the store be reached from here, and are its address, region and credentials set?"

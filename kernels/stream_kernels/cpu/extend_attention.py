@@ -5,7 +5,6 @@ Legend: N packed tokens, Hq/Hkv query/key heads, D head size, T tokens of all pr
 
 import ctypes
 import math
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -21,6 +20,8 @@ NUMBERS = (
     *("query_token", "query_head", "key_token", "key_head", "prefix_head", "num_threads"),
 )
 MOST_SIZE = 256
+Rows = tuple[tuple[int, tuple[int, int]], ...]
+"""Tokens of each row, and its prefix: where that starts, and its length."""
 
 
 class Arguments(ctypes.Structure):
@@ -62,7 +63,7 @@ def _truth(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    rows: Sequence[tuple[int, tuple[int, int]]],
+    rows: Rows,
     scale: float,
 ) -> Tensor:
     """What `extend_attention` computes, from float32 scores: [N, Hq, D]."""
@@ -107,10 +108,9 @@ def serves(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tens
 
 
 @lru_cache(maxsize=8)
-def chunks_of(rows: tuple[tuple[int, tuple[int, int]], ...], repeats: int) -> Tensor:
-    """How rows, one after the other, are worked on: int64 [C, 5], the same for all layers of a step.
+def chunks_of(rows: Rows, repeats: int) -> Tensor:
+    """How rows, one after the other, are worked on, by all layers of a step alike: int64 [C, 5].
 
-    `rows` has each row's number of tokens and its prefix: where that starts, and its length.
     `repeats` query heads share a key head.
     """
     library = compiled.library()
